@@ -1,0 +1,41 @@
+"""The one place that imports timm, next to any build of torchvision.
+
+timm needs only the Python part of torchvision. Where torchvision's compiled part does not fit the installed
+torch (the registry's torchvision beside a CPU build of torch), that Python part cannot be imported either: it
+attaches shape functions to two compiled operators that then do not exist. This module declares those two,
+without implementation, only where loading the compiled part did not bring them; calling one still fails.
+
+Use ``from featup._timm import timm``, before anything else imports timm or torchvision.
+"""
+
+import contextlib
+from importlib.machinery import PathFinder
+from importlib.util import find_spec
+
+import torch
+
+__all__ = ["timm"]
+
+# The operators torchvision refers to at import without asking first whether its compiled part was loaded.
+_SCHEMAS = {
+    "nms": "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
+    "qnms": "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
+}
+
+
+def _declare_missing_operators() -> None:
+    package = find_spec("torchvision")
+    compiled = package and PathFinder.find_spec("_C", package.submodule_search_locations)
+    if compiled and compiled.origin:
+        # A declaration made before a compiled part that works would clash with it, so that one comes first.
+        # Loading it twice is harmless, and torchvision itself goes on without it after these two errors.
+        with contextlib.suppress(ImportError, OSError):
+            torch.ops.load_library(compiled.origin)  # type: ignore[no-untyped-call]
+    for name, schema in _SCHEMAS.items():
+        if not hasattr(torch.ops.torchvision, name):
+            torch.library.define(f"torchvision::{name}", schema)
+
+
+_declare_missing_operators()
+
+import timm  # noqa: E402  (the operators must be declared first)

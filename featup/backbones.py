@@ -1,0 +1,383 @@
+"""Coarse features from any timm model that gives intermediate maps."""
+
+import difflib
+import inspect
+from collections.abc import Mapping, Sequence
+from itertools import groupby
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import safetensors
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import layer_norm
+
+from featup._timm import timm
+from featup.errors import GeometryError, WeightsError
+from featup.weights import load_state_dict, load_strict, state_digest
+
+__all__ = ["Backbone", "Norm", "create_backbone"]
+
+Norm = Literal["none", "model", "layer"]
+
+# Arguments of timm.create_model that are decided here, with what decides them.
+_DECIDED = {
+    "img_size": "image_size",
+    "dynamic_img_size": "image_size",
+    "pretrained": "pretrained",
+    "checkpoint_path": "weights",
+    "features_only": "layer or stride",
+    "in_chans": "the images, which have 3 channels",
+}
+
+
+class Backbone(nn.Module):
+    """A frozen timm model that turns images into one of its intermediate maps; see ``create_backbone``.
+
+    It stays in evaluation mode, also when a module that holds it is set to train, and no parameter of it
+    takes a gradient. Gradients do flow through ``features`` to its input.
+
+    Attributes:
+        name: timm's name of the model.
+        layer: index of the map, from 0.
+        stride: pixels per feature, (height, width).
+        channels: C of the map.
+        norm: what is applied to the map, as asked for: ``none``, ``model`` or ``layer``.
+        final_norm: whether timm applies the model's own final norm to the map (where the model has one).
+        mean, std: per channel, for images in [0, 1].
+        input_size: (height, width) that was asked for, else the one the model was trained for.
+        fixed_size: the only (height, width) that is served; None where every size that fits the stride is.
+        crop, interpolation: share of the shorter side the model was evaluated on, and how that was resized.
+        digest: SHA-256 over all weights but the classifier's, as they were before any resampling.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        name: str,
+        layer: int,
+        stride: tuple[int, int],
+        channels: int,
+        norm: Norm,
+        final_norm: bool,
+        mean: Sequence[float],
+        std: Sequence[float],
+        input_size: tuple[int, int],
+        fixed: bool,
+        crop: float,
+        interpolation: str,
+        digest: str,
+    ) -> None:
+        super().__init__()
+        self.model: Any = model.requires_grad_(False)
+        self.name = name
+        self.layer = layer
+        self.stride = stride
+        self.channels = channels
+        self.norm = norm
+        self.final_norm = final_norm
+        self.mean = _three("mean", mean)
+        self.std = _three("std", std)
+        self.input_size = input_size
+        self.fixed_size = input_size if fixed else None
+        self.crop = crop
+        self.interpolation = interpolation
+        self.digest = digest
+        self._mean: Tensor
+        self._std: Tensor
+        self.register_buffer("_mean", torch.tensor(self.mean).view(1, 3, 1, 1), persistent=False)
+        self.register_buffer("_std", torch.tensor(self.std).view(1, 3, 1, 1), persistent=False)
+        self.eval()
+
+    def train(self, mode: bool = True) -> "Backbone":
+        """Stay in evaluation mode: dropout and batch statistics would tie one image to its batch mates."""
+        return super().train(False)
+
+    def extra_repr(self) -> str:
+        """What the map is, in one line."""
+        return f"{self.name}, layer={self.layer}, stride={_times(self.stride)}, channels={self.channels}"
+
+    def grid(self, size: tuple[int, int]) -> tuple[int, int]:
+        """The (height, width) of the map for images of ``size`` (height, width) in pixels.
+
+        Raises GeometryError where the size does not fit, with the nearest sizes that do.
+        """
+        if self.fixed_size and tuple(size) != self.fixed_size:
+            raise GeometryError(
+                f"{self.name} was made for images of {_times(self.fixed_size)} (height x width) and cannot "
+                f"take {_times(size)}; make it with image_size={tuple(size)}, or resize the images"
+            )
+        _check_fit(self.name, self.layer, self.stride, size)
+        return size[0] // self.stride[0], size[1] // self.stride[1]
+
+    def normalise(self, images: Tensor) -> Tensor:
+        """Images uint8 [B, H, W, 3] -> what ``features`` takes, float32 [B, 3, H, W]."""
+        if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[3] != 3:
+            raise GeometryError(
+                f"images must be uint8 [B, H, W, 3], got {images.dtype} {list(images.shape)}; "
+                "normalise images of other kinds with .mean and .std, and call .features"
+            )
+        return (images.permute(0, 3, 1, 2).float() / 255 - self._mean) / self._std
+
+    def features(self, normalised: Tensor) -> Tensor:
+        """Normalised images [B, 3, H, W] -> their map, float32 [B, h, w, C], contiguous.
+
+        ``h, w`` is ``grid((H, W))``. Differentiable with respect to the images. Raises GeometryError where
+        the size does not fit, or where the model gives a map of another size than its stride says.
+        """
+        if normalised.ndim != 4 or normalised.shape[1] != 3:
+            raise GeometryError(f"normalised images must be [B, 3, H, W], got {list(normalised.shape)}")
+        height, width = normalised.shape[2:]
+        expected = (normalised.shape[0], self.channels, *self.grid((height, width)))
+        (found,) = self.model.forward_intermediates(
+            normalised,
+            indices=[self.layer],
+            norm=self.final_norm,
+            stop_early=True,
+            output_fmt="NCHW",
+            intermediates_only=True,
+        )
+        if tuple(found.shape) != expected:
+            raise GeometryError(
+                f"{self.name}, layer {self.layer}, gives a map of {list(found.shape)} [B, C, h, w] for "
+                f"images of {height}x{width}, where timm says {list(expected)}, by stride "
+                f"{_times(self.stride)}. Likely cause: convolutions without padding, so that features lie "
+                "on no regular grid over the image; choose another layer or model"
+            )
+        features: Tensor = found.permute(0, 2, 3, 1).float()
+        if self.norm == "layer":
+            features = layer_norm(features, (self.channels,))
+        return features.contiguous()
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Images uint8 [B, H, W, 3] -> their map, float32 [B, h, w, C], contiguous; see ``features``."""
+        return self.features(self.normalise(images))
+
+
+def create_backbone(
+    name: str,
+    *,
+    weights: str | Path | None = None,
+    pretrained: bool = False,
+    layer: int = -1,
+    stride: int | None = None,
+    norm: Norm = "model",
+    image_size: tuple[int, int] | None = None,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
+    seed: int = 0,
+    kwargs: Mapping[str, Any] | None = None,
+) -> Backbone:
+    """Make a frozen backbone out of timm's model ``name``, on the CPU.
+
+    Args:
+        name: of the architecture, with or without timm's tag of its weights.
+        weights: a local file (see ``featup.weights``) in timm's key names. It must fit strictly, at the size
+            the model was trained for, or at ``image_size`` where timm cannot resize the finished model; only
+            the classifier may be missing or have another number of classes.
+        pretrained: let timm download the weights instead. With neither they are random, by ``seed``.
+        layer: which map: the block of a ViT, the stage of a CNN; negative counts from the last.
+        stride: instead of ``layer``: the deepest map with this many pixels per feature.
+        norm: ``none`` gives the map as it is. ``model`` applies the model's own final norm where it is made
+            for the map: to the last one, of a model where timm can apply it to maps; other maps stay as they
+            are. ``layer`` does the same and then normalises every feature over its channels to mean 0 and
+            variance 1, without parameters: what FeatUp's upsamplers were trained on.
+        image_size: (height, width) in pixels of the images to come. Most models take every size that fits the
+            stride, position embeddings being resampled. The others (``fixed_size``) take this size only, and
+            without it the one they were trained for.
+        mean, std: of the normalisation, per channel for images in [0, 1]; by default those timm names for the
+            model. Weights trained elsewhere often want others.
+        seed: of the random weights; the global generators stay as they are.
+        kwargs: more arguments of ``timm.create_model``, such as ``{"pad_type": "same"}``.
+
+    Raises GeometryError for a model, layer, stride, size or argument that cannot be served, and WeightsError
+    for weights that cannot be had or do not fit. A missing file raises FileNotFoundError.
+    """
+    arguments = dict(kwargs or {})
+    if taken := [f"{key} (decided by {_DECIDED[key]})" for key in arguments if key in _DECIDED]:
+        raise GeometryError(f"kwargs hold {', '.join(taken)}; leave that out and use the argument named")
+    if weights is not None and pretrained:
+        raise WeightsError(f"weights={weights} and pretrained=True exclude each other; give one of them")
+    if norm not in get_args(Norm):
+        raise GeometryError(f"norm={norm!r} is not one of {', '.join(get_args(Norm))}")
+
+    with torch.random.fork_rng(devices=[]):
+        # Without memory or weights the model still tells all that must be known before either is paid for.
+        with torch.device("meta"):
+            sketch = _create(name, arguments)
+        maps = [(int(stage["reduction"]), int(stage["num_chs"])) for stage in sketch.feature_info]
+        index = _choose(name, maps, layer, stride)
+        step = _stride(sketch, maps[index][0])
+        data = timm.data.resolve_model_data_config(sketch)
+        native = _size(data["input_size"][1:])
+        size = native if image_size is None else _size(image_size)
+        takes = {key for cls in type(sketch).__mro__ for key in inspect.signature(cls).parameters}
+        fixed = bool(sketch.pretrained_cfg.get("fixed_input_size")) and "dynamic_img_size" not in takes
+        if fixed or image_size is not None:
+            _check_fit(name, index, step, size)
+        resize = fixed and size != native
+        if "dynamic_img_size" in takes:
+            arguments["dynamic_img_size"] = True
+        elif resize and not hasattr(sketch, "set_input_size"):
+            if "img_size" not in takes:
+                raise GeometryError(
+                    f"{name} takes images of {_times(native)} (height x width) only, not of {_times(size)}; "
+                    "resize the images to that, or choose another model"
+                )
+            arguments["img_size"] = size
+            resize = False
+
+        # The CPU's generator is the only one that is put back afterwards, so it alone is seeded.
+        torch.default_generator.manual_seed(seed)
+        with torch.device("cpu"):
+            model = _download(name, arguments) if pretrained else _create(name, arguments)
+
+    classifier = _classifier(model)
+    if weights is not None:
+        load_strict(model, load_state_dict(weights), str(weights), ignore=classifier)
+    digest = state_digest(model.state_dict(), ignore=classifier)
+    if resize:
+        # After loading, so that trained position embeddings are resampled instead of refused.
+        try:
+            model.set_input_size(img_size=size)
+        except (AssertionError, RuntimeError, ValueError) as error:
+            raise GeometryError(_refusal(name, size, error)) from error
+
+    backbone = Backbone(
+        model,
+        name=name,
+        layer=index,
+        stride=step,
+        channels=maps[index][1],
+        norm=norm,
+        final_norm=norm != "none" and index == len(maps) - 1,
+        mean=data["mean"] if mean is None else mean,
+        std=data["std"] if std is None else std,
+        input_size=size,
+        fixed=fixed,
+        crop=float(data["crop_pct"]),
+        interpolation=str(data["interpolation"]),
+        digest=digest,
+    )
+    # Where the size is free: not square, so that swapped axes show, and small, so that it costs little.
+    coarsest = max(reduction for reduction, _ in maps)
+    _verify(backbone, size if fixed else (3 * coarsest, 6 * coarsest))
+    return backbone
+
+
+def _create(name: str, arguments: Mapping[str, Any]) -> Any:
+    if not timm.is_model(name):
+        near = difflib.get_close_matches(name.split(".")[0], timm.list_models(), n=5)
+        raise GeometryError(
+            f"timm {timm.__version__} has no model {name!r}; "
+            + (f"the nearest names are {', '.join(near)}" if near else "timm.list_models() lists its names")
+        )
+    try:
+        model = timm.create_model(name, **arguments)
+    except (AssertionError, RuntimeError, TypeError, ValueError) as error:
+        raise GeometryError(
+            f"timm cannot make {name} with arguments {dict(arguments)}: {str(error).rstrip('.')}. Likely "
+            "cause: an argument or size this model does not take, or a tag it does not have; correct or omit it"
+        ) from error
+    if not hasattr(model, "forward_intermediates"):
+        raise GeometryError(
+            f"{name} ({type(model).__name__}) gives no intermediate maps in timm {timm.__version__}: it has "
+            "no forward_intermediates; choose another model, or a newer timm"
+        )
+    return model
+
+
+def _download(name: str, arguments: Mapping[str, Any]) -> Any:
+    try:
+        return timm.create_model(name, pretrained=True, **arguments)
+    except (OSError, RuntimeError, safetensors.SafetensorError) as error:
+        cfg = timm.get_pretrained_cfg(name)
+        source = (cfg and (cfg.hf_hub_id or cfg.url or cfg.file)) or "none known to timm"
+        raise WeightsError(
+            f"timm could not get pretrained weights of {name} (source: {source}): "
+            f"{' '.join(str(error).split())[:300]}. Likely cause: no network here, or no such weights for "
+            "these arguments. Fetch the file where there is a network, and give weights=FILE instead"
+        ) from error
+
+
+def _choose(name: str, maps: Sequence[tuple[int, int]], layer: int, stride: int | None) -> int:
+    """The index of the map asked for, among ``maps`` of (stride, channels)."""
+    runs = [(list(run), what) for what, run in groupby(range(len(maps)), maps.__getitem__)]
+    table = ", ".join(
+        f"{run[0] if len(run) == 1 else f'{run[0]}-{run[-1]}'} (stride {reduction}, {channels} channels)"
+        for run, (reduction, channels) in runs
+    )
+    if stride is None:
+        if not -len(maps) <= layer < len(maps):
+            raise GeometryError(f"{name} has no layer {layer}; its layers are {table}")
+        return layer % len(maps)
+    if layer != -1:
+        raise GeometryError(f"layer={layer} and stride={stride} both choose a map; give one of them")
+    found = [index for index, (reduction, _) in enumerate(maps) if reduction == stride]
+    if not found:
+        raise GeometryError(f"{name} has no layer of stride {stride}; its layers are {table}")
+    return found[-1]
+
+
+def _stride(model: Any, reduction: int) -> tuple[int, int]:
+    # timm names one number for both axes: the longer side, where a patch is not square.
+    patch = getattr(getattr(model, "patch_embed", None), "patch_size", None)
+    if isinstance(patch, tuple) and max(patch) == reduction:
+        return patch[0], patch[1]
+    return reduction, reduction
+
+
+def _classifier(model: Any) -> tuple[str, ...]:
+    names = model.pretrained_cfg.get("classifier") or ()
+    return (names,) if isinstance(names, str) else tuple(names)
+
+
+def _verify(backbone: Backbone, size: tuple[int, int]) -> None:
+    """Make one map for images of ``size``, so that a model that is not what timm says of it is refused."""
+    try:
+        with torch.inference_mode():
+            backbone.features(torch.zeros(1, 3, *size))
+    except GeometryError:
+        raise
+    except (AssertionError, RuntimeError, ValueError) as error:
+        if not (backbone.final_norm and isinstance(error, AssertionError)):
+            raise GeometryError(_refusal(backbone.name, size, error)) from error
+        # Models that cannot apply their norm to maps assert that nobody asks for it.
+        backbone.final_norm = False
+        _verify(backbone, size)
+
+
+def _refusal(name: str, size: Sequence[int], error: Exception) -> str:
+    return (
+        f"{name} fails on images of {_times(size)} (height x width): {error}. Likely cause: windows or "
+        "pooling that need other multiples; choose another image_size, such as the one it was trained for"
+    )
+
+
+def _check_fit(name: str, layer: int, stride: tuple[int, int], size: Sequence[int]) -> None:
+    sides = list(zip(size, stride, strict=True))
+    if any(side < step or side % step for side, step in sides):
+        down = [max(side // step, 1) * step for side, step in sides]
+        up = [max(-(-side // step), 1) * step for side, step in sides]
+        nearest = " or ".join(dict.fromkeys((_times(down), _times(up))))
+        raise GeometryError(
+            f"images of {_times(size)} (height x width) do not fit the stride {_times(stride)} of {name}, "
+            f"layer {layer}; crop, pad or resize them to {nearest}, or choose a layer of a finer stride"
+        )
+
+
+def _size(values: Sequence[int]) -> tuple[int, int]:
+    if len(values) != 2:
+        raise GeometryError(f"a size must be (height, width), got {tuple(values)}")
+    return int(values[0]), int(values[1])
+
+
+def _three(what: str, values: Sequence[float]) -> tuple[float, float, float]:
+    if len(values) != 3 or (what == "std" and min(values) <= 0):
+        raise GeometryError(f"{what} must be 3 numbers, and std above 0; got {tuple(values)}")
+    return float(values[0]), float(values[1]), float(values[2])
+
+
+def _times(size: Sequence[int]) -> str:
+    return "x".join(map(str, size))

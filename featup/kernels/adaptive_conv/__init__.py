@@ -1,0 +1,95 @@
+"""Adaptive convolution: every output position has its own filter, shared by all channels.
+
+``out[b, y, x, c] = sum_{i, j} filters[b, y, x, i, j] * source[b, y * sy + i, x * sx + j, c]``
+
+The core of joint bilateral upsampling (FeatUp, section 3.2).
+"""
+
+import torch
+from torch import Tensor
+
+from featup.errors import GeometryError
+from featup.kernels import Backend, choose_backend
+from featup.kernels.adaptive_conv import naive
+
+__all__ = ["adaptive_conv"]
+
+
+def adaptive_conv(
+    source: Tensor,
+    filters: Tensor,
+    stride: tuple[int, int] = (1, 1),
+    backend: Backend = "auto",
+    out: Tensor | None = None,
+) -> Tensor:
+    """Apply to each output position its own filter.
+
+    Parameters
+    ----------
+    source:
+        ``[B, Hs, Ws, C]``, already padded: ``Hs = (H - 1) * stride[0] + K`` and likewise for the width.
+    filters:
+        ``[B, H, W, K, L]``: taps by row and column of the window, not flipped.
+    stride:
+        (height, width) step of the window in source positions.
+    out:
+        Where to put the result, contiguous ``[B, H, W, C]``; not differentiable.
+
+    Returns
+    -------
+    ``[B, H, W, C]``.
+
+    Raises
+    ------
+    GeometryError
+        The two shapes do not belong together.
+    BackendError
+        The backend asked for cannot run on these tensors.
+    """
+    batch, height, width, kernel_h, kernel_w = filters.shape
+    needed = (batch, (height - 1) * stride[0] + kernel_h, (width - 1) * stride[1] + kernel_w)
+    if tuple(source.shape[:3]) != needed:
+        raise GeometryError(
+            f"adaptive_conv: filters {tuple(filters.shape)} with stride {stride} need a source of "
+            f"[{needed[0]}, {needed[1]}, {needed[2]}, C], got {tuple(source.shape)}; pad the source by the window"
+        )
+    match choose_backend(backend, "adaptive_conv", source, filters):
+        case "naive":
+            result = naive.adaptive_conv(source, filters, stride)
+        case "cpu":
+            from featup.kernels.adaptive_conv import cpu
+
+            out = torch.empty(batch, height, width, source.shape[3]) if out is None else out
+            cpu.adaptive_conv(
+                source.detach().numpy(),
+                filters.detach().contiguous().numpy(),
+                out.numpy(),
+                stride[0],
+                stride[1],
+            )
+            return out
+        case _:
+            result = _shifted(source, filters, stride)
+    return result if out is None else out.copy_(result)
+
+
+def _shifted(source: Tensor, filters: Tensor, stride: tuple[int, int]) -> Tensor:
+    """One multiply-add over the whole map per tap: no unfolded copy of the source, differentiable."""
+    _, height, width, kernel_h, kernel_w = filters.shape
+    out: Tensor | None = None
+    for i in range(kernel_h):
+        for j in range(kernel_w):
+            window = source[
+                :,
+                i : i + (height - 1) * stride[0] + 1 : stride[0],
+                j : j + (width - 1) * stride[1] + 1 : stride[1],
+            ]
+            weight = filters[:, :, :, i, j, None]
+            if out is None:
+                out = window * weight
+            elif torch.is_grad_enabled():
+                out = torch.addcmul(out, window, weight)
+            else:
+                out.addcmul_(window, weight)
+    assert out is not None
+    return out

@@ -1,0 +1,132 @@
+"""Separable resampling by taps: interpolation, border handling and row bands in one operator.
+
+``out[b, y, x, c] = sum_{s, t} rows.weight[y, s] * cols.weight[x, t] * source[b, rows.index[y, s], cols.index[x, t], c]``
+
+A border mode is only a remapping of indices and a band of an output is only a slice of the row taps, so a joint
+upsampler makes the padded, interpolated band it needs straight from the coarse map, and nothing larger.
+"""
+
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from featup.errors import GeometryError
+from featup.kernels import Backend, choose_backend
+from featup.kernels.resample import naive
+
+__all__ = ["Interpolation", "Taps", "interpolation_taps", "resample"]
+
+Interpolation = Literal["nearest", "bilinear", "bicubic"]
+
+_BICUBIC_A = -0.75  # the constant of torch.nn.functional.interpolate, which the FeatUp weights were trained with
+
+
+@dataclass(frozen=True, eq=False)
+class Taps:
+    """Which source positions each output position along one axis reads, and with what weight.
+
+    ``index`` int64 ``[N, T]``, ``weight`` float32 ``[N, T]``.
+    """
+
+    index: Tensor
+    weight: Tensor
+
+    def __getitem__(self, part: slice) -> "Taps":
+        return Taps(self.index[part], self.weight[part])
+
+    def __len__(self) -> int:
+        return self.index.shape[0]
+
+    def to(self, like: Tensor) -> "Taps":
+        """The same taps on the device and in the floating type of ``like``."""
+        return Taps(self.index.to(like.device), self.weight.to(like.device, like.dtype))
+
+
+@lru_cache(maxsize=256)
+def interpolation_taps(kind: Interpolation, size: int, out_size: int, reflect: int = 0) -> Taps:
+    """Taps that equal ``torch.nn.functional.interpolate(mode=kind, align_corners=False)`` along one axis.
+
+    Parameters
+    ----------
+    size, out_size:
+        Length of the axis before and after.
+    reflect:
+        So many positions are added at both ends by reflection of the *interpolated* axis (its border not repeated),
+        which is what padding the interpolated map would give. Where the axis is too short to reflect so far,
+        positions go back and forth; an axis of one position repeats.
+
+    Raises
+    ------
+    GeometryError
+        A size below one.
+    """
+    if size < 1 or out_size < 1:
+        raise GeometryError(f"interpolation from {size} to {out_size} positions: both must be at least 1")
+    period = max(1, 2 * (out_size - 1))
+    at = torch.arange(-reflect, out_size + reflect).remainder(period)
+    at = torch.where(at < out_size, at, period - at)
+    if kind == "nearest":
+        index = (at * size).div(out_size, rounding_mode="floor")[:, None]
+        return Taps(index, torch.ones_like(index, dtype=torch.float32))
+    centre = (at.double() + 0.5) * (size / out_size) - 0.5
+    if kind == "bilinear":
+        centre = centre.clamp_min(0)
+    first = centre.floor()
+    t = (centre - first)[:, None]
+    if kind == "bilinear":
+        offsets, weight = torch.arange(0, 2), torch.cat([1 - t, t], 1)
+    else:
+        offsets = torch.arange(-1, 3)
+        distance = (offsets - t).abs()
+        a = _BICUBIC_A
+        near = ((a + 2) * distance - (a + 3)) * distance * distance + 1
+        far = ((a * distance - 5 * a) * distance + 8 * a) * distance - 4 * a
+        weight = torch.where(distance <= 1, near, far)
+    index = (first[:, None].long() + offsets).clamp(0, size - 1)
+    return Taps(index, weight.float())
+
+
+def resample(source: Tensor, rows: Taps, cols: Taps, backend: Backend = "auto") -> Tensor:
+    """Resample both axes of a channels-last map.
+
+    Parameters
+    ----------
+    source:
+        ``[B, h, w, C]``.
+    rows, cols:
+        Taps along the height and along the width, into ``h`` and ``w``.
+
+    Returns
+    -------
+    ``[B, len(rows), len(cols), C]``.
+    """
+    match choose_backend(backend, "resample", source):
+        case "naive":
+            return naive.resample(source, rows.to(source), cols.to(source))
+        case "cpu":
+            from featup.kernels.resample import cpu
+
+            out = torch.empty(source.shape[0], len(rows), len(cols), source.shape[3])
+            cpu.resample(
+                source.detach().contiguous().numpy(),
+                rows.index.numpy(),
+                rows.weight.numpy(),
+                cols.index.numpy(),
+                cols.weight.numpy(),
+                out.numpy(),
+            )
+            return out
+        case _:
+            return _along(_along(source, rows.to(source), 1), cols.to(source), 2)
+
+
+def _along(source: Tensor, taps: Taps, axis: int) -> Tensor:
+    shape = [1, 1, 1, 1]
+    shape[axis] = len(taps)
+    parts = (
+        source.index_select(axis, taps.index[:, t]) * taps.weight[:, t].view(shape) for t in range(taps.index.shape[1])
+    )
+    return sum(parts, torch.zeros((), dtype=source.dtype, device=source.device))

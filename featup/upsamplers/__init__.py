@@ -1,0 +1,60 @@
+"""Upsamplers, all behind one protocol: see :class:`featup.upsamplers.base.Upsampler`."""
+
+from pathlib import Path
+from typing import Literal, get_args
+
+from featup.errors import GeometryError
+from featup.upsamplers.base import ChannelMap, Upsampler
+from featup.upsamplers.bilateral import Bilateral
+from featup.upsamplers.interpolate import Interpolate
+from featup.upsamplers.jbu import JBU
+
+__all__ = ["JBU", "Bilateral", "ChannelMap", "Interpolate", "Upsampler", "UpsamplerName", "create_upsampler"]
+
+UpsamplerName = Literal["nearest", "bilinear", "bicubic", "bilateral", "jbu"]
+
+
+def create_upsampler(
+    name: UpsamplerName,
+    *,
+    channels: int,
+    checkpoint: str | Path | None = None,
+    sigma_space: float = 1.0,
+    sigma_colour: float = 0.2,
+) -> Upsampler:
+    """An upsampler ready for inference.
+
+    Parameters
+    ----------
+    channels:
+        Of the backbone's features.
+    checkpoint:
+        For ``jbu``: our safetensors file or an official FeatUp ``.ckpt``.
+    sigma_space, sigma_colour:
+        For ``bilateral``; see :class:`Bilateral`.
+
+    Raises
+    ------
+    GeometryError
+        An unknown name, ``jbu`` without a checkpoint, or a checkpoint for another number of channels.
+    WeightsError
+        A checkpoint that cannot be read.
+    """
+    match name:
+        case "nearest" | "bilinear" | "bicubic":
+            upsampler: Upsampler = Interpolate(name)
+        case "bilateral":
+            upsampler = Bilateral(sigma_space, sigma_colour)
+        case "jbu":
+            if checkpoint is None:
+                raise GeometryError(
+                    "jbu needs a trained checkpoint and none was given; there is none for most backbones: give one by "
+                    "its file, or use 'bilateral', which needs no training"
+                )
+            from featup.checkpoints import load_jbu
+
+            upsampler = load_jbu(checkpoint)
+            upsampler.mixing(channels)
+        case _:
+            raise GeometryError(f"unknown upsampler {name!r}; there are {', '.join(get_args(UpsamplerName))}")
+    return upsampler.eval().requires_grad_(False)

@@ -1,0 +1,138 @@
+"""The protocol every upsampler satisfies, and the algebra that moves channel mixing to low resolution."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import ceil, log2
+
+import torch
+from torch import Tensor, nn
+
+from featup.errors import GeometryError
+
+__all__ = ["ChannelMap", "Upsampler", "as_guidance", "stage_sizes"]
+
+
+@dataclass(frozen=True, eq=False)
+class ChannelMap:
+    """An affine map of channels, ``y = x @ weight.T + bias``: a PCA, a 1x1 convolution, a linear probe.
+
+    ``weight`` ``[K, C]``, ``bias`` ``[K]``.
+    """
+
+    weight: Tensor
+    bias: Tensor
+
+    def after(self, first: "ChannelMap | None") -> "ChannelMap":
+        """The map that applies ``first`` and then this one."""
+        if first is None:
+            return self
+        return ChannelMap(self.weight @ first.weight, self.weight @ first.bias + self.bias)
+
+    def to(self, like: Tensor) -> "ChannelMap":
+        """The same map on the device and in the floating type of ``like``."""
+        return ChannelMap(self.weight.to(like), self.bias.to(like))
+
+
+class Upsampler(nn.Module):
+    """``upsampler(features [B, h, w, C], guidance [B, H, W, 3], size=(H', W')) -> [B, H', W', C]``.
+
+    ``guidance`` is the image, uint8 or floating in [0, 1]. Sub-classes that are linear over space, with the same
+    operator for every channel, implement :meth:`spatial` (and :meth:`mixing` if they end in a map of channels). Those
+    that are not override :meth:`forward`.
+    """
+
+    name: str
+
+    def forward(
+        self,
+        features: Tensor,
+        guidance: Tensor,
+        size: tuple[int, int],
+        projection: ChannelMap | None = None,
+        out: Tensor | None = None,
+    ) -> Tensor:
+        """Upsample, then apply ``projection`` if given.
+
+        A channel map commutes with a linear operator over space, so it runs at low resolution, where it costs
+        ``h * w / (H' * W')`` as much; its bias is added at the end, because the operator's rows need not sum to one.
+        Only the channels that come out are upsampled.
+
+        Parameters
+        ----------
+        features:
+            ``[B, h, w, C]``.
+        guidance:
+            ``[B, H, W, 3]``, uint8 or floating in [0, 1].
+        size:
+            (height, width) of the result, at least the features' own.
+        projection:
+            Channel map to ``K`` channels, applied to the upsampled features.
+        out:
+            Where to put the result, contiguous, in any floating type; not differentiable.
+
+        Returns
+        -------
+        ``[B, H', W', C]``, or ``[B, H', W', K]`` with a projection.
+
+        Raises
+        ------
+        GeometryError
+            Sizes that do not fit each other, or a result smaller than the features.
+        """
+        if features.dim() != 4 or guidance.dim() != 4 or guidance.shape[-1] != 3 or len(features) != len(guidance):
+            raise GeometryError(
+                f"{self.name}: need features [B, h, w, C] and guidance [B, H, W, 3] of one batch, got "
+                f"{tuple(features.shape)} and {tuple(guidance.shape)}; both are channels-last"
+            )
+        if size[0] < features.shape[1] or size[1] < features.shape[2]:
+            raise GeometryError(
+                f"{self.name}: cannot upsample {tuple(features.shape[1:3])} (height, width) to the smaller {size}; "
+                "ask for at least the features' own size"
+            )
+        mixing = self.mixing(features.shape[-1])
+        total = mixing if projection is None else projection.to(features).after(mixing)
+        if total is not None:
+            features = torch.nn.functional.linear(features, total.weight)
+        bias = None if total is None else total.bias
+        images = []
+        for index in range(len(features)):
+            one = slice(index, index + 1)
+            high = self.spatial(features[one], guidance[one], size)
+            if bias is not None:
+                high = high + bias if high.requires_grad else high.add_(bias)
+            if out is None:
+                images.append(high)
+            else:
+                out[one].copy_(high)
+        return torch.cat(images) if out is None else out
+
+    def mixing(self, channels: int) -> ChannelMap | None:
+        """The channel map the upsampler itself ends in, for ``channels`` input channels; ``None`` if it has none."""
+        return None
+
+    def spatial(self, features: Tensor, guidance: Tensor, size: tuple[int, int]) -> Tensor:
+        """The linear operator over space, for one image: ``[1, h, w, C]`` to ``[1, H', W', C]``, a new tensor."""
+        raise NotImplementedError
+
+
+def as_guidance(guidance: Tensor, dtype: torch.dtype) -> Tensor:
+    """The image as floating point in [0, 1], from uint8 or floating point."""
+    return guidance.to(dtype) / 255 if guidance.dtype == torch.uint8 else guidance.to(dtype)
+
+
+def stage_sizes(low: tuple[int, int], high: tuple[int, int]) -> Sequence[tuple[int, int]]:
+    """Sizes after each 2x stage from ``low`` to ``high``, both (height, width); the last one is exactly ``high``.
+
+    The number of stages is the least that needs no more than a doubling in each. A patch-14 ViT on 224x224 goes
+    16, 32, 64, 128, 224.
+
+    Raises
+    ------
+    GeometryError
+        ``high`` is smaller than ``low``.
+    """
+    if high[0] < low[0] or high[1] < low[1]:
+        raise GeometryError(f"stages go up: cannot reach {high} from {low} (height, width)")
+    count = ceil(log2(max(high[0] / low[0], high[1] / low[1])))
+    between = [(min(low[0] << i, high[0]), min(low[1] << i, high[1])) for i in range(1, count)]
+    return [*between, high] if count else []

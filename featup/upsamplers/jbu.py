@@ -1,0 +1,125 @@
+"""The learned stack of joint bilateral upsamplers (FeatUp, section 3.2, equations 5 to 7)."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from featup.errors import GeometryError
+from featup.kernels.window_correlation import window_correlation
+from featup.upsamplers.base import ChannelMap
+from featup.upsamplers.joint import JointUpsampler
+
+__all__ = ["IMAGENET_MEAN", "IMAGENET_STD", "JBU", "JBUStage"]
+
+# What the official checkpoints' guidance is normalised with, whatever the backbone wants.
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+
+class JBUStage(nn.Module):
+    """Filters of one stage: a learned range kernel times a Gaussian, plus a small learned correction."""
+
+    def __init__(self, key_dim: int = 32, radius: int = 3) -> None:
+        super().__init__()
+        self.radius = radius
+        taps = (2 * radius + 1) ** 2
+        self.range_temp = nn.Parameter(torch.tensor(0.0))
+        self.sigma_spatial = nn.Parameter(torch.tensor(1.0))
+        self.range_in = nn.Linear(3, key_dim)
+        self.range_out = nn.Linear(key_dim, key_dim)
+        self.fixup_in = nn.Linear(taps + 3, taps)
+        self.fixup_out = nn.Linear(taps, taps)
+
+    def forward(self, padded_guidance: Tensor) -> Tensor:
+        """``[B, H + 2r, W + 2r, 3]``, normalised, to filters ``[B, H, W, 2r + 1, 2r + 1]``.
+
+        The filters' taps need not sum to one: the correction is added after the normalisation.
+        """
+        radius = self.radius
+        inside = (slice(None), slice(radius, -radius), slice(radius, -radius))
+        keys = self.range_out(functional.gelu(self.range_in(padded_guidance)))
+        temperature = self.range_temp.exp().clamp(1e-4, 1e4)
+        correlation = window_correlation(keys[inside] * temperature, keys)
+        window = correlation.shape[-2:]
+        kernel = correlation.flatten(-2).softmax(-1) * self._gaussian()
+        kernel = kernel / kernel.sum(-1, keepdim=True).clamp_min(1e-7)
+        correction = torch.cat([kernel, padded_guidance[inside]], -1)
+        correction = self.fixup_out(functional.gelu(self.fixup_in(correction)))
+        return (kernel + 0.1 * correction).unflatten(-1, window)
+
+    def _gaussian(self) -> Tensor:
+        """``[(2r + 1)^2]`` on offsets scaled to [-1, 1], as the official weights expect."""
+        offsets = torch.linspace(
+            -1, 1, 2 * self.radius + 1, device=self.sigma_spatial.device, dtype=self.sigma_spatial.dtype
+        ).square()
+        return torch.exp(-(offsets[:, None] + offsets).flatten() / (2 * self.sigma_spatial**2))
+
+
+class JBU(JointUpsampler):
+    """A stack of learned 2x stages and a small residual map of channels at the end.
+
+    The last stage that runs ends exactly at the size asked for; a nearer size runs fewer stages.
+    """
+
+    name = "jbu"
+
+    def __init__(
+        self,
+        channels: int,
+        stages: int = 4,
+        key_dim: int = 32,
+        radius: int = 3,
+        guidance_mean: Sequence[float] = IMAGENET_MEAN,
+        guidance_std: Sequence[float] = IMAGENET_STD,
+        tile_pixels: int = 1 << 14,
+    ) -> None:
+        """
+        Parameters
+        ----------
+        channels:
+            Of the features the stack is made for.
+        stages:
+            Most doublings it can serve: 4 for stride 16.
+        key_dim:
+            Width of the range kernel's projection.
+        guidance_mean, guidance_std:
+            Normalisation of the image inside the upsampler, on [0, 1] RGB.
+        radius, tile_pixels:
+            See :class:`JointUpsampler`.
+        """
+        super().__init__(radius, tile_pixels)
+        self.channels = channels
+        self.key_dim = key_dim
+        self.guidance_mean = tuple(guidance_mean)
+        self.guidance_std = tuple(guidance_std)
+        self.stages = nn.ModuleList(JBUStage(key_dim, radius) for _ in range(stages))
+        self.fixup = nn.Linear(channels, channels)
+
+    def mixing(self, channels: int) -> ChannelMap:
+        """``x + 0.1 * fixup(x)`` as one channel map."""
+        if channels != self.channels:
+            raise GeometryError(
+                f"jbu: made for {self.channels} channels, got features of {channels}; "
+                "use a checkpoint trained for this backbone and layer"
+            )
+        identity = torch.eye(channels, device=self.fixup.weight.device, dtype=self.fixup.weight.dtype)
+        return ChannelMap(identity + 0.1 * self.fixup.weight, 0.1 * self.fixup.bias)
+
+    def check_stages(self, count: int, low: tuple[int, int], high: tuple[int, int]) -> None:
+        """See :meth:`JointUpsampler.check_stages`."""
+        if count > len(self.stages):
+            raise GeometryError(
+                f"jbu: {low} to {high} (height, width) takes {count} doublings and the stack has {len(self.stages)}; "
+                f"ask for at most {tuple(side << len(self.stages) for side in low)}, or train a deeper stack"
+            )
+
+    def prepare_guidance(self, guidance: Tensor) -> Tensor:
+        """From [0, 1] to the normalisation the stack was trained with."""
+        return (guidance - guidance.new_tensor(self.guidance_mean)) / guidance.new_tensor(self.guidance_std)
+
+    def filters(self, stage: int, padded_guidance: Tensor) -> Tensor:
+        """See :meth:`JointUpsampler.filters`."""
+        filters: Tensor = self.stages[stage](padded_guidance)
+        return filters

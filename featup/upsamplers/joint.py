@@ -1,0 +1,106 @@
+"""What all joint bilateral upsamplers share: 2x stages, windows, and bands that bound the memory.
+
+A stage (FeatUp, section 3.2) interpolates the features to the stage's size and replaces every vector by a weighted
+sum over the window around it; the weights come from the image at that size. Weights for a whole map are 49 numbers
+a pixel, so a stage works in bands of rows and holds one band's weights at a time.
+"""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from featup.kernels.adaptive_conv import adaptive_conv
+from featup.kernels.resample import interpolation_taps, resample
+from featup.upsamplers.base import Upsampler, as_guidance, stage_sizes
+
+__all__ = ["JointUpsampler", "resize_guidance"]
+
+
+class JointUpsampler(Upsampler):
+    """A stack of joint stages. Sub-classes say how a band's filters follow from the guidance."""
+
+    def __init__(self, radius: int, tile_pixels: int) -> None:
+        """
+        Parameters
+        ----------
+        radius:
+            The window is ``2 * radius + 1`` positions wide and high.
+        tile_pixels:
+            Most output positions whose filters are held at once; the memory a stage needs beside its output is about
+            ``tile_pixels * (4 * window + channels) * 4`` bytes.
+        """
+        super().__init__()
+        self.radius = radius
+        self.tile_pixels = tile_pixels
+
+    def filters(self, stage: int, padded_guidance: Tensor) -> Tensor:
+        """Filters of one band.
+
+        Parameters
+        ----------
+        stage:
+            Which stage of how many have gone before.
+        padded_guidance:
+            ``[1, h + 2r, w + 2r, 3]``, the band with its surroundings, as :meth:`prepare_guidance` left it.
+
+        Returns
+        -------
+        ``[1, h, w, 2r + 1, 2r + 1]``.
+        """
+        raise NotImplementedError
+
+    def check_stages(self, count: int, low: tuple[int, int], high: tuple[int, int]) -> None:
+        """Raise if ``count`` stages from ``low`` to ``high`` cannot be served; by default all can."""
+
+    def prepare_guidance(self, guidance: Tensor) -> Tensor:
+        """From [0, 1] to the scale the filters are made for."""
+        return guidance
+
+    def spatial(self, features: Tensor, guidance: Tensor, size: tuple[int, int]) -> Tensor:
+        """See :meth:`Upsampler.spatial`."""
+        guidance = self.prepare_guidance(as_guidance(guidance, features.dtype))
+        low = (features.shape[1], features.shape[2])
+        sizes = stage_sizes(low, size)
+        self.check_stages(len(sizes), low, size)
+        for stage, stage_size in enumerate(sizes):
+            features = self.run_stage(stage, features, resize_guidance(guidance, stage_size))
+        # No stage to run means the caller's own tensor: it must not be written to.
+        return features if sizes else features.clone()
+
+    def run_stage(self, stage: int, features: Tensor, guidance: Tensor) -> Tensor:
+        """One stage: ``features [1, h, w, C]`` to the size of the prepared ``guidance [1, H, W, 3]``."""
+        _, height, width, _ = guidance.shape
+        radius = self.radius
+        # The guidance reaches beyond its border by the same reflection as the interpolated features.
+        around = [interpolation_taps("nearest", side, side, reflect=radius) for side in (height, width)]
+        padded = resample(guidance, *around)
+        rows = interpolation_taps("bicubic", features.shape[1], height, reflect=radius)
+        cols = interpolation_taps("bicubic", features.shape[2], width, reflect=radius)
+        whole = None if torch.is_grad_enabled() else features.new_empty(1, height, width, features.shape[3])
+        bands = []
+        for start, stop in self._bands(height, width):
+            halo = slice(start, stop + 2 * radius)
+            source = resample(features, rows[halo], cols)
+            filters = self.filters(stage, padded[:, halo])
+            out = None if whole is None else whole[:, start:stop]
+            bands.append(adaptive_conv(source, filters, out=out))
+        return torch.cat(bands, 1) if whole is None else whole
+
+    def _bands(self, height: int, width: int) -> Iterator[tuple[int, int]]:
+        rows = max(1, self.tile_pixels // width)
+        for start in range(0, height, rows):
+            yield start, min(start + rows, height)
+
+
+def resize_guidance(guidance: Tensor, size: tuple[int, int]) -> Tensor:
+    """``[B, H, W, 3]`` to ``[B, *size, 3]``: the mean over each cell going down, bilinear going up."""
+    if (guidance.shape[1], guidance.shape[2]) == size:
+        return guidance
+    planes = guidance.permute(0, 3, 1, 2).contiguous()
+    if size[0] <= guidance.shape[1] and size[1] <= guidance.shape[2]:
+        planes = functional.adaptive_avg_pool2d(planes, size)
+    else:
+        planes = functional.interpolate(planes, size, mode="bilinear", align_corners=False)
+    return planes.permute(0, 2, 3, 1)

@@ -1,0 +1,172 @@
+"""Weights from local files: read them, load them strictly, and tell one set of them from another."""
+
+import hashlib
+import pickle
+from collections.abc import Collection, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+
+from featup.errors import WeightsError
+
+__all__ = ["file_digest", "load_state_dict", "load_strict", "state_digest"]
+
+_PICKLED = (".pth", ".pt", ".bin", ".ckpt", ".tar")
+# Averaged weights are what a training run reports its quality with, so they come first.
+_NESTS = ("state_dict_ema", "model_ema", "state_dict", "model")
+_WRAPPERS = ("module.", "_orig_mod.")
+# What torch.load is seen to raise on damaged files and on files of another format.
+_UNREADABLE = (
+    pickle.UnpicklingError,
+    RuntimeError,
+    EOFError,
+    ValueError,
+    LookupError,
+    AttributeError,
+    TypeError,
+)
+_LISTED = 8
+
+
+def load_state_dict(path: str | Path) -> dict[str, Tensor]:
+    """Read the tensors of a weights file, on the CPU, in the file's dtypes.
+
+    ``.safetensors`` files are read as they are. ``.pth``, ``.pt``, ``.bin``, ``.ckpt`` and ``.tar`` files are
+    unpickled with ``weights_only=True``, so that nothing in them is executed; the nesting that training
+    scripts save (``state_dict_ema``, ``model_ema``, ``state_dict``, ``model``: the first found, repeatedly)
+    is taken off, and so are the prefixes ``module.`` and ``_orig_mod.`` where every key has them.
+
+    Raises FileNotFoundError for a missing file, and WeightsError for one that is damaged, has another suffix,
+    or holds something else than named tensors.
+    """
+    path = Path(path)
+    if path.suffix == ".safetensors":
+        try:
+            return safetensors.torch.load_file(path)
+        except safetensors.SafetensorError as error:
+            raise WeightsError(_unreadable(path, "safetensors", error)) from error
+    if path.suffix not in _PICKLED:
+        raise WeightsError(
+            f"{path}: a file that ends in {path.suffix!r} is not read as weights; "
+            f"give a file that ends in .safetensors or {', '.join(_PICKLED)}"
+        )
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except _UNREADABLE as error:
+        raise WeightsError(_unreadable(path, "torch.save with weights_only=True", error)) from error
+    return _named_tensors(content, path)
+
+
+def load_strict(module: nn.Module, state: Mapping[str, Tensor], source: str, ignore: Collection[str] = ()) -> None:
+    """Load ``state`` into ``module``, all of it or nothing, cast to the module's dtypes.
+
+    Every parameter and persistent buffer must be given, with its shape, and nothing else may be. Two
+    exceptions, both by name: keys that equal or lie under a prefix of ``ignore`` (``"head"`` covers
+    ``head.weight``) are loaded where they fit and passed over where they do not; and so are buffers that the
+    module computes for itself and does not save, which older versions of a library did save.
+
+    ``source`` is named in the error. Raises WeightsError that lists what is missing, unexpected, or of
+    another shape or kind; the module is then as it was.
+    """
+    expected: dict[str, Tensor] = module.state_dict()
+    computed = {name for name, _ in module.named_buffers()} - expected.keys()
+
+    misfits = {
+        key: f"{key} {_describe(value)} for {_describe(expected[key])}"
+        for key, value in state.items()
+        if key in expected
+        and (value.shape != expected[key].shape or value.is_floating_point() != expected[key].is_floating_point())
+    }
+    missing = [key for key in expected if key not in state and not _under(key, ignore)]
+    known = expected.keys() | computed
+    unexpected = [key for key in state if key not in known and not _under(key, ignore)]
+    misfitting = [text for key, text in misfits.items() if not _under(key, ignore)]
+    if missing or unexpected or misfitting:
+        if not expected.keys() & state.keys():
+            cause = "weights of another architecture, or of another library's version of it"
+        elif not missing and not unexpected:
+            cause = "the same architecture, made with another width, patch size or input size"
+        else:
+            cause = "another variant of the architecture, or other arguments when it was made"
+        raise WeightsError(
+            f"{source} does not fit {type(module).__name__}"
+            + _listing("missing from it", missing)
+            + _listing("unexpected in it", unexpected)
+            + _listing("of another shape or kind (its own for the model's)", misfitting)
+            + f". Likely cause: {cause}. Give the model name and arguments these weights were saved with."
+        )
+    fitting = {key: value for key, value in state.items() if key in expected and key not in misfits}
+    module.load_state_dict(expected | fitting)
+
+
+def file_digest(path: str | Path) -> str:
+    """The SHA-256 of a file's bytes, in lower-case hexadecimal. Raises OSError where it cannot be read."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def state_digest(state: Mapping[str, Tensor], ignore: Collection[str] = ()) -> str:
+    """The SHA-256 of the keys, dtypes, shapes and bytes of a state dict, in lower-case hexadecimal.
+
+    The order of the keys and the tensors' devices and strides make no difference. Keys that equal or lie
+    under a prefix of ``ignore`` are left out.
+    """
+    digest = hashlib.sha256()
+    for key in sorted(key for key in state if not _under(key, ignore)):
+        value = state[key].detach().cpu().contiguous()
+        digest.update(f"{key} {value.dtype} {tuple(value.shape)}\n".encode())
+        digest.update(value.reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def _under(key: str, prefixes: Collection[str]) -> bool:
+    return any(key == prefix or key.startswith(f"{prefix}.") for prefix in prefixes)
+
+
+def _named_tensors(content: Any, path: Path) -> dict[str, Tensor]:
+    while isinstance(content, Mapping) and (
+        nested := [content[key] for key in _NESTS if isinstance(content.get(key), Mapping)]
+    ):
+        content = nested[0]
+    if not isinstance(content, Mapping) or not content:
+        raise WeightsError(
+            f"{path}: holds {'an empty' if isinstance(content, Mapping) else 'a'} {type(content).__name__}, "
+            "not named tensors. Likely cause: something else was saved; save module.state_dict()"
+        )
+    others = [
+        f"{key!r} ({type(value).__name__})"
+        for key, value in content.items()
+        if not (isinstance(key, str) and isinstance(value, Tensor))
+    ]
+    if others:
+        raise WeightsError(
+            f"{path}: not only named tensors{_listing('also there', others)}. Likely cause: a training "
+            f"checkpoint that nests its weights under none of {', '.join(_NESTS)}; save the state dict alone"
+        )
+    state = dict(content)
+    while prefix := next((p for p in _WRAPPERS if all(key.startswith(p) for key in state)), None):
+        state = {key.removeprefix(prefix): value for key, value in state.items()}
+    return state
+
+
+def _describe(tensor: Tensor) -> str:
+    return f"{str(tensor.dtype).removeprefix('torch.')}{list(tensor.shape)}"
+
+
+def _listing(title: str, items: Iterable[str]) -> str:
+    items = list(items)
+    more = f" and {len(items) - _LISTED} more" if len(items) > _LISTED else ""
+    return f"; {title} ({len(items)}): {', '.join(items[:_LISTED])}{more}" if items else ""
+
+
+def _unreadable(path: Path, way: str, error: Exception) -> str:
+    return (
+        f"{path}: cannot be read by {way}: {' '.join(str(error).split())[:300] or type(error).__name__}. "
+        f"Likely cause: a download that was cut off (the file has {path.stat().st_size} bytes), a Git LFS "
+        "pointer, a web page, or a pickle that holds other objects than tensors. "
+        "Fetch the file again, or save its state dict alone as safetensors"
+    )

@@ -1,0 +1,1 @@
+"""Entry points: ``python -m jobs.NAME``, in a shell and under ``ray job submit`` alike."""

@@ -1,0 +1,43 @@
+"""The main job: shards of images in, a verified feature store out.
+
+python -m jobs.precompute --shards 'train-{0000..0005}.tar' --out out/train --backbone mobilenetv1_100 ...
+python -m jobs.precompute --config configs/dinov2_s14.yaml --shards ... --out ... --dry-run
+"""
+
+import sys
+
+from featup.errors import FeatupError
+from pipeline.config import PrecomputeConfig, parse_args
+from pipeline.errors import PipelineError
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the job. Exit status 0: everything is in the store or accounted for; 1: it is not, and the text says why."""
+    config, options = parse_args(
+        PrecomputeConfig,
+        argv,
+        description=__doc__,
+        extra=lambda parser: parser.add_argument(
+            "--dry_run",
+            "--dry-run",
+            action="store_true",
+            help="say what would be done, and what it takes; do nothing",
+        ),
+    )
+    try:
+        if options.dry_run:
+            from pipeline.estimate import estimate
+
+            print(estimate(config))
+        else:
+            from pipeline.run import precompute
+
+            precompute(config)
+    except (PipelineError, FeatupError) as error:
+        print(f"precompute: {type(error).__name__}: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""Dataset scale: WebDataset shards in, a Zarr store of high-resolution features out."""

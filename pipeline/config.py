@@ -1,0 +1,291 @@
+"""Every option, once: frozen dataclasses, checked on construction, read from YAML and the command line."""
+
+import re
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import MISSING, dataclass, field, fields
+from difflib import get_close_matches
+from typing import Any, Literal, NamedTuple, NoReturn, TypeVar, get_args, get_origin, get_type_hints
+
+import jsonargparse
+from jsonargparse.typing import register_type
+
+from featup.upsamplers import UpsamplerName
+from pipeline.decode import IMAGE_EXTS
+from pipeline.errors import ConfigError
+from pipeline.geometry import Geometry
+
+__all__ = ["LabelKind", "PrecomputeConfig", "Size", "describe", "parse_args", "read_config"]
+
+LabelKind = Literal["seg", "depth", "cls"]
+Precision = Literal["float32", "bfloat16", "float16"]
+
+
+class Size(NamedTuple):
+    """(height, width) in pixels, written ``352x480``, or ``224`` for a square."""
+
+    height: int
+    width: int
+
+    def __str__(self) -> str:
+        return f"{self.height}x{self.width}"
+
+    @staticmethod
+    def parse(text: object) -> "Size":
+        """From ``"352x480"``, ``"224"``, 224 or a pair of numbers.
+
+        Raises
+        ------
+        ValueError
+            Anything else.
+        """
+        if isinstance(text, (list, tuple)) and len(text) == 2:
+            return Size(int(text[0]), int(text[1]))
+        found = re.fullmatch(r"\s*(\d+)(?:\s*[xX]\s*(\d+))?\s*", str(text))
+        if found is None:
+            raise ValueError(f"a size is HEIGHTxWIDTH, such as 352x480, or one number for a square, not {text!r}")
+        return Size(int(found[1]), int(found[2] or found[1]))
+
+
+register_type(Size, serializer=str, deserializer=Size.parse, fail_already_registered=False)
+
+
+def _option(default: Any, text: str, *, run: bool = False) -> Any:
+    """A field with its help; ``run`` marks options that change how the job runs and not what it writes."""
+    metadata = {"help": text, "run": run}
+    return field(metadata=metadata) if default is MISSING else field(default=default, metadata=metadata)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PrecomputeConfig:
+    """Options of ``jobs.precompute``: shards of images in, a store of features out."""
+
+    shards: tuple[str, ...] = _option(
+        MISSING,
+        "tar shards in WebDataset format: paths or fsspec URLs, with {0000..0099} braces and * globs",
+        run=True,
+    )
+    out: str = _option(MISSING, "the store: a folder or an fsspec URL that every worker can write to", run=True)
+
+    image_exts: tuple[str, ...] = _option(IMAGE_EXTS, "extensions an image may have, the first present wins")
+    labels: tuple[LabelKind, ...] = _option((), "labels to store beside the features: seg, depth, cls")
+    size: Size = _option(Size(224, 224), "size of the image given to the backbone, HEIGHTxWIDTH")
+    geometry: Geometry = _option(
+        "squash",
+        "how an image gets that size: squash, center_crop, or pad (keeps the aspect, with a valid mask)",
+    )
+    max_pixels: int = _option(100_000_000, "images with more pixels than this are not decoded")
+    seg_dtype: Literal["uint8", "uint16"] = _option(
+        "uint8", "type of the stored class ids; its largest value is 'none'"
+    )
+    label_orientation: Literal["displayed", "stored"] = _option(
+        "displayed", "the pixel grid labels are in when EXIF turns the image and sizes cannot tell"
+    )
+    depth_png_scale: float = _option(0.001, "metres per unit of depth.png")
+    depth_npy_scale: float = _option(1.0, "metres per unit of depth.npy")
+    limit: int | None = _option(None, "use only the first so many samples")
+
+    backbone: str = _option("vit_small_patch14_dinov2.lvd142m", "name of a timm model")
+    weights: str | None = _option(None, "local .safetensors or .pth file with the backbone's weights")
+    pretrained: bool = _option(True, "without a file: download timm's weights (false: random ones, for speed only)")
+    layer: int = _option(-1, "which of the model's feature maps: ViT block or CNN stage, -1 for the last")
+    stride: int | None = _option(None, "instead of layer: the deepest map of this stride in pixels")
+    norm: Literal["none", "model", "layer"] = _option(
+        "model",
+        "of the features: none, the model's own final one where it has one, or layer (parameter-free)",
+    )
+    backbone_kwargs: dict[str, Any] = field(
+        default_factory=dict, metadata={"help": "more arguments for timm.create_model", "run": False}
+    )
+    mean: tuple[float, float, float] | None = _option(None, "image mean, RGB in [0, 1]; by default the model's own")
+    std: tuple[float, float, float] | None = _option(None, "image standard deviation; by default the model's own")
+    precision: Precision = _option("float32", "of the backbone; float16 and bfloat16 are for GPUs")
+
+    upsampler: UpsamplerName = _option("bilateral", "nearest, bilinear, bicubic, bilateral (training-free) or jbu")
+    checkpoint: str | None = _option(None, "for jbu: our .safetensors or an official FeatUp .ckpt")
+    output_size: Size | None = _option(None, "size of the stored features, HEIGHTxWIDTH; by default that of the image")
+    sigma_space: float = _option(1.0, "bilateral: in pixels of a stage")
+    sigma_colour: float = _option(0.2, "bilateral: on RGB in [-1, 1]")
+
+    pca: int | None = _option(None, "store so many principal components instead of all channels")
+    pca_images: int = _option(256, "images the PCA is fitted on, spread over the data set")
+    mantissa_bits: int | None = _option(None, "round stored values to so many of float16's 10 bits, to compress better")
+    tile: int | None = _option(None, "side of a chunk in pixels; by default as large as keeps a chunk below 4 MiB")
+    rows_per_shard: int | None = _option(None, "images in one Zarr shard; by default as many as keep it below 256 MiB")
+    compression_level: int = _option(1, "of zstd, 1 to 9")
+
+    actors: int = _option(1, "processes that featurize", run=True)
+    gpus_per_actor: float | None = _option(None, "by default 1 where the cluster has GPUs, else 0", run=True)
+    cpus_per_actor: float = _option(1.0, "CPU cores Ray sets aside for each of them", run=True)
+    loader_cpus: float = _option(0.5, "CPU cores Ray sets aside for each reading and decoding task", run=True)
+    threads: int | None = _option(None, "threads of each actor; by default the machine's cores / actors", run=True)
+    batch_size: int = _option(8, "images in one forward pass", run=True)
+    max_failed_fraction: float = _option(0.01, "more failed samples than this fraction fail the job", run=True)
+    unit_attempts: int = _option(2, "how often a unit is tried before it counts as failed", run=True)
+    object_store_mb: int = _option(512, "memory of Ray's object store when the job starts its own Ray", run=True)
+
+    def __post_init__(self) -> None:
+        problems = [text for broken, text in self._checks() if broken]
+        if problems:
+            raise ConfigError("; ".join(problems))
+
+    def _checks(self) -> Sequence[tuple[bool, str]]:
+        target = self.target_size
+        return [
+            (not self.shards, "shards is empty; give at least one tar"),
+            (not self.out, "out is empty; give the folder or URL of the store"),
+            (
+                min(*self.size, *target) < 1,
+                f"size={self.size}, output_size={target}: both sides must be at least 1",
+            ),
+            (len(set(self.labels)) != len(self.labels), f"labels={self.labels}: one is named twice"),
+            (self.limit is not None and self.limit < 1, f"limit={self.limit} must be at least 1"),
+            (
+                self.stride is not None and self.layer != -1,
+                f"stride={self.stride} and layer={self.layer} both choose the feature map; give one of them",
+            ),
+            (
+                (self.upsampler == "jbu") != (self.checkpoint is not None),
+                f"upsampler={self.upsampler!r} with checkpoint={self.checkpoint!r}: jbu needs a trained checkpoint, "
+                "the others take none",
+            ),
+            (
+                self.sigma_space <= 0 or self.sigma_colour <= 0,
+                "sigma_space and sigma_colour must be positive",
+            ),
+            (self.pca is not None and self.pca < 1, f"pca={self.pca} must be at least 1"),
+            (self.pca_images < 1, f"pca_images={self.pca_images} must be at least 1"),
+            (
+                self.mantissa_bits is not None and not 1 <= self.mantissa_bits <= 10,
+                f"mantissa_bits={self.mantissa_bits} must be between 1 and 10",
+            ),
+            (self.tile is not None and self.tile < 1, f"tile={self.tile} must be at least 1"),
+            (
+                self.rows_per_shard is not None and self.rows_per_shard < 1,
+                f"rows_per_shard={self.rows_per_shard} must be at least 1",
+            ),
+            (
+                not 1 <= self.compression_level <= 9,
+                f"compression_level={self.compression_level} must be 1 to 9",
+            ),
+            (self.actors < 1, f"actors={self.actors} must be at least 1"),
+            (self.batch_size < 1, f"batch_size={self.batch_size} must be at least 1"),
+            (self.unit_attempts < 1, f"unit_attempts={self.unit_attempts} must be at least 1"),
+            (
+                not 0 <= self.max_failed_fraction <= 1,
+                f"max_failed_fraction={self.max_failed_fraction} must be between 0 and 1",
+            ),
+            (self.threads is not None and self.threads < 1, f"threads={self.threads} must be at least 1"),
+            (
+                self.cpus_per_actor == self.loader_cpus and not self.gpus_per_actor,
+                f"cpus_per_actor and loader_cpus are both {self.loader_cpus}: Ray would then run reading and decoding "
+                "inside the actors, one after the other; make them differ",
+            ),
+        ]
+
+    @property
+    def target_size(self) -> Size:
+        """(height, width) of the stored features."""
+        return self.output_size or self.size
+
+    def identity(self) -> dict[str, Any]:
+        """The options that decide what is written: a store is resumed only where these are the same."""
+        values = describe(self)
+        return {one.name: values[one.name] for one in fields(self) if not one.metadata["run"]}
+
+
+def describe(config: Any) -> dict[str, Any]:
+    """A config as plain values that JSON and YAML hold and :func:`parse_args` reads back."""
+
+    def plain(value: Any) -> Any:
+        return str(value) if isinstance(value, Size) else list(value) if isinstance(value, tuple) else value
+
+    return {one.name: plain(getattr(config, one.name)) for one in fields(config)}
+
+
+Config = TypeVar("Config")
+
+
+def read_config(config: type[Config], values: Mapping[str, Any]) -> Config:
+    """What :func:`describe` made."""
+    hints = get_type_hints(config)
+
+    def typed(name: str, value: Any) -> Any:
+        if value is not None and Size in (hints[name], *get_args(hints[name])):
+            return Size.parse(value)
+        return tuple(value) if isinstance(value, list) else value
+
+    return config(**{name: typed(name, value) for name, value in values.items()})
+
+
+class _Parser(jsonargparse.ArgumentParser):
+    """Names the nearest option when one is unknown."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        known = [action.dest for action in self._actions]
+        hints = []
+        for name in re.findall(r"--([\w-]+)|[Kk]ey ['\"]([\w.-]+)['\"]", message):
+            unknown = (name[0] or name[1]).replace("-", "_")
+            if unknown not in known:
+                near = get_close_matches(unknown, known, 1, 0.5)
+                hints.append(f"unknown option {unknown!r}" + (f", did you mean {near[0]!r}?" if near else ""))
+        super().error("; ".join([*hints, message.strip()]) if hints else message, ex)
+
+
+def _several_words(hint: Any) -> dict[str, Any]:
+    """Arguments for an option that takes several words, where its type is a tuple (or none)."""
+    for one in (hint, *get_args(hint)):
+        if get_origin(one) is tuple:
+            of, *rest = get_args(one)
+            return {"type": of, "nargs": "*" if rest == [Ellipsis] else 1 + len(rest)}
+    return {}
+
+
+def parse_args(
+    config: type[Config],
+    argv: Sequence[str] | None = None,
+    *,
+    description: str,
+    extra: Callable[[jsonargparse.ArgumentParser], None] | None = None,
+) -> tuple[Config, Any]:
+    """Read a config from ``--config FILE.yaml`` and ``--option value``, the later of two winning.
+
+    ``-`` and ``_`` are the same in an option's name. Unknown options end the program with the nearest known name.
+
+    Parameters
+    ----------
+    config:
+        The dataclass.
+    extra:
+        Adds arguments that are not part of the config.
+
+    Returns
+    -------
+    The config, and the namespace with all values.
+    """
+    parser = _Parser(description=description)
+    parser.add_argument("--config", action="config", help="YAML file with any of the options below")
+    if extra is not None:
+        extra(parser)
+    hints = get_type_hints(config)
+    for one in fields(config):  # type: ignore[arg-type]
+        kwargs: dict[str, Any] = {"help": one.metadata["help"], "type": hints[one.name]}
+        if one.default is not MISSING:
+            kwargs["default"] = one.default
+        elif one.default_factory is not MISSING:
+            kwargs["default"] = one.default_factory()
+        else:
+            kwargs["required"] = True
+        kwargs |= _several_words(hints[one.name])
+        if isinstance(kwargs.get("default"), tuple) and not isinstance(kwargs["default"], Size):
+            kwargs["default"] = list(kwargs["default"])
+        parser.add_argument(f"--{one.name}", **kwargs)
+    words = list(sys.argv[1:] if argv is None else argv)
+    words = [re.sub(r"^--[\w-]+", lambda m: "--" + m[0][2:].replace("-", "_"), word) for word in words]
+    namespace = parser.parse_args(words)
+    values = {one.name: namespace[one.name] for one in fields(config)}  # type: ignore[arg-type]
+    values = {name: tuple(v) if isinstance(v, list) else v for name, v in values.items()}
+    try:
+        return config(**values), namespace
+    except ConfigError as error:
+        parser.error(str(error))

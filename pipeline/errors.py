@@ -1,0 +1,90 @@
+"""Errors of the pipeline, and the reasons a sample can fail for.
+
+PipelineError
+├── ConfigError        (ValueError)     an option, or a combination of options, that cannot be served
+├── InputError         (ValueError)     shards that cannot be found, listed or indexed
+├── SampleError        (ValueError)     one sample that cannot be used; carries a Reason
+├── UnitError          (RuntimeError)   one unit of work that failed for good; carries its key
+├── StoreError         (RuntimeError)   a store that is missing, incomplete, damaged or of another make
+│   └── StoreMismatchError              a store made with another config, model or plan
+├── ForkError          (RuntimeError)   a reader inherited through fork(), which would deadlock
+└── JobFailedError     (RuntimeError)   the run ended, and what it had to do is not all done
+"""
+
+from enum import StrEnum
+
+__all__ = [
+    "ConfigError",
+    "ForkError",
+    "InputError",
+    "JobFailedError",
+    "PipelineError",
+    "Reason",
+    "SampleError",
+    "StoreError",
+    "StoreMismatchError",
+    "UnitError",
+]
+
+
+class Reason(StrEnum):
+    """Why a sample is not in the store. The value is what ``index.parquet`` holds in ``reason``."""
+
+    IMAGE_MISSING = "image_missing"
+    UNDECODABLE = "undecodable"
+    TRUNCATED = "truncated"
+    UNSUPPORTED = "unsupported_format"
+    TOO_LARGE = "too_large"
+    LABEL_MISSING = "label_missing"
+    LABEL_SIZE = "label_size"
+    LABEL_UNDECODABLE = "label_undecodable"
+    LABEL_RANGE = "label_range"
+    REPEATED_KEY = "repeated_key"
+    TAR_TRUNCATED = "tar_truncated"
+    TAR_DAMAGED = "tar_damaged"
+    NOT_FINITE = "features_not_finite"
+    UNIT_FAILED = "unit_failed"
+
+
+class PipelineError(Exception):
+    """Base of every error raised by ``pipeline``."""
+
+
+class ConfigError(PipelineError, ValueError):
+    """An option, or a combination of options, that cannot be served."""
+
+
+class InputError(PipelineError, ValueError):
+    """Shards that cannot be found, listed or indexed."""
+
+
+class SampleError(PipelineError, ValueError):
+    """One sample that cannot be used. The job goes on; the index lists it with its reason."""
+
+    def __init__(self, reason: Reason, detail: str) -> None:
+        super().__init__(f"{reason.value}: {detail}")
+        self.reason = reason
+        self.detail = detail
+
+    def __reduce__(self) -> tuple[type["SampleError"], tuple[Reason, str]]:
+        return (SampleError, (self.reason, self.detail))
+
+
+class UnitError(PipelineError, RuntimeError):
+    """One unit of work that failed for good; the text begins with the unit's key."""
+
+
+class StoreError(PipelineError, RuntimeError):
+    """A store that is missing, incomplete or damaged."""
+
+
+class StoreMismatchError(StoreError):
+    """A store made with another config, model or plan; the text lists the differences."""
+
+
+class ForkError(PipelineError, RuntimeError):
+    """A reader inherited through ``fork()``, which would deadlock on its first read."""
+
+
+class JobFailedError(PipelineError, RuntimeError):
+    """The run ended and not everything it had to do is done; the text says what is left and why."""

@@ -1,0 +1,316 @@
+"""Chains the stages of a run; the one place that knows Ray.
+
+``ray.data.range`` over the units that are left -> load (tasks: read and decode) -> featurize (actors: extract,
+upsample, encode, write) -> receipts on the driver. A unit is one row from end to end.
+"""
+
+import logging
+import os
+import sys
+from collections.abc import Iterator
+from dataclasses import asdict, replace
+from functools import lru_cache
+from importlib.metadata import version
+from typing import Any
+
+import numpy as np
+import ray
+import ray.data
+import yaml
+
+from pipeline import storage
+from pipeline.config import PrecomputeConfig, describe
+from pipeline.decode import DecodeOptions
+from pipeline.errors import JobFailedError, PipelineError, StoreError, StoreMismatchError
+from pipeline.featurize import Extractor, Featurizer, Setup, failed_unit, fit_pca, pack, save_pca, set_threads
+from pipeline.index import Summary, write_index
+from pipeline.ledger import Ledger, Receipt, SampleRecord
+from pipeline.load import decode_options, load_unit
+from pipeline.plan import Plan, PlannedShard, UnitKey, make_plan, plan_shard, rows_of
+from pipeline.progress import Progress
+from pipeline.store import Layout, create_store, read_attributes, tile_of
+from pipeline.verify import Finding, verify_unit
+
+__all__ = ["connect", "layout_of", "plan_input", "precompute", "prepare", "verify"]
+
+_PARALLEL_INDEXING = 32
+_MOST_BLOCKS = 10_000
+
+
+def connect(object_store_mb: int) -> None:
+    """Join the cluster that ``RAY_ADDRESS`` or ``ray job submit`` names, or start Ray on this machine."""
+    if ray.is_initialized():
+        return
+    if os.environ.get("RAY_ADDRESS"):
+        ray.init(log_to_driver=True, logging_level=logging.WARNING)
+    else:
+        ray.init(
+            address="local",
+            object_store_memory=object_store_mb << 20,
+            include_dashboard=False,
+            logging_level=logging.WARNING,
+        )
+    context = ray.data.DataContext.get_current()
+    context.enable_progress_bars = False
+    context.print_on_execution_start = False
+    # Silence about a unit that takes long is not a hang; 0 failed blocks are ever tolerated.
+    context.max_errored_blocks = 0
+    logging.getLogger("ray.data").setLevel(logging.WARNING)
+
+
+def precompute(config: PrecomputeConfig) -> Summary:
+    """The main job: everything from shards to a store with its index. Running it again does only what is left.
+
+    Returns:
+        What became of every sample.
+
+    Raises:
+        JobFailedError: units failed for good, or too many samples did; all others are in the store.
+        StoreMismatchError: ``out`` holds a store made with other options, input or weights.
+    """
+    _check_options(config)
+    connect(config.object_store_mb)
+    shards = plan_input(config, index_all=_index_on_ray)
+    gpus = _gpus_per_actor(config)
+    setup: Setup = ray.get(_prepare_remotely.options(num_cpus=1, num_gpus=gpus).remote(config, shards))
+    plan = _complete_plan(config, shards, setup)
+    layout = layout_of(config, plan.rows_per_shard, setup.channels, plan.units)
+    _create(config, plan, layout, setup)
+    for fault in plan.faults:
+        print(f"input fault: {fault}", flush=True)
+
+    ledger = Ledger(storage.join(config.out, "ledger"))
+    done = ledger.done()
+    todo = np.array([unit for unit in range(plan.units) if unit not in done], dtype=np.int64)
+    left = sum(len(plan.unit(int(unit))) for unit in todo)
+    print(
+        f"{config.out}: {plan.samples} samples in {plan.units} units, {len(done)} units done before, "
+        f"{len(todo)} to do with {left} samples; backbone {config.backbone} on {setup.device}, "
+        f"{setup.grid[0]}x{setup.grid[1]} to {config.target_size} by {config.upsampler}, {setup.channels} channels",
+        flush=True,
+    )
+    failures: dict[int, Receipt] = {}
+    if len(todo):
+        progress = Progress(len(todo), left)
+        for receipt in _featurize(config, plan, layout, setup, todo, gpus):
+            progress.add(receipt)
+            if receipt.error:
+                failures[receipt.unit.unit] = receipt
+                print(f"{receipt.unit} failed: {receipt.error}", file=sys.stderr, flush=True)
+    summary = write_index(config.out, plan, ledger, failures)
+    print(summary.text(), flush=True)
+    _judge(config, summary)
+    return summary
+
+
+def _judge(config: PrecomputeConfig, summary: Summary) -> None:
+    if summary.failed_units:
+        raise JobFailedError(
+            f"{len(summary.failed_units)} of {summary.units} units failed for good: "
+            f"{summary.failed_units[:10]}; the reasons stand above and in index.parquet. Run the same command again "
+            "to try only these"
+        )
+    fraction = summary.failed / max(1, summary.samples)
+    if fraction > config.max_failed_fraction:
+        raise JobFailedError(
+            f"{summary.failed} of {summary.samples} samples failed ({fraction:.2%}), more than "
+            f"max_failed_fraction={config.max_failed_fraction:.2%}; the rest is in the store. Look at the reasons, "
+            "mend the shards and start a new store, or raise the limit"
+        )
+
+
+def plan_input(config: PrecomputeConfig, index_all: Any = None) -> tuple[PlannedShard, ...]:
+    """Index the input shards; the indices are kept in ``OUT/plan/index``."""
+    index_dir = storage.join(config.out, "plan", "index")
+    storage.make_dirs(index_dir)
+    return make_plan(config.shards, index_dir, config.limit, index_all)
+
+
+def prepare(config: PrecomputeConfig, shards: tuple[PlannedShard, ...]) -> Setup:
+    """Build the models once, learn their geometry and digests, and fit the PCA (or take the store's)."""
+    set_threads(config.threads, config.actors)
+    extractor = Extractor(config)
+    setup = extractor.setup()
+    if config.pca is None:
+        return setup
+    found = read_attributes(config.out)
+    if found is not None and not found.get("creating"):
+        identity = found["identity"]
+        return replace(setup, channels=config.pca, digests=setup.digests | {"pca": identity["pca digest"]})
+    plan = Plan(shards, 1, storage.join(config.out, "plan", "index"))
+    return save_pca(config, fit_pca(extractor, plan, config.pca, config.pca_images), setup)
+
+
+@ray.remote(max_retries=2)  # type: ignore[untyped-decorator]
+def _prepare_remotely(config: PrecomputeConfig, shards: tuple[PlannedShard, ...]) -> Setup:
+    return prepare(config, shards)
+
+
+def layout_of(config: PrecomputeConfig, rows_per_shard: int, channels: int, units: int) -> Layout:
+    """The store's layout."""
+    size = config.target_size
+    return Layout(
+        rows=units * rows_per_shard,
+        rows_per_shard=rows_per_shard,
+        height=size.height,
+        width=size.width,
+        channels=channels,
+        tile=tile_of(size, channels, config.tile),
+        labels=config.labels,
+        seg_dtype=config.seg_dtype,
+        valid_mask=config.geometry == "pad",
+        compression_level=config.compression_level,
+    )
+
+
+def _complete_plan(config: PrecomputeConfig, shards: tuple[PlannedShard, ...], setup: Setup) -> Plan:
+    one_row = layout_of(config, 1, setup.channels, 1)
+    rows = rows_of(one_row.sample_bytes, config.rows_per_shard)
+    return Plan(shards, rows, storage.join(config.out, "plan", "index"))
+
+
+def _check_options(config: PrecomputeConfig) -> None:
+    """Refuse another run's store before anything in it is touched."""
+    found = read_attributes(config.out)
+    if found is None or found.get("creating"):
+        return
+    wanted = config.identity()
+    differences = [
+        f"{name}: the store has {found['identity'].get(name)!r}, this run has {value!r}"
+        for name, value in wanted.items()
+        if found["identity"].get(name) != value
+    ]
+    if differences:
+        raise StoreMismatchError(
+            f"{config.out} was made with other options:\n  " + "\n  ".join(differences) + "\n"
+            "Finish it with the options it was made with, or give another --out."
+        )
+
+
+def _create(config: PrecomputeConfig, plan: Plan, layout: Layout, setup: Setup) -> None:
+    place = storage.join(config.out, "plan", "plan.json")
+    identity = config.identity() | {f"{name} digest": value for name, value in setup.digests.items()}
+    identity |= {"input shards": len(plan.shards), "input samples": plan.samples, "input digest": plan.digest}
+    packages = ("torch", "timm", "ray", "zarr", "numpy", "numba", "pillow", "simplejpeg", "featup-datasets")
+    provenance = {
+        "identity": identity,
+        "config": describe(config),
+        "setup": asdict(setup),
+        "versions": {"python": sys.version.split()[0], **{name: version(name) for name in packages}},
+    }
+    try:
+        create_store(config.out, layout, provenance)
+    except StoreMismatchError as error:
+        if storage.exists(place):
+            old = Plan.from_json(storage.read_bytes(place), plan.index_dir)
+            changed = [
+                f"{now.url}: {was.size} bytes, {was.used} samples then; {now.size} bytes, {now.used} samples now"
+                for was, now in zip(old.shards, plan.shards, strict=False)
+                if (was.url, was.size, was.used) != (now.url, now.size, now.used)
+            ]
+            if changed:
+                raise StoreMismatchError(f"{error}\nInput that changed:\n  " + "\n  ".join(changed[:10])) from error
+        raise
+    storage.write_atomic(place, plan.to_json())
+    storage.write_atomic(
+        storage.join(config.out, "plan", "config.yaml"),
+        yaml.safe_dump(describe(config), sort_keys=False).encode(),
+    )
+
+
+def _gpus_per_actor(config: PrecomputeConfig) -> float:
+    if config.gpus_per_actor is not None:
+        return config.gpus_per_actor
+    return 1.0 if ray.cluster_resources().get("GPU", 0) >= 1 else 0.0
+
+
+def _index_on_ray(urls: list[str], index_dir: str) -> Iterator[PlannedShard]:
+    if len(urls) < _PARALLEL_INDEXING:
+        yield from (plan_shard(url, index_dir) for url in urls)
+        return
+    rows = ray.data.from_items(
+        [{"number": number, "url": url} for number, url in enumerate(urls)],
+        override_num_blocks=min(len(urls), _MOST_BLOCKS),
+    ).map(lambda row: {"number": row["number"], "shard": [plan_shard(row["url"], index_dir)]}, num_cpus=0.5)
+    found = {row["number"]: row["shard"][0] for row in rows.iter_rows()}
+    yield from (found[number] for number in range(len(urls)))
+
+
+@lru_cache(maxsize=2)
+def _shared(reference: Any) -> Any:
+    """An object of the driver's, fetched once in each worker process."""
+    return ray.get(reference)
+
+
+def _load_row(row: dict[str, Any], reference: Any) -> dict[str, Any]:
+    plan, todo, options, layout = _shared(reference)
+    key: UnitKey = plan.unit(int(todo[row["id"]]))
+    try:
+        return pack(key, load_unit(plan, key, options))
+    except (PipelineError, OSError) as error:
+        records = tuple(
+            SampleRecord(entry.key, key.row + offset, "ok") for offset, entry in enumerate(plan.unit_samples(key))
+        )
+        return pack(key, failed_unit(key, plan.digest, records, error), empty_blocks(layout, options))
+
+
+def empty_blocks(layout: Layout, options: DecodeOptions) -> dict[str, Any]:
+    """Arrays of a unit that could not be loaded: all units' rows must have the same columns."""
+    rows = layout.rows_per_shard
+    blocks = {"image": np.zeros((rows, *options.size, 3), np.uint8)}
+    for spec in layout.arrays:
+        if spec.name not in ("features", "status"):
+            blocks[spec.name] = np.zeros((rows, *spec.row_shape), spec.dtype)
+    return blocks
+
+
+def _featurize(
+    config: PrecomputeConfig, plan: Plan, layout: Layout, setup: Setup, todo: Any, gpus: float
+) -> Iterator[Receipt]:
+    reference = ray.put((plan, todo, decode_options(config, setup.mean), layout))
+    dataset = (
+        ray.data.range(len(todo), override_num_blocks=min(len(todo), _MOST_BLOCKS))
+        .map(_load_row, fn_kwargs={"reference": reference}, num_cpus=config.loader_cpus)
+        .map_batches(
+            Featurizer,
+            fn_constructor_args=(config, setup, layout, plan.digest),
+            batch_size=1,
+            batch_format="numpy",
+            num_cpus=config.cpus_per_actor,
+            num_gpus=gpus or None,
+            # Two calls at once, of which one computes and the other writes.
+            compute=ray.data.ActorPoolStrategy(
+                size=config.actors,
+                max_tasks_in_flight_per_actor=4,
+                max_concurrent_calls_per_actor=2,
+                enable_true_multi_threading=True,
+            ),
+        )
+    )
+    for row in dataset.iter_rows():
+        yield Receipt.from_json(row["receipt"])
+
+
+def verify(out: str, object_store_mb: int, check_source: int = 8) -> Iterator[Finding]:
+    """Re-read the whole store on all workers; yields what is found of each unit.
+
+    Args:
+        out: the store.
+        object_store_mb: memory of Ray's object store where the job starts its own Ray.
+        check_source: of so many units, labels are decoded again from the input shards and compared.
+    """
+    place = storage.join(out, "plan", "plan.json")
+    if read_attributes(out) is None or not storage.exists(place):
+        raise StoreError(f"no feature store at {out}; give the folder that was --out")
+    connect(object_store_mb)
+    plan = Plan.from_json(storage.read_bytes(place), storage.join(out, "plan", "index"))
+    step = max(1, plan.units // max(1, check_source))
+    reference = ray.put(plan)
+    rows = ray.data.range(plan.units, override_num_blocks=min(plan.units, _MOST_BLOCKS)).map(
+        lambda row: verify_unit(
+            out, _shared(reference), int(row["id"]), source=bool(check_source) and row["id"] % step == 0
+        ).to_row(),
+        num_cpus=1,
+    )
+    for row in rows.iter_rows():
+        yield Finding.from_row(row)

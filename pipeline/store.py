@@ -1,0 +1,333 @@
+"""The feature store: Zarr v3 arrays whose shards are units of work.
+
+Layout of a store ``OUT``::
+
+    OUT/features.zarr/    a Zarr v3 group that plain ``zarr.open`` reads
+        features          float16 [N, H, W, C], NaN where nothing was written
+        seg depth cls     labels through the images' own transform, [N, H, W] or [N]
+        valid             uint8 [N, H, W], 1 where the image is (geometry ``pad`` only)
+        status            uint8 [N]: 0 nothing here, 1 ok, 2 failed
+    OUT/index.parquet     a row per sample: key, input shard, status, reason, size, transform ...
+    OUT/ledger/           a receipt per unit
+    OUT/plan/             what was planned: shards, tar indices, the PCA
+
+All arrays have the same rows, and shards of the same number of rows; a shard is one object, written whole by one
+worker. Arrays are created with their full shape before any work begins. A chunk is a spatial tile of one image with
+all of its channels.
+"""
+
+import json
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any, Literal, cast
+
+import google_crc32c
+import numpy as np
+import zarr
+from numpy.typing import NDArray
+from zarr.abc.store import Store as ZarrStore
+from zarr.codecs import BloscCodec, Crc32cCodec
+from zarr.storage import FsspecStore, LocalStore
+
+from pipeline import storage
+from pipeline.config import PrecomputeConfig, read_config
+from pipeline.decode import label_spec
+from pipeline.errors import StoreError, StoreMismatchError
+from pipeline.plan import UnitKey
+
+__all__ = [
+    "FAILED",
+    "NOTHING",
+    "OK",
+    "ArraySpec",
+    "Layout",
+    "StoreWriter",
+    "create_store",
+    "open_group",
+    "read_attributes",
+    "round_mantissa",
+    "row_checksum",
+    "stored_config",
+    "stored_layout",
+    "tile_of",
+]
+
+NOTHING, OK, FAILED = 0, 1, 2
+FORMAT = "featup-datasets/1"
+_CHUNK_BYTES = 4 << 20
+
+
+@dataclass(frozen=True)
+class ArraySpec:
+    """One array of the store: shape of a row, chunk within a row, and what stands where nothing was written."""
+
+    name: str
+    dtype: str
+    row_shape: tuple[int, ...]
+    chunk: tuple[int, ...]
+    fill: float
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of one row before compression."""
+        return int(np.prod(self.row_shape, dtype=np.int64)) * np.dtype(self.dtype).itemsize
+
+    @property
+    def shard_shape(self) -> tuple[int, ...]:
+        """Shape of a row in a shard: the row, rounded up to whole chunks."""
+        return tuple(-(-side // chunk) * chunk for side, chunk in zip(self.row_shape, self.chunk, strict=True))
+
+    @property
+    def dims(self) -> tuple[str, ...]:
+        """Names of the dimensions."""
+        return ("row", "y", "x", "channel")[: 1 + len(self.row_shape)]
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Shapes, types and chunks of all arrays; the same for every worker."""
+
+    rows: int
+    rows_per_shard: int
+    height: int
+    width: int
+    channels: int
+    tile: tuple[int, int]
+    labels: tuple[str, ...]
+    seg_dtype: Literal["uint8", "uint16"]
+    valid_mask: bool
+    compression_level: int
+
+    def __post_init__(self) -> None:
+        if self.rows % self.rows_per_shard:
+            raise StoreError(
+                f"{self.rows} rows are not whole shards of {self.rows_per_shard}: two workers would write to one "
+                "shard and lose each other's rows; make rows a multiple of rows_per_shard"
+            )
+
+    @property
+    def arrays(self) -> tuple[ArraySpec, ...]:
+        """Every array, features first and status last."""
+        size = (self.height, self.width)
+        specs = [ArraySpec("features", "float16", (*size, self.channels), (*self.tile, self.channels), float("nan"))]
+        for kind in self.labels:
+            label = label_spec(kind, self.seg_dtype)
+            shape = size if label.per_pixel else ()
+            specs.append(ArraySpec(kind, label.dtype, shape, shape, label.fill))
+        if self.valid_mask:
+            specs.append(ArraySpec("valid", "uint8", size, size, 0))
+        return (*specs, ArraySpec("status", "uint8", (), (), NOTHING))
+
+    @property
+    def sample_bytes(self) -> int:
+        """Bytes of one sample in all arrays, before compression."""
+        return sum(spec.row_bytes for spec in self.arrays)
+
+
+def tile_of(size: tuple[int, int], channels: int, wanted: int | None) -> tuple[int, int]:
+    """(height, width) of a chunk: tiles that divide the image evenly, of at most 4 MiB or ``wanted`` pixels a side."""
+    if wanted is None:
+        wanted = max(1, int((_CHUNK_BYTES / (2 * channels)) ** 0.5))
+    return cast(tuple[int, int], tuple(-(-side // -(-side // wanted)) for side in size))
+
+
+def zarr_store(url: str, *, read_only: bool) -> ZarrStore:
+    """The Zarr storage of ``OUT/features.zarr`` for a local path or an fsspec URL."""
+    place = storage.join(url, "features.zarr")
+    if storage.is_local(place):
+        return LocalStore(storage.local_path(place), read_only=read_only)
+    return FsspecStore.from_url(place, read_only=read_only)
+
+
+def create_store(url: str, layout: Layout, attributes: Mapping[str, Any]) -> None:
+    """Create all arrays with their full shape, or check that the store there was made for the same work.
+
+    ``attributes["identity"]`` is what must be the same: every option, input and weight that decides what is written.
+    A store whose creation was cut short holds nothing yet, and is created again.
+
+    Raises:
+        StoreMismatchError: there is a store, made with another identity; the text lists the differences.
+        StoreError: there is a Zarr group that is not a feature store.
+    """
+    wanted = {"format": FORMAT, "layout": json.loads(json.dumps(asdict(layout))), **attributes}
+    found = read_attributes(url)
+    if found is not None and not found.get("creating"):
+        differences = list(_differences(found, wanted))
+        if differences:
+            raise StoreMismatchError(
+                f"{url} was made with other settings:\n  " + "\n  ".join(differences) + "\n"
+                "Finish it with the settings it was made with, or give another --out."
+            )
+        return
+    store = zarr_store(url, read_only=False)
+    root = zarr.create_group(store, overwrite=True, attributes={"format": FORMAT, "creating": True})
+    for spec in layout.arrays:
+        # Rows of one number each are chunked by the shard: thousands of one-byte chunks would help nobody.
+        per_row = bool(spec.row_shape)
+        root.create_array(
+            spec.name,
+            shape=(layout.rows, *spec.row_shape),
+            dtype=spec.dtype,
+            chunks=(1, *spec.chunk) if per_row else (layout.rows_per_shard,),
+            shards=(layout.rows_per_shard, *spec.shard_shape) if per_row else None,
+            compressors=[
+                BloscCodec(
+                    typesize=np.dtype(spec.dtype).itemsize,
+                    cname="zstd",
+                    clevel=layout.compression_level,
+                    shuffle="bitshuffle",
+                ),
+                Crc32cCodec(),
+            ],
+            fill_value=spec.fill,
+            dimension_names=spec.dims,
+        )
+    root.attrs.put(wanted)
+
+
+def read_attributes(url: str) -> dict[str, Any] | None:
+    """The store's attributes, or ``None`` where there is no store.
+
+    Raises:
+        StoreError: there is a Zarr group that is not a feature store.
+    """
+    try:
+        root = zarr.open_group(zarr_store(url, read_only=True), mode="r", zarr_format=3)
+    except FileNotFoundError:
+        return None
+    attributes = dict(root.attrs)
+    if "format" not in attributes:
+        raise StoreError(
+            f"{storage.join(url, 'features.zarr')} is a Zarr group and not a feature store; give another --out"
+        )
+    return attributes
+
+
+def _differences(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> Iterator[str]:
+    for part in ("format", "layout", "identity"):
+        old, new = found.get(part), wanted.get(part)
+        if isinstance(old, dict) and isinstance(new, dict):
+            for name in sorted(old.keys() | new.keys()):
+                if old.get(name) != new.get(name):
+                    yield f"{name}: the store has {old.get(name)!r}, this run has {new.get(name)!r}"
+        elif old != new:
+            yield f"{part}: the store has {old!r}, this run has {new!r}"
+
+
+def open_group(url: str, *, mode: Literal["r", "r+"] = "r") -> zarr.Group:
+    """The Zarr group of a store.
+
+    Raises:
+        StoreError: there is no store.
+    """
+    try:
+        return zarr.open_group(zarr_store(url, read_only=mode == "r"), mode=mode, zarr_format=3)
+    except FileNotFoundError as error:
+        raise StoreError(
+            f"no feature store at {url} (no group {storage.join(url, 'features.zarr')}); give the folder that was --out"
+        ) from error
+
+
+def row_checksum(row: NDArray[Any]) -> int:
+    """crc32c of one row's bytes, in C order, little-endian."""
+    return int(google_crc32c.value(row.tobytes()))
+
+
+def round_mantissa(block: NDArray[np.float16], bits: int) -> None:
+    """Round float16 values, in place, to ``bits`` of their 10 mantissa bits, half to even; NaN and infinity stay.
+
+    Values that would round beyond the largest number keep their bits. Decoding needs nothing; rounded values just
+    compress better.
+    """
+    drop = 10 - bits
+    if not drop:
+        return
+    raw = block.view(np.uint16)
+    half = np.uint16((1 << (drop - 1)) - 1)
+    odd = (raw >> np.uint16(drop)) & np.uint16(1)
+    rounded = (raw + half + odd) & np.uint16(0xFFFF & ~((1 << drop) - 1))
+    finite = (rounded & np.uint16(0x7C00)) != 0x7C00
+    np.copyto(raw, rounded, where=finite)
+
+
+class StoreWriter:
+    """Writes whole units into an existing store."""
+
+    def __init__(self, url: str, layout: Layout) -> None:
+        self.url = url
+        self.layout = layout
+        self._group = open_group(url, mode="r+")
+        self._arrays = {spec.name: cast(zarr.Array, self._group[spec.name]) for spec in layout.arrays}
+
+    def write(self, key: UnitKey, blocks: Mapping[str, NDArray[Any]]) -> int:
+        """Write one unit and make it durable.
+
+        Args:
+            key: the unit; its rows begin a shard.
+            blocks: for every array ``[rows_per_shard, ...]``, fill values in rows that hold no sample.
+
+        Returns:
+            Bytes stored, after compression; 0 for stores whose objects cannot be measured cheaply.
+
+        Raises:
+            StoreError: the blocks are not whole shards of this store.
+        """
+        rows = self.layout.rows_per_shard
+        if key.row % rows or set(blocks) != set(self._arrays):
+            raise StoreError(
+                f"{key}: writing {sorted(blocks)} at row {key.row}; a unit begins a shard of {rows} rows and has "
+                f"all of {sorted(self._arrays)}"
+            )
+        stored = 0
+        for name, array in self._arrays.items():
+            block = blocks[name]
+            if block.shape != (rows, *array.shape[1:]) or block.dtype != array.dtype:
+                raise StoreError(
+                    f"{key}: {name} is {block.dtype} {block.shape}, the store takes {array.dtype} "
+                    f"{(rows, *array.shape[1:])}"
+                )
+            array[key.row : key.row + rows] = block
+            stored += self._sync(name, array, key.row // rows)
+        return stored
+
+    def _sync(self, name: str, array: zarr.Array, shard: int) -> int:
+        place = storage.join(self.url, "features.zarr", name, chunk_key(array, shard))
+        if not storage.is_local(place) or not storage.exists(place):
+            return 0  # an object store's put is durable; a shard of fill values alone is no object
+        path = storage.local_path(place)
+        size = storage.stat(place).size
+        array_folder = storage.local_path(storage.join(self.url, "features.zarr", name))
+        while len(path) >= len(array_folder):  # the folders were new as well: their entries must last, too
+            storage.sync_file(path)
+            path = os.path.dirname(path)
+        return size
+
+
+def chunk_key(array: zarr.Array, shard: int) -> str:
+    """Name of the object that holds shard ``shard`` of an array's rows, below the array."""
+    encoding = cast(Any, array.metadata).chunk_key_encoding
+    return cast(str, encoding.encode_chunk_key((shard,) + (0,) * (array.ndim - 1)))
+
+
+def stored_layout(url: str) -> Layout:
+    """The layout a store was created with.
+
+    Raises:
+        StoreError: there is no store.
+    """
+    values = dict(_attributes(url)["layout"])
+    return Layout(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})
+
+
+def stored_config(url: str) -> tuple[PrecomputeConfig, dict[str, Any]]:
+    """The config a store was made with, and the setup (see ``pipeline.featurize.Setup``) as plain values."""
+    attributes = _attributes(url)
+    return read_config(PrecomputeConfig, attributes["config"]), attributes["setup"]
+
+
+def _attributes(url: str) -> dict[str, Any]:
+    attributes = read_attributes(url)
+    if attributes is None or attributes.get("creating"):
+        raise StoreError(f"no feature store at {url}; give the folder that was --out")
+    return attributes

@@ -1,0 +1,143 @@
+"""Verification: everything a store holds, read again and held against its receipts, its plan and its input."""
+
+import json
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from typing import Any, cast
+
+import numpy as np
+import zarr
+
+from pipeline import storage
+from pipeline.decode import label_spec
+from pipeline.errors import PipelineError, StoreError
+from pipeline.index import read_index
+from pipeline.ledger import Ledger, Receipt
+from pipeline.load import decode_options, load_unit
+from pipeline.plan import Plan, UnitKey
+from pipeline.store import (
+    FAILED,
+    NOTHING,
+    OK,
+    open_group,
+    read_attributes,
+    row_checksum,
+    stored_config,
+    stored_layout,
+)
+
+__all__ = ["Finding", "verify_index", "verify_unit"]
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What was found of one unit: how many good rows and bytes were read, and what is wrong (nothing, if empty)."""
+
+    unit: int
+    ok: int
+    failed: int
+    bytes: int
+    problems: tuple[str, ...]
+
+    def to_row(self) -> dict[str, Any]:
+        """As a row of plain values."""
+        return {**asdict(self), "problems": json.dumps(self.problems)}
+
+    @staticmethod
+    def from_row(row: dict[str, Any]) -> "Finding":
+        """What :meth:`to_row` made."""
+        return Finding(**{**row, "problems": tuple(json.loads(row["problems"]))})
+
+
+def verify_unit(out: str, plan: Plan, number: int, *, source: bool = False) -> Finding:
+    """Read one unit's rows of every array and compare them with its receipt.
+
+    Checked are the chunks' own checksums (by reading them), the checksum of every row as it was before encoding, the
+    status array, that failed rows and holes hold nothing, and the labels' rows against the features' rows.
+
+    Args:
+        source: also decode the labels again from the input shard and compare every value.
+    """
+    key = plan.unit(number)
+    try:
+        receipt = Ledger(storage.join(out, "ledger")).get(key, plan.digest)
+    except (PipelineError, ValueError) as error:
+        return Finding(number, 0, 0, 0, (f"{key}: {error}",))
+    if receipt is None:
+        return Finding(number, 0, 0, 0, (f"{key}: no receipt; run the job again to finish the store",))
+    problems: list[str] = []
+    read = 0
+    group = open_group(out)
+    status = np.full(plan.rows_per_shard, NOTHING, np.uint8)
+    for offset, record in enumerate(receipt.samples):
+        status[offset] = OK if record.status == "ok" else FAILED
+    for spec in stored_layout(out).arrays:
+        array = cast(zarr.Array, group[spec.name])
+        try:
+            block = np.asarray(array[key.row : key.row + plan.rows_per_shard])
+        except Exception as error:  # noqa: BLE001 - whatever a damaged shard makes a codec raise is the finding
+            problems.append(f"{key}: {spec.name} cannot be read: {type(error).__name__}: {error}")
+            continue
+        read += block.nbytes
+        if spec.name == "status":
+            if not np.array_equal(block, status):
+                problems.append(f"{key}: status is {block.tolist()}, the receipt says {status.tolist()}")
+            continue
+        problems += _check_rows(spec.name, spec.fill, block, status, receipt)
+    if source:
+        problems += _check_source(out, plan, key, receipt, group)
+    good = int((status == OK).sum())
+    return Finding(number, good, len(receipt.samples) - good, read, tuple(problems))
+
+
+def _check_rows(name: str, fill: float, block: np.ndarray, status: np.ndarray, receipt: Receipt) -> Iterator[str]:
+    sums = receipt.checksums.get(name, [])
+    for offset, row in enumerate(block):
+        where = f"{name} row {receipt.unit.row + offset}"
+        if status[offset] == OK:
+            wanted = sums[offset] if offset < len(sums) else None
+            found = row_checksum(row)
+            if found != wanted:
+                key = receipt.samples[offset].key
+                yield f"{where} ({key}): crc32c {found}, the receipt says {wanted}; the data changed since it was written"
+        elif not (np.isnan(row).all() if np.isnan(fill) else (row == fill).all()):
+            yield f"{where} holds data, and no good sample belongs there"
+
+
+def _check_source(out: str, plan: Plan, key: UnitKey, receipt: Receipt, group: zarr.Group) -> Iterator[str]:
+    config, setup = stored_config(out)
+    options = decode_options(config, tuple(setup["mean"]))
+    try:
+        loaded = load_unit(plan, key, options)
+    except (PipelineError, OSError) as error:
+        yield f"{key}: the input cannot be read again: {error}"
+        return
+    for offset, (record, again) in enumerate(zip(receipt.samples, loaded.records, strict=True)):
+        row = key.row + offset
+        if record.key != again.key:
+            yield f"row {row} is {record.key} in the store and {again.key} in the input"
+            continue
+        if record.status != "ok":
+            continue
+        for kind in config.labels:
+            stored = cast(zarr.Array, group[kind])[row]
+            floating = label_spec(kind, config.seg_dtype).dtype.startswith("float")
+            if not np.array_equal(stored, loaded.blocks[kind][offset], equal_nan=floating):
+                yield f"{kind} row {row} ({record.key}) differs from the input's label through the same transform"
+
+
+def verify_index(out: str, plan: Plan) -> list[str]:
+    """Compare ``index.parquet`` with the plan: every sample once, in its row, counts as in the store's attributes."""
+    table = read_index(out, ["row", "key", "unit", "status"])
+    problems = []
+    if len(table) != plan.samples:
+        problems.append(f"index.parquet has {len(table)} rows, the plan {plan.samples} samples")
+    rows = table["row"].to_numpy()
+    expected = np.concatenate(
+        [np.arange(key.row, key.row + len(key)) for key in map(plan.unit, range(plan.units))] or [np.zeros(0, int)]
+    )
+    if not np.array_equal(rows, expected):
+        problems.append("the rows in index.parquet are not those of the plan")
+    if (read_attributes(out) or {}).get("identity", {}).get("input digest") != plan.digest:
+        raise StoreError(f"{out}: plan/plan.json is not the plan the store was made with; restore it")
+    return problems

@@ -1,0 +1,19 @@
+"""Fixtures every test may use."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """The folder of reference values, labelled images and trained weights that may lie beside a checkout."""
+    path = Path(os.environ.get("FEATUP_SHARED", ROOT.parent / "shared"))
+    if not (path / "golden").is_dir():
+        pytest.skip(
+            f"reference data not found at {path}; set FEATUP_SHARED to the folder that holds golden/, data/, weights/"
+        )
+    return path
