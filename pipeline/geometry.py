@@ -72,7 +72,7 @@ class Transform:
             top, left, height, width = window
             # A centred window's sides are quotients: their sum may pass the edge by a rounding error.
             margins = (top, left, size[0] - top - height, size[1] - left - width)
-            inside = all(margin >= -1e-6 for margin in margins)
+            inside = all(margin >= -1e-9 * max(size) for margin in margins)
             if not (inside and min(*size, height, width) > 0):
                 raise ConfigError(
                     f"{name} window (top, left, height, width) = {window} does not lie inside the {name} "
@@ -176,9 +176,8 @@ def apply_image(
     box = (
         first_column + left * x,
         first_row + top * y,
-        # Rounding may put the last edge a hair outside the image, which Pillow refuses.
-        min(first_column + (left + width) * x, float(image.width)),
-        min(first_row + (top + height) * y, float(image.height)),
+        first_column + (left + width) * x,
+        first_row + (top + height) * y,
     )
     out_top, out_left, out_h, out_w = transform.output_window
     pixels = np.array(image.resize((out_w, out_h), Image.Resampling.BICUBIC, box=box))

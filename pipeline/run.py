@@ -29,7 +29,7 @@ from pipeline.load import decode_options, load_unit
 from pipeline.plan import Plan, PlannedShard, UnitKey, make_plan, plan_shard, rows_of
 from pipeline.progress import Progress
 from pipeline.store import Layout, create_store, read_attributes, tile_of
-from pipeline.verify import Finding, verify_unit
+from pipeline.verify import Finding, Verification, verify_index, verify_unit
 
 __all__ = ["connect", "layout_of", "plan_input", "precompute", "prepare", "verify"]
 
@@ -53,9 +53,9 @@ def connect(object_store_mb: int) -> None:
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     context.print_on_execution_start = False
-    # Silence about a unit that takes long is not a hang; 0 failed blocks are ever tolerated.
+    # A block that fails is a fault of the program: units that fail come back as receipts that say so.
     context.max_errored_blocks = 0
-    logging.getLogger("ray.data").setLevel(logging.WARNING)
+    logging.getLogger("ray.data").setLevel(logging.ERROR)
 
 
 def precompute(config: PrecomputeConfig) -> Summary:
@@ -291,26 +291,34 @@ def _featurize(
         yield Receipt.from_json(row["receipt"])
 
 
-def verify(out: str, object_store_mb: int, check_source: int = 8) -> Iterator[Finding]:
-    """Re-read the whole store on all workers; yields what is found of each unit.
+def verify(out: str, object_store_mb: int, check_source: int = 8) -> Verification:
+    """Re-read the whole store, on all of the cluster's CPUs.
 
     Args:
         out: the store.
         object_store_mb: memory of Ray's object store where the job starts its own Ray.
         check_source: of so many units, labels are decoded again from the input shards and compared.
+
+    Raises:
+        StoreError: there is no store, or no index.
     """
     place = storage.join(out, "plan", "plan.json")
     if read_attributes(out) is None or not storage.exists(place):
         raise StoreError(f"no feature store at {out}; give the folder that was --out")
-    connect(object_store_mb)
     plan = Plan.from_json(storage.read_bytes(place), storage.join(out, "plan", "index"))
-    step = max(1, plan.units // max(1, check_source))
-    reference = ray.put(plan)
+    report = Verification(units=plan.units, samples=plan.samples)
+    report.problems += verify_index(out, plan)
+    connect(object_store_mb)
+    chosen = set(np.linspace(0, plan.units - 1, min(check_source, plan.units), dtype=int).tolist())
+    reference = ray.put((out, plan, chosen))
     rows = ray.data.range(plan.units, override_num_blocks=min(plan.units, _MOST_BLOCKS)).map(
-        lambda row: verify_unit(
-            out, _shared(reference), int(row["id"]), source=bool(check_source) and row["id"] % step == 0
-        ).to_row(),
-        num_cpus=1,
+        _verify_row, fn_kwargs={"reference": reference}, num_cpus=1
     )
     for row in rows.iter_rows():
-        yield Finding.from_row(row)
+        report.add(Finding.from_row(row))
+    return report
+
+
+def _verify_row(row: dict[str, Any], reference: Any) -> dict[str, Any]:
+    out, plan, chosen = _shared(reference)
+    return verify_unit(out, plan, int(row["id"]), source=int(row["id"]) in chosen).to_row()

@@ -286,7 +286,7 @@ def write_atomic(url: str, data: bytes) -> None:
 
 
 def local_copy(url: str) -> str:
-    """A local path with the content of ``url``: itself where it is local, else a copy that lasts as long as the process.
+    """A local path with the bytes of ``url``: itself where it is local, else a copy that lasts as long as the process.
 
     Raises what ``read_bytes`` raises.
     """

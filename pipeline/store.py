@@ -18,7 +18,7 @@ all of its channels.
 
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, cast
 
@@ -44,6 +44,7 @@ __all__ = [
     "Layout",
     "StoreWriter",
     "create_store",
+    "open_arrays",
     "open_group",
     "read_attributes",
     "round_mantissa",
@@ -227,6 +228,30 @@ def open_group(url: str, *, mode: Literal["r", "r+"] = "r") -> zarr.Group:
         raise StoreError(
             f"no feature store at {url} (no group {storage.join(url, 'features.zarr')}); give the folder that was --out"
         ) from error
+
+
+def open_arrays(url: str, names: Sequence[str], codecs: Literal["zarr", "zarrs"] = "zarr") -> dict[str, zarr.Array]:
+    """Arrays of a store, to read from.
+
+    Args:
+        codecs: ``zarr`` decodes in Python; ``zarrs`` in Rust, faster, with threads that do not survive a fork.
+
+    Raises:
+        StoreError: there is no store.
+    """
+    if codecs == "zarrs":
+        import zarrs  # noqa: F401 - registers the pipeline
+
+        settings: dict[str, Any] = {
+            "codec_pipeline.path": "zarrs.ZarrsCodecPipeline",
+            # Off by default there: a flipped bit would be read as data.
+            "codec_pipeline.validate_checksums": True,
+        }
+    else:
+        settings = {"codec_pipeline.path": "zarr.core.codec_pipeline.BatchedCodecPipeline"}
+    with zarr.config.set(settings):
+        group = open_group(url)
+        return {name: cast(zarr.Array, group[name]) for name in names}
 
 
 def row_checksum(row: NDArray[Any]) -> int:

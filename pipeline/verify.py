@@ -2,8 +2,8 @@
 
 import json
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
-from typing import Any, cast
+from dataclasses import asdict, dataclass, field
+from typing import Any
 
 import numpy as np
 import zarr
@@ -15,18 +15,19 @@ from pipeline.index import read_index
 from pipeline.ledger import Ledger, Receipt
 from pipeline.load import decode_options, load_unit
 from pipeline.plan import Plan, UnitKey
+from pipeline.progress import human_bytes
 from pipeline.store import (
     FAILED,
     NOTHING,
     OK,
-    open_group,
+    open_arrays,
     read_attributes,
     row_checksum,
     stored_config,
     stored_layout,
 )
 
-__all__ = ["Finding", "verify_index", "verify_unit"]
+__all__ = ["Finding", "Verification", "verify_index", "verify_unit"]
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,42 @@ class Finding:
         return Finding(**{**row, "problems": tuple(json.loads(row["problems"]))})
 
 
+@dataclass
+class Verification:
+    """What a verification found in all: ``clean`` if nothing is wrong."""
+
+    units: int
+    samples: int
+    ok: int = 0
+    failed: int = 0
+    bytes: int = 0
+    problems: list[str] = field(default_factory=list)
+
+    def add(self, finding: Finding) -> None:
+        """Count one unit."""
+        self.ok += finding.ok
+        self.failed += finding.failed
+        self.bytes += finding.bytes
+        self.problems += finding.problems
+
+    @property
+    def clean(self) -> bool:
+        """Whether the store is whole."""
+        return not self.problems and self.ok + self.failed == self.samples
+
+    def text(self) -> str:
+        """The report."""
+        lines = self.problems[:100]
+        if len(self.problems) > len(lines):
+            lines.append(f"... and {len(self.problems) - len(lines)} more")
+        state = "clean" if self.clean else f"{len(self.problems)} problems"
+        lines.append(
+            f"{state}: {self.units} units, {self.samples} samples = {self.ok} ok + {self.failed} failed, "
+            f"{human_bytes(self.bytes)} read"
+        )
+        return "\n".join(lines)
+
+
 def verify_unit(out: str, plan: Plan, number: int, *, source: bool = False) -> Finding:
     """Read one unit's rows of every array and compare them with its receipt.
 
@@ -67,12 +104,13 @@ def verify_unit(out: str, plan: Plan, number: int, *, source: bool = False) -> F
         return Finding(number, 0, 0, 0, (f"{key}: no receipt; run the job again to finish the store",))
     problems: list[str] = []
     read = 0
-    group = open_group(out)
+    specs = stored_layout(out).arrays
+    arrays = open_arrays(out, [spec.name for spec in specs], "zarrs")
     status = np.full(plan.rows_per_shard, NOTHING, np.uint8)
     for offset, record in enumerate(receipt.samples):
         status[offset] = OK if record.status == "ok" else FAILED
-    for spec in stored_layout(out).arrays:
-        array = cast(zarr.Array, group[spec.name])
+    for spec in specs:
+        array = arrays[spec.name]
         try:
             block = np.asarray(array[key.row : key.row + plan.rows_per_shard])
         except Exception as error:  # noqa: BLE001 - whatever a damaged shard makes a codec raise is the finding
@@ -85,7 +123,7 @@ def verify_unit(out: str, plan: Plan, number: int, *, source: bool = False) -> F
             continue
         problems += _check_rows(spec.name, spec.fill, block, status, receipt)
     if source:
-        problems += _check_source(out, plan, key, receipt, group)
+        problems += _check_source(out, plan, key, receipt, arrays)
     good = int((status == OK).sum())
     return Finding(number, good, len(receipt.samples) - good, read, tuple(problems))
 
@@ -104,7 +142,7 @@ def _check_rows(name: str, fill: float, block: np.ndarray, status: np.ndarray, r
             yield f"{where} holds data, and no good sample belongs there"
 
 
-def _check_source(out: str, plan: Plan, key: UnitKey, receipt: Receipt, group: zarr.Group) -> Iterator[str]:
+def _check_source(out: str, plan: Plan, key: UnitKey, receipt: Receipt, arrays: dict[str, zarr.Array]) -> Iterator[str]:
     config, setup = stored_config(out)
     options = decode_options(config, tuple(setup["mean"]))
     try:
@@ -120,7 +158,7 @@ def _check_source(out: str, plan: Plan, key: UnitKey, receipt: Receipt, group: z
         if record.status != "ok":
             continue
         for kind in config.labels:
-            stored = cast(zarr.Array, group[kind])[row]
+            stored = np.asarray(arrays[kind][row])
             floating = label_spec(kind, config.seg_dtype).dtype.startswith("float")
             if not np.array_equal(stored, loaded.blocks[kind][offset], equal_nan=floating):
                 yield f"{kind} row {row} ({record.key}) differs from the input's label through the same transform"

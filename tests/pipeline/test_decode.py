@@ -207,6 +207,9 @@ def test_rare_jpegs() -> None:
     at = jpeg.index(b"\xff\xdb")
     padded = jpeg[:at] + b"\xff\xff" + jpeg[at:] + b"trailing \xff bytes"
     np.testing.assert_array_equal(decode(padded).pixels, decode(jpeg).pixels)
+    turned = encode(gradient(24, 40), "JPEG", exif=exif(6))
+    for fill in (b"\xff", b"\xff\xff"):
+        assert decode(turned.replace(b"\xff\xe1", fill + b"\xff\xe1", 1)).orientation == 6
     twelve_bit = jpeg.replace(b"\xff\xc0\x00\x11\x08", b"\xff\xc1\x00\x11\x0c")
     assert twelve_bit != jpeg
     fails(Reason.UNSUPPORTED, "precision", twelve_bit)

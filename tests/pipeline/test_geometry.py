@@ -64,7 +64,7 @@ def test_the_window_is_where_the_definition_puts_it(kind: Geometry, source: Size
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(("source", "output"), SIZES)
 @pytest.mark.parametrize("axis", [0, 1], ids=["rows", "columns"])
-@pytest.mark.parametrize("scaled", [1, 2], ids=["full", "half"])
+@pytest.mark.parametrize("scaled", [1, 2, -2], ids=["full", "half", "half_mirrored"])
 def test_image_and_label_agree_within_half_an_output_pixel(
     kind: Geometry, source: Size, output: Size, axis: int, scaled: int
 ) -> None:
@@ -74,11 +74,14 @@ def test_image_and_label_agree_within_half_an_output_pixel(
     label = np.broadcast_to(line[:, None] if axis == 0 else line[None, :], source).astype(np.int32)
     image = np.repeat((label * 255).astype(np.uint8)[:, :, None], 3, axis=2)
     extent = None
-    if scaled > 1:  # what a JPEG decoder delivers: sizes rounded up, the last pixel repeated
-        image = np.pad(image, ((0, -source[0] % scaled), (0, -source[1] % scaled), (0, 0)), mode="edge")
+    if scaled != 1:  # what a JPEG decoder delivers: sizes rounded up, the last pixel (turned: the first) repeated
+        mirrored, scaled = scaled < 0, abs(scaled)
+        excess = [-side % scaled for side in source]
+        image = np.pad(image, [(n, 0) if mirrored else (0, n) for n in excess] + [(0, 0)], mode="edge")
         image = image.reshape(image.shape[0] // scaled, scaled, image.shape[1] // scaled, scaled, 3)
         image = image.mean(axis=(1, 3)).round().astype(np.uint8)
-        extent = (0.0, 0.0, source[0] / scaled, source[1] / scaled)
+        first_row, first_column = (n / scaled if mirrored else 0.0 for n in excess)
+        extent = (first_row, first_column, source[0] / scaled, source[1] / scaled)
     transform = plan_transform(kind, source, output)
     out_label = apply_label(label, transform, -1)
     out_image = apply_image(image, transform, (9, 9, 9), extent)
@@ -140,6 +143,14 @@ def test_squash_and_pad_are_one_antialiased_bicubic_resize(photograph: npt.NDArr
     assert (out[40:] == (1, 2, 3)).all()
 
 
+def test_extent_is_the_part_that_shows_the_source(photograph: npt.NDArray[np.uint8]) -> None:
+    transform = plan_transform("center_crop", (120, 200), (60, 60))
+    framed = np.pad(photograph, [(7, 4), (5, 9), (0, 0)], mode="reflect")
+    out = apply_image(framed, transform, extent=(7.0, 5.0, 120.0, 200.0))
+    error = np.abs(out.astype(int) - apply_image(photograph, transform))
+    assert error[4:-4, 4:-4].max() <= 1
+
+
 @pytest.fixture
 def photograph() -> npt.NDArray[np.uint8]:
     noise = np.random.default_rng(1).integers(0, 256, (12, 20, 3), dtype=np.uint8)
@@ -191,6 +202,8 @@ def test_resized_is_the_same_view_at_another_size(kind: Geometry, size: Size) ->
         assert abs(new_first + new_count - (first + count) * ratio) <= 0.5
     assert transform.resized((56, 48)) == transform
     assert plan_transform("pad", (1, 1000), (224, 224)).resized((7, 7)).output_window == (3, 0, 1, 7)
+    corner = Transform((4, 4), (0.0, 0.0, 4.0, 4.0), (10, 10), (9, 9, 1, 1))
+    assert corner.resized((1, 1)).output_window == (0, 0, 1, 1)
 
 
 def test_float_labels_keep_nan_and_are_never_mixed() -> None:
