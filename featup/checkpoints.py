@@ -103,7 +103,7 @@ def load_jbu(path: str | Path) -> JBU:
         jbu = JBU(**{name: description[name] for name in names})
     else:
         tensors = _from_official(load_state_dict(path), path)
-        window = int(round(tensors["stages.0.fixup_out.bias"].numel() ** 0.5))
+        window = round(tensors["stages.0.fixup_out.bias"].numel() ** 0.5)
         jbu = JBU(
             channels=tensors["fixup.bias"].numel(),
             stages=1 + max(int(name.split(".")[1]) for name in tensors if name.startswith("stages.")),

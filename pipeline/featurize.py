@@ -213,7 +213,7 @@ class UnitProcessor:
                     return failed_unit(key, self.plan_digest, loaded.records, error)
 
     def _process(self, key: UnitKey, loaded: LoadedUnit) -> Receipt:
-        seconds, sizes = dict(loaded.seconds), dict(loaded.bytes)
+        seconds, sizes = dict(loaded.seconds), dict(loaded.sizes)
         with self._computing:
             features, records = self._compute(loaded, seconds)
         good = [offset for offset, record in enumerate(records) if record.status == "ok"]
@@ -242,7 +242,7 @@ class UnitProcessor:
                 samples=records,
                 checksums=checksums,
                 seconds=seconds,
-                bytes=sizes,
+                sizes=sizes,
                 worker={"host": platform.node(), "pid": os.getpid(), "threads": self.threads},
             )
             self.ledger.commit(receipt)
@@ -329,7 +329,7 @@ def pack(key: UnitKey, loaded: LoadedUnit | Receipt, empty: Mapping[str, NDArray
         "unit": asdict(key),
         "records": [asdict(record) for record in loaded.records],
         "seconds": loaded.seconds,
-        "bytes": loaded.bytes,
+        "sizes": loaded.sizes,
     }
     return {"meta": json.dumps(meta).encode(), "failed": False, **loaded.blocks}
 
@@ -351,7 +351,7 @@ def unpack(batch: Mapping[str, NDArray[Any]]) -> Iterator[tuple[UnitKey, LoadedU
             for name, column in batch.items()
             if name not in ("meta", "failed")
         }
-        yield UnitKey(**meta["unit"]), LoadedUnit(blocks, records, meta["seconds"], meta["bytes"])
+        yield UnitKey(**meta["unit"]), LoadedUnit(blocks, records, meta["seconds"], meta["sizes"])
 
 
 def save_pca(config: PrecomputeConfig, pca: PCA, setup: Setup) -> Setup:

@@ -63,7 +63,7 @@ class Summary:
                 self.failed += 1
                 self.reasons[record.reason] += 1
         self.seconds.update(receipt.seconds)
-        self.bytes.update(receipt.bytes)
+        self.bytes.update(receipt.sizes)
 
     def text(self) -> str:
         """The account, for the end of a run."""

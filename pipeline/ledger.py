@@ -39,7 +39,7 @@ class Receipt:
     """Proof of a unit written, or (``error`` set) the account of a unit that failed.
 
     ``checksums`` holds for each array the crc32c of every row as stored, ``None`` where nothing was written;
-    ``seconds`` and ``bytes`` count per stage (read, decode, features, upsample, encode_write); ``worker`` names the
+    ``seconds`` and ``sizes`` (bytes) count per stage (read, decode, features, upsample, encode_write); ``worker`` names the
     host and process.
     """
 
@@ -48,7 +48,7 @@ class Receipt:
     samples: tuple[SampleRecord, ...]
     checksums: dict[str, list[int | None]] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
-    bytes: dict[str, int] = field(default_factory=dict)
+    sizes: dict[str, int] = field(default_factory=dict)
     worker: dict[str, Any] = field(default_factory=dict)
     error: str = ""
 

@@ -23,13 +23,13 @@ class LoadedUnit:
     """One unit, decoded.
 
     ``blocks``: ``image`` uint8 ``[R, H, W, 3]`` and every label ``[R, ...]``, with ``R`` rows per shard and fill values
-    where there is no good sample; ``records``: one a sample; ``seconds`` and ``bytes``: of reading and decoding.
+    where there is no good sample; ``records``: one a sample; ``seconds`` and ``sizes`` (bytes): of reading and decoding.
     """
 
     blocks: dict[str, NDArray[Any]]
     records: tuple[SampleRecord, ...]
     seconds: dict[str, float]
-    bytes: dict[str, int]
+    sizes: dict[str, int]
 
 
 def image_size(config: PrecomputeConfig) -> Size:
@@ -127,7 +127,7 @@ def load_unit(plan: Plan, key: UnitKey, options: DecodeOptions) -> LoadedUnit:
         blocks=blocks,
         records=tuple(records),
         seconds={"read": read_done - started, "decode": decode_done - read_done},
-        bytes={"read": read_bytes, "decode": sum(block.nbytes for block in blocks.values())},
+        sizes={"read": read_bytes, "decode": sum(block.nbytes for block in blocks.values())},
     )
 
 

@@ -52,7 +52,7 @@ class Progress:
         self.failed_units += bool(receipt.error)
         self.done_samples += len(receipt.samples)
         self.failed_samples += sum(record.status != "ok" for record in receipt.samples)
-        self.bytes += receipt.bytes.get("encode_write", 0)
+        self.bytes += receipt.sizes.get("encode_write", 0)
         now = time.monotonic()
         if self._first is None:
             self._first, self._counted_at_first = now, self.done_samples

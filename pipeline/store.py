@@ -40,6 +40,7 @@ __all__ = [
     "FAILED",
     "NOTHING",
     "OK",
+    "AnyArray",
     "ArraySpec",
     "Layout",
     "StoreWriter",
@@ -54,6 +55,7 @@ __all__ = [
     "tile_of",
 ]
 
+AnyArray = zarr.Array[Any]
 NOTHING, OK, FAILED = 0, 1, 2
 FORMAT = "featup-datasets/1"
 _CHUNK_BYTES = 4 << 20
@@ -230,7 +232,7 @@ def open_group(url: str, *, mode: Literal["r", "r+"] = "r") -> zarr.Group:
         ) from error
 
 
-def open_arrays(url: str, names: Sequence[str], codecs: Literal["zarr", "zarrs"] = "zarr") -> dict[str, zarr.Array]:
+def open_arrays(url: str, names: Sequence[str], codecs: Literal["zarr", "zarrs"] = "zarr") -> dict[str, AnyArray]:
     """Arrays of a store, to read from.
 
     Args:
@@ -251,7 +253,7 @@ def open_arrays(url: str, names: Sequence[str], codecs: Literal["zarr", "zarrs"]
         settings = {"codec_pipeline.path": "zarr.core.codec_pipeline.BatchedCodecPipeline"}
     with zarr.config.set(settings):
         group = open_group(url)
-        return {name: cast(zarr.Array, group[name]) for name in names}
+        return {name: cast(AnyArray, group[name]) for name in names}
 
 
 def row_checksum(row: NDArray[Any]) -> int:
@@ -283,7 +285,7 @@ class StoreWriter:
         self.url = url
         self.layout = layout
         self._group = open_group(url, mode="r+")
-        self._arrays = {spec.name: cast(zarr.Array, self._group[spec.name]) for spec in layout.arrays}
+        self._arrays = {spec.name: cast(AnyArray, self._group[spec.name]) for spec in layout.arrays}
 
     def write(self, key: UnitKey, blocks: Mapping[str, NDArray[Any]]) -> int:
         """Write one unit and make it durable.
@@ -316,7 +318,7 @@ class StoreWriter:
             stored += self._sync(name, array, key.row // rows)
         return stored
 
-    def _sync(self, name: str, array: zarr.Array, shard: int) -> int:
+    def _sync(self, name: str, array: AnyArray, shard: int) -> int:
         place = storage.join(self.url, "features.zarr", name, chunk_key(array, shard))
         if not storage.is_local(place) or not storage.exists(place):
             return 0  # an object store's put is durable; a shard of fill values alone is no object
@@ -329,7 +331,7 @@ class StoreWriter:
         return size
 
 
-def chunk_key(array: zarr.Array, shard: int) -> str:
+def chunk_key(array: AnyArray, shard: int) -> str:
     """Name of the object that holds shard ``shard`` of an array's rows, below the array."""
     encoding = cast(Any, array.metadata).chunk_key_encoding
     return cast(str, encoding.encode_chunk_key((shard,) + (0,) * (array.ndim - 1)))
@@ -341,8 +343,10 @@ def stored_layout(url: str) -> Layout:
     Raises:
         StoreError: there is no store.
     """
-    values = dict(_attributes(url)["layout"])
-    return Layout(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})
+    values: dict[str, Any] = {
+        name: tuple(value) if isinstance(value, list) else value for name, value in _attributes(url)["layout"].items()
+    }
+    return Layout(**values)
 
 
 def stored_config(url: str) -> tuple[PrecomputeConfig, dict[str, Any]]:

@@ -6,7 +6,6 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
-import zarr
 
 from pipeline import storage
 from pipeline.decode import label_spec
@@ -20,6 +19,7 @@ from pipeline.store import (
     FAILED,
     NOTHING,
     OK,
+    AnyArray,
     open_arrays,
     read_attributes,
     row_checksum,
@@ -142,7 +142,7 @@ def _check_rows(name: str, fill: float, block: np.ndarray, status: np.ndarray, r
             yield f"{where} holds data, and no good sample belongs there"
 
 
-def _check_source(out: str, plan: Plan, key: UnitKey, receipt: Receipt, arrays: dict[str, zarr.Array]) -> Iterator[str]:
+def _check_source(out: str, plan: Plan, key: UnitKey, receipt: Receipt, arrays: dict[str, AnyArray]) -> Iterator[str]:
     config, setup = stored_config(out)
     options = decode_options(config, tuple(setup["mean"]))
     try:

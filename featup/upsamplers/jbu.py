@@ -42,12 +42,12 @@ class JBUStage(nn.Module):
         keys = self.range_out(functional.gelu(self.range_in(padded_guidance)))
         temperature = self.range_temp.exp().clamp(1e-4, 1e4)
         correlation = window_correlation(keys[inside] * temperature, keys)
-        window = correlation.shape[-2:]
         kernel = correlation.flatten(-2).softmax(-1) * self._gaussian()
         kernel = kernel / kernel.sum(-1, keepdim=True).clamp_min(1e-7)
         correction = torch.cat([kernel, padded_guidance[inside]], -1)
         correction = self.fixup_out(functional.gelu(self.fixup_in(correction)))
-        return (kernel + 0.1 * correction).unflatten(-1, window)
+        filters: Tensor = kernel + 0.1 * correction
+        return filters.view(correlation.shape)
 
     def _gaussian(self) -> Tensor:
         """``[(2r + 1)^2]`` on offsets scaled to [-1, 1], as the official weights expect."""

@@ -74,8 +74,8 @@ class JointUpsampler(Upsampler):
         _, height, width, _ = guidance.shape
         radius = self.radius
         # The guidance reaches beyond its border by the same reflection as the interpolated features.
-        around = [interpolation_taps("nearest", side, side, reflect=radius) for side in (height, width)]
-        padded = resample(guidance, *around)
+        above, beside = (interpolation_taps("nearest", side, side, reflect=radius) for side in (height, width))
+        padded = resample(guidance, above, beside)
         rows = interpolation_taps("bicubic", features.shape[1], height, reflect=radius)
         cols = interpolation_taps("bicubic", features.shape[2], width, reflect=radius)
         whole = None if torch.is_grad_enabled() else features.new_empty(1, height, width, features.shape[3])

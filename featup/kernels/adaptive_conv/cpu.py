@@ -7,7 +7,7 @@ from numpy.typing import NDArray
 Array = NDArray[np.float32]
 
 
-@numba.njit(parallel=True, fastmath=True, cache=True, nogil=True)  # type: ignore[misc]
+@numba.njit(parallel=True, fastmath=True, cache=True, nogil=True)  # type: ignore[untyped-decorator]
 def adaptive_conv(source: Array, filters: Array, out: Array, stride_y: int, stride_x: int) -> None:
     """``out [B, H, W, C]`` from ``source [B, Hs, Ws, C]`` and ``filters [B, H, W, K, L]``."""
     batch, height, width, kernel_h, kernel_w = filters.shape

@@ -1,6 +1,7 @@
 """Separable resampling by taps: interpolation, border handling and row bands in one operator.
 
-``out[b, y, x, c] = sum_{s, t} rows.weight[y, s] * cols.weight[x, t] * source[b, rows.index[y, s], cols.index[x, t], c]``
+``out[b, y, x, c] = sum_{s, t} rows.weight[y, s] * cols.weight[x, t]``
+``                             * source[b, rows.index[y, s], cols.index[x, t], c]``
 
 A border mode is only a remapping of indices and a band of an output is only a slice of the row taps, so a joint
 upsampler makes the padded, interpolated band it needs straight from the coarse map, and nothing larger.

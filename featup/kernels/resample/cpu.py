@@ -8,7 +8,7 @@ Floats = NDArray[np.float32]
 Ints = NDArray[np.int64]
 
 
-@numba.njit(parallel=True, fastmath=True, cache=True, nogil=True)  # type: ignore[misc]
+@numba.njit(parallel=True, fastmath=True, cache=True, nogil=True)  # type: ignore[untyped-decorator]
 def resample(
     source: Floats, row_index: Ints, row_weight: Floats, col_index: Ints, col_weight: Floats, out: Floats
 ) -> None:

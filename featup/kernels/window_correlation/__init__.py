@@ -58,4 +58,4 @@ def window_correlation(query: Tensor, key: Tensor, backend: Backend = "auto") ->
                 for i in range(kernel_h)
                 for j in range(kernel_w)
             ]
-            return torch.stack(taps, -1).unflatten(-1, (kernel_h, kernel_w))
+            return torch.stack(taps, -1).view(batch, height, width, kernel_h, kernel_w)

@@ -7,7 +7,7 @@ from numpy.typing import NDArray
 Array = NDArray[np.float32]
 
 
-@numba.njit(parallel=True, fastmath=True, cache=True, nogil=True)  # type: ignore[misc]
+@numba.njit(parallel=True, fastmath=True, cache=True, nogil=True)  # type: ignore[untyped-decorator]
 def window_correlation(query: Array, key: Array, out: Array) -> None:
     """``out [B, H, W, K, L]`` from ``query [B, H, W, D]`` and ``key [B, H + K - 1, W + L - 1, D]``."""
     batch, height, width, kernel_h, kernel_w = out.shape
