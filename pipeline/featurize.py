@@ -282,7 +282,7 @@ class UnitProcessor:
                         records[row],
                         status="failed",
                         reason=Reason.NOT_FINITE.value,
-                        detail="NaN, or beyond float16's 65504; normalise the features (norm='layer') or look at the weights",
+                        detail="NaN, or beyond float16's 65504; use norm='layer' to normalise, or look at the weights",
                     )
         if self.config.mantissa_bits is not None:
             with _timed(seconds, "upsample"):

@@ -103,10 +103,8 @@ def write_index(out: str, plan: Plan, ledger: Ledger, failures: Mapping[int, Rec
             for key, found in ledger.receipts(keys, plan.digest):
                 receipt = found or failures.get(key.unit)
                 if receipt is None or len(receipt.samples) != len(key):
-                    raise StoreError(
-                        f"{key} has {'no receipt' if receipt is None else f'{len(receipt.samples)} samples in its receipt'}"
-                        ", so not every sample is accounted for; run the job again"
-                    )
+                    counted = "no receipt" if receipt is None else f"{len(receipt.samples)} samples in its receipt"
+                    raise StoreError(f"{key} has {counted}, so not every sample is accounted for; run the job again")
                 if found is None:
                     summary.failed_units.append(key.unit)
                 summary.add(receipt)

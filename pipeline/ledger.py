@@ -39,8 +39,8 @@ class Receipt:
     """Proof of a unit written, or (``error`` set) the account of a unit that failed.
 
     ``checksums`` holds for each array the crc32c of every row as stored, ``None`` where nothing was written;
-    ``seconds`` and ``sizes`` (bytes) count per stage (read, decode, features, upsample, encode_write); ``worker`` names the
-    host and process.
+    ``seconds`` and ``sizes`` (bytes) count per stage (read, decode, features, upsample, encode_write); ``worker`` names
+    the host and process.
     """
 
     unit: UnitKey

@@ -23,7 +23,7 @@ class LoadedUnit:
     """One unit, decoded.
 
     ``blocks``: ``image`` uint8 ``[R, H, W, 3]`` and every label ``[R, ...]``, with ``R`` rows per shard and fill values
-    where there is no good sample; ``records``: one a sample; ``seconds`` and ``sizes`` (bytes): of reading and decoding.
+    where there is no good sample; ``records``: one a sample; ``seconds`` and ``sizes`` (bytes): of each stage.
     """
 
     blocks: dict[str, NDArray[Any]]

@@ -67,7 +67,7 @@ class Progress:
         elapsed = max(now - self._started, 1e-9)
         # The start of processes is not part of the pace, so time left is told from the first unit on.
         pace = self.done_samples / elapsed
-        if self._first is not None and now > self._first and self.done_samples > self._counted_at_first:
+        if self._first is not None and now - self._first > 5 and self.done_samples > self._counted_at_first:
             pace = (self.done_samples - self._counted_at_first) / (now - self._first)
         left = human_seconds((self.samples - self.done_samples) / pace) if pace else "unknown"
         failed = f"{self.failed_samples} samples failed" + (

@@ -39,17 +39,16 @@ _MOST_BLOCKS = 10_000
 
 def connect(object_store_mb: int) -> None:
     """Join the cluster that ``RAY_ADDRESS`` or ``ray job submit`` names, or start Ray on this machine."""
-    if ray.is_initialized():
-        return
-    if os.environ.get("RAY_ADDRESS"):
-        ray.init(log_to_driver=True, logging_level=logging.WARNING)
-    else:
-        ray.init(
-            address="local",
-            object_store_memory=object_store_mb << 20,
-            include_dashboard=False,
-            logging_level=logging.WARNING,
-        )
+    if not ray.is_initialized():
+        if os.environ.get("RAY_ADDRESS"):
+            ray.init(logging_level=logging.WARNING)
+        else:
+            ray.init(
+                address="local",
+                object_store_memory=object_store_mb << 20,
+                include_dashboard=False,
+                logging_level=logging.WARNING,
+            )
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     context.print_on_execution_start = False

@@ -4,6 +4,7 @@ import os
 from pathlib import Path
 
 import pytest
+import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -17,3 +18,9 @@ def shared() -> Path:
             f"reference data not found at {path}; set FEATUP_SHARED to the folder that holds golden/, data/, weights/"
         )
     return path
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _few_threads() -> None:
+    """One OpenMP thread: on small inputs more only spin, and two test processes would fight for the cores."""
+    torch.set_num_threads(1)

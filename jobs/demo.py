@@ -1,0 +1,153 @@
+"""The main job on a few photographs, from shards to pictures: what it does, seen in a minute.
+
+python -m jobs.demo --out out/demo
+python -m jobs.demo --backbone mobilenetv1_100 --weights mobilenetv1.safetensors --stride 16
+"""
+
+import argparse
+import os
+import shutil
+import sys
+import urllib.error
+import urllib.request
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from featup.errors import FeatupError, WeightsError
+from pipeline.config import PrecomputeConfig, Size
+from pipeline.errors import PipelineError
+
+PHOTOGRAPHS = ("astronaut", "camera", "chelsea", "coffee", "coins", "motorcycle", "retina", "rocket")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Write shards, run the job on them, verify the store, make a picture of each photograph."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path("out/demo"), help="folder for shards, store and pictures")
+    parser.add_argument("--backbone", default="vit_small_patch14_dinov2.lvd142m", help="a timm model")
+    parser.add_argument("--weights", help="local file with its weights; by default timm's are downloaded")
+    parser.add_argument("--stride", type=int, help="choose the feature map by its stride, for CNNs")
+    args = parser.parse_args(argv)
+    try:
+        _run(args)
+    except (PipelineError, FeatupError) as error:
+        print(f"demo: {type(error).__name__}: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _run(args: argparse.Namespace) -> None:
+    shutil.rmtree(args.out / "store", ignore_errors=True)
+    shards = _write_shards(args.out / "shards")
+    config = PrecomputeConfig(
+        shards=(str(args.out / "shards" / "photographs-*.tar"),),
+        out=str(args.out / "store"),
+        backbone=args.backbone,
+        weights=args.weights,
+        stride=args.stride,
+        geometry="center_crop",
+        size=Size(224, 224),
+        pca=64,
+        rows_per_shard=4,
+    )
+    print(f"{len(shards)} shards written to {args.out / 'shards'}", flush=True)
+    if args.weights is None:
+        config = replace(config, pretrained=_weights_to_be_had(config))
+
+    from pipeline.run import precompute, verify
+
+    precompute(config)
+    report = verify(config.out, config.object_store_mb)
+    print(f"verify: {report.text()}", flush=True)
+    pictures = _pictures(config, args.out / "pictures")
+    note = "" if config.pretrained or config.weights else " (of RANDOM features: the backbone has no trained weights)"
+    print(f"{len(pictures)} pictures{note} in {args.out / 'pictures'}", flush=True)
+
+
+def _write_shards(folder: Path) -> list[Path]:
+    """The photographs that scikit-image ships, as JPEG in two WebDataset shards."""
+    import io
+
+    import skimage.data
+    import webdataset
+    from PIL import Image
+
+    folder.mkdir(parents=True, exist_ok=True)
+    for old in folder.glob("photographs-*.tar"):
+        old.unlink()
+    with webdataset.ShardWriter(str(folder / "photographs-%04d.tar"), maxcount=4, verbose=0) as writer:
+        for name in PHOTOGRAPHS:
+            pixels = skimage.data.stereo_motorcycle()[0] if name == "motorcycle" else getattr(skimage.data, name)()
+            encoded = io.BytesIO()
+            Image.fromarray(pixels).save(encoded, "JPEG", quality=92)
+            writer.write({"__key__": name, "jpg": encoded.getvalue()})
+    return sorted(folder.glob("photographs-*.tar"))
+
+
+def _weights_to_be_had(config: PrecomputeConfig) -> bool:
+    """Whether timm's trained weights can be downloaded, or have been before; says so where they cannot."""
+    hub = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
+    try:
+        urllib.request.urlopen(urllib.request.Request(hub, method="HEAD"), timeout=5).close()
+    except (urllib.error.URLError, OSError):
+        # Asked of the cache alone: the hub's client would try for a minute before it gave up.
+        os.environ["HF_HUB_OFFLINE"] = "1"
+    from featup.backbones import create_backbone
+
+    try:
+        create_backbone(config.backbone, pretrained=True, image_size=config.size)
+    except WeightsError as error:
+        print(f"{hub} cannot be reached, so the backbone is random ({error})", flush=True)
+        return False
+    return True
+
+
+def _pictures(config: PrecomputeConfig, folder: Path) -> list[Path]:
+    """For each photograph: itself, coarse features, bilinear, and what the store holds."""
+    import numpy as np
+    import torch
+    from PIL import Image
+
+    from featup.checkpoints import load_pca
+    from featup.pictures import pca_colours, side_by_side
+    from featup.upsamplers import Interpolate
+    from pipeline.featurize import Extractor
+    from pipeline.index import read_index
+    from pipeline.load import decode_options, load_sample
+    from pipeline.loader import FeatureDataset
+    from pipeline.plan import Plan
+
+    folder.mkdir(parents=True, exist_ok=True)
+    pca = load_pca(f"{config.out}/plan/pca.safetensors")
+    extractor = Extractor(config, pca)
+    options = decode_options(config, extractor.backbone.mean)
+    plan = Plan.from_json(Path(config.out, "plan/plan.json").read_bytes(), f"{config.out}/plan/index")
+    index: dict[int, dict[str, Any]] = {row["row"]: row for row in read_index(config.out).to_pylist()}
+    shard_numbers = {shard.url: number for number, shard in enumerate(plan.shards)}
+    written = []
+    dataset = FeatureDataset(config.out)
+    trained = "" if config.pretrained or config.weights else " (random weights)"
+    for number in range(len(dataset)):
+        sample = dataset[number]
+        row = int(sample["row"])
+        key = plan.unit(index[row]["unit"])
+        shard = plan.index(shard_numbers[index[row]["shard"]])
+        image = load_sample(shard, key.start + row - key.row, options).image
+        low = pca.project(extractor.features(torch.from_numpy(image[None])).cpu())
+        bilinear = Interpolate("bilinear")(low, torch.from_numpy(image[None]), config.target_size)
+        maps = [low[0].numpy(), bilinear[0].numpy(), sample["features"].numpy()]
+        titles = [
+            f"{low.shape[1]}x{low.shape[2]} {config.backbone.split('.')[0]}{trained}",
+            "bilinear",
+            config.upsampler,
+        ]
+        panels = [("image", np.asarray(image)), *zip(titles, pca_colours(maps), strict=True)]
+        path = folder / f"{index[row]['key']}.png"
+        Image.fromarray(side_by_side(panels)).save(path)
+        written.append(path)
+    return written
+
+
+if __name__ == "__main__":
+    sys.exit(main())
