@@ -1,5 +1,6 @@
 """Every option, once: frozen dataclasses, checked on construction, read from YAML and the command line."""
 
+import argparse
 import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -224,12 +225,18 @@ class _Parser(jsonargparse.ArgumentParser):
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         known = [action.dest for action in self._actions]
         hints = []
-        for name in re.findall(r"--([\w-]+)|[Kk]ey ['\"]([\w.-]+)['\"]", message):
-            unknown = (name[0] or name[1]).replace("-", "_")
+        for name in re.findall(r"--([\w-]+)|(?:[Kk]ey|[Oo]ption) ['\"]([\w.-]+)['\"]", message):
+            unknown = name[0].replace("-", "_") or name[1]
             if unknown not in known:
                 near = get_close_matches(unknown, known, 1, 0.5)
                 hints.append(f"unknown option {unknown!r}" + (f", did you mean {near[0]!r}?" if near else ""))
         super().error("; ".join([*hints, message.strip()]) if hints else message, ex)
+
+    def _check_value_key(self, action: argparse.Action, value: Any, *args: Any, **kwargs: Any) -> Any:
+        # A YAML file may name one word where several are possible; its letters would be taken for the words.
+        if action.nargs == "*" and isinstance(value, str):
+            value = [value]
+        return super()._check_value_key(action, value, *args, **kwargs)
 
 
 def _several_words(hint: Any) -> dict[str, Any]:
@@ -263,7 +270,7 @@ def parse_args(
     -------
     The config, and the namespace with all values.
     """
-    parser = _Parser(description=description)
+    parser = _Parser(description=description, allow_abbrev=False)
     parser.add_argument("--config", action="config", help="YAML file with any of the options below")
     if extra is not None:
         extra(parser)

@@ -137,7 +137,7 @@ def _check_rows(name: str, fill: float, block: np.ndarray, status: np.ndarray, r
             found = row_checksum(row)
             if found != wanted:
                 key = receipt.samples[offset].key
-                yield f"{where} ({key}): crc32c {found}, the receipt says {wanted}; the data changed since it was written"
+                yield f"{where} ({key}): crc32c {found}, the receipt says {wanted}; it changed since it was written"
         elif not (np.isnan(row).all() if np.isnan(fill) else (row == fill).all()):
             yield f"{where} holds data, and no good sample belongs there"
 

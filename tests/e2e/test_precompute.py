@@ -1,0 +1,130 @@
+"""The main job from shards to a verified store, and what happens when it is run again."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import torch
+import zarr
+
+from featup.backbones import create_backbone
+from featup.checkpoints import load_pca
+from featup.upsamplers import Bilateral
+from pipeline.loader import FeatureDataset
+from tests.e2e import support
+
+OPTIONS = (*support.TINY, "--labels", "seg", "--pca", 8, "--rows-per-shard", 4, "--stride", 16)
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("shards")
+    for tar, count in enumerate((7, 6)):
+        samples = [support.good_sample(f"img{tar}{n:02d}", 10 * tar + n) for n in range(count)]
+        support.write_tar(folder / f"train-{tar:04d}.tar", [member for sample in samples for member in sample])
+    return folder
+
+
+@pytest.fixture(scope="module")
+def store(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("store") / "train"
+    text = support.run("precompute", "--shards", shards / "train-{0000..0001}.tar", "--out", out, *OPTIONS)
+    assert "input 13 = ok 13 + failed 0" in text
+    return out
+
+
+@pytest.mark.ray
+def test_plain_zarr_reads_the_store(store: Path) -> None:
+    root = zarr.open(store / "features.zarr", mode="r")
+    assert root["features"].shape == (16, 64, 64, 8)
+    assert root["features"].dtype == np.float16
+    # 7 samples and 6 samples in units of 4: row 7 and rows 14, 15 are holes.
+    good = np.r_[0:7, 8:14]
+    assert np.flatnonzero(root["status"][:] == 1).tolist() == good.tolist()
+    features = root["features"][:]
+    assert np.isfinite(features[good]).all()
+    assert np.isnan(features[[7, 14, 15]]).all()
+    assert (root["seg"][:][[7, 14, 15]] == 255).all()
+
+
+@pytest.mark.ray
+def test_the_features_are_those_of_the_method(store: Path, shards: Path) -> None:
+    """Computed again, one image at a time, without the pipeline."""
+    from pipeline.decode import DecodeOptions, prepare_sample
+    from pipeline.read import iterate_tar
+
+    backbone = create_backbone("test_vit", stride=16, image_size=(64, 64))
+    pca = load_pca(store / "plan" / "pca.safetensors")
+    dataset = FeatureDataset(str(store), ["features", "seg"])
+    options = DecodeOptions(size=(64, 64), geometry="squash", labels=("seg",))
+    members = [sample for tar in (0, 1) for _, sample in iterate_tar(str(shards / f"train-{tar:04d}.tar"))]
+    assert len(members) == len(dataset)
+    for number in (0, 6, 7, 12):
+        prepared = prepare_sample(members[number], options)
+        image = torch.from_numpy(prepared.image)[None]
+        with torch.inference_mode():
+            expected = pca.project(Bilateral()(backbone(image), image, (64, 64)))[0]
+        stored = dataset[number]
+        error = (stored["features"] - expected).abs().max() / expected.abs().max()
+        assert error < 2e-3, f"sample {number}: relative error {error} against float16's 1e-3"
+        assert torch.equal(stored["seg"], torch.from_numpy(prepared.labels["seg"]).long())
+
+
+@pytest.mark.ray
+def test_index_and_receipts_account_for_every_sample(store: Path) -> None:
+    index = pq.read_table(store / "index.parquet").to_pylist()
+    assert [row["key"] for row in index] == [f"img0{n:02d}" for n in range(7)] + [f"img1{n:02d}" for n in range(6)]
+    assert {row["status"] for row in index} == {"ok"}
+    assert all(row["height"] == 60 and row["width"] == 80 and len(row["sha256"]) == 64 for row in index)
+    assert len(support.receipts(store)) == 4
+
+
+@pytest.mark.ray
+def test_running_again_computes_nothing_and_other_options_are_refused(store: Path, shards: Path) -> None:
+    before = {path: path.stat().st_mtime_ns for path in support.receipts(store)}
+    command = ("--shards", shards / "train-*.tar", "--out", store)
+    text = support.run("precompute", *command, *OPTIONS)
+    assert "4 units done before, 0 to do" in text
+    assert {path: path.stat().st_mtime_ns for path in support.receipts(store)} == before
+    text = support.run("precompute", *command, *OPTIONS, "--geometry", "pad", "--upsampler", "bicubic", status=1)
+    assert "geometry: the store has 'squash', this run has 'pad'" in text
+    assert "upsampler: the store has 'bilateral', this run has 'bicubic'" in text
+    fewer = ("--shards", shards / "train-0000.tar", "--out", store)
+    assert "input samples: the store has 13, this run has 7" in support.run("precompute", *fewer, *OPTIONS, status=1)
+
+
+@pytest.mark.ray
+def test_verify_passes_a_whole_store_and_finds_damage(store: Path) -> None:
+    assert "clean: 4 units, 13 samples = 13 ok + 0 failed" in support.run("verify", store)
+    shard = store / "features.zarr" / "features" / "c" / "1" / "0" / "0" / "0"
+    label = store / "features.zarr" / "seg" / "c" / "2" / "0" / "0"
+    status = store / "features.zarr" / "status" / "c" / "3"
+    originals = {path: path.read_bytes() for path in (shard, label, status)}
+    try:
+        data = bytearray(originals[shard])
+        data[100] ^= 4
+        shard.write_bytes(data)
+        label.unlink()
+        array = zarr.open(store / "features.zarr", mode="r+")["status"]
+        array[13] = 2
+        text = support.run("verify", store, status=1)
+    finally:
+        for path, data in originals.items():
+            path.write_bytes(data)
+    assert "unit 1 (shard 0, samples 4:7, row 4): features cannot be read" in text
+    assert "seg row 8 (img100): crc32c" in text
+    assert "unit 3 (shard 1, samples 4:6, row 12): status is [1, 2, 0, 0]" in text
+
+
+@pytest.mark.ray
+def test_dry_run_counts_as_the_run_does(store: Path, shards: Path, tmp_path: Path) -> None:
+    out = tmp_path / "planned"
+    text = support.run("precompute", "--shards", shards / "train-*.tar", "--out", out, *OPTIONS, "--dry-run")
+    assert "2 shards, 13 samples" in text
+    assert "4 of up to 4 samples; arrays of 16 rows, 3 of them holes" in text
+    assert not (out / "features.zarr").exists()
+    planned = int(text.split("before compression (")[1].split(" bytes")[0])
+    written = sum(json.loads(path.read_text())["sizes"]["encode_write"] for path in support.receipts(store))
+    assert planned == written == 13 * (64 * 64 * 8 * 2 + 64 * 64 + 1)
