@@ -28,7 +28,10 @@ def pca_colours(maps: Sequence[NDArray[np.floating]]) -> list[Pixels]:
     -------
     uint8 ``[H, W, 3]`` for each map.
     """
-    tensors = [torch.from_numpy(np.asarray(one, dtype=np.float32)) for one in maps]
+    tensors = [torch.from_numpy(np.array(one, dtype=np.float32)) for one in maps]
+    for one in tensors:
+        # An infinite channel would be a colour, and the end of the scale; as NaN it is neither.
+        one[~one.isfinite().all(-1)] = torch.nan
     channels = tensors[0].shape[-1]
     fit = PCAFit(channels)
     for one in tensors:

@@ -49,7 +49,18 @@ class PCAFit:
         self._shift: Tensor | None = None
 
     def add(self, features: Tensor) -> None:
-        """Take in vectors ``[..., C]``; those that are not finite are left out."""
+        """Take in vectors ``[..., C]``; those that are not finite are left out.
+
+        Raises
+        ------
+        GeometryError
+            Vectors of another number of channels.
+        """
+        if features.shape[-1] != len(self._sum):
+            raise GeometryError(
+                f"PCA: fitted on {len(self._sum)} channels, got vectors of {features.shape[-1]} in "
+                f"{tuple(features.shape)}; features are channels-last and one fit takes one backbone and layer"
+            )
         vectors = features.reshape(-1, features.shape[-1]).detach().cpu().double()
         vectors = vectors[vectors.isfinite().all(1)]
         if not len(vectors):

@@ -41,7 +41,7 @@ class Size(NamedTuple):
             Anything else.
         """
         if isinstance(text, (list, tuple)) and len(text) == 2:
-            return Size(int(text[0]), int(text[1]))
+            text = f"{text[0]}x{text[1]}"
         found = re.fullmatch(r"\s*(\d+)(?:\s*[xX]\s*(\d+))?\s*", str(text))
         if found is None:
             raise ValueError(f"a size is HEIGHTxWIDTH, such as 352x480, or one number for a square, not {text!r}")
@@ -144,6 +144,10 @@ class PrecomputeConfig:
             (
                 self.stride is not None and self.layer != -1,
                 f"stride={self.stride} and layer={self.layer} both choose the feature map; give one of them",
+            ),
+            (
+                any(values is not None and len(values) != 3 for values in (self.mean, self.std)),
+                f"mean={self.mean}, std={self.std}: three numbers each, for red, green and blue",
             ),
             (
                 (self.upsampler == "jbu") != (self.checkpoint is not None),
@@ -257,7 +261,8 @@ def parse_args(
 ) -> tuple[Config, Any]:
     """Read a config from ``--config FILE.yaml`` and ``--option value``, the later of two winning.
 
-    ``-`` and ``_`` are the same in an option's name. Unknown options end the program with the nearest known name.
+    ``-`` and ``_`` are the same in an option's name on the command line. Unknown options, also those in the file, end
+    the program with the nearest known name.
 
     Parameters
     ----------

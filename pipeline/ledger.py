@@ -96,12 +96,17 @@ class Ledger:
         Raises
         ------
         StoreError
-            There is a receipt, and it belongs to another plan or another unit.
+            There is a receipt, and it belongs to another plan or another unit, or cannot be read.
         """
         try:
             receipt = Receipt.from_json(storage.read_bytes(self._place(key.unit)))
         except FileNotFoundError:
             return None
+        except (ValueError, KeyError, TypeError) as error:
+            raise StoreError(
+                f"{self._place(key.unit)} is no receipt ({type(error).__name__}: {error}): the file is damaged; remove "
+                "it and run the job again, which then makes this unit anew"
+            ) from error
         if (receipt.unit, receipt.plan) != (key, plan):
             raise StoreError(
                 f"{self._place(key.unit)} is the receipt of {receipt.unit} of plan {receipt.plan[:12]}, expected "

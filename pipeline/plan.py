@@ -118,7 +118,7 @@ class Plan:
             There is no such index, or it is of another version of the shard.
         """
         planned = self.shards[shard]
-        index = _remembered_index(planned.url, self.index_dir)
+        index = _remembered_index(planned, self.index_dir)
         if (index.size, len(index.samples)) != (planned.size, planned.samples):
             raise InputError(
                 f"{planned.url}: {index.size} bytes with {len(index.samples)} samples now, {planned.size} bytes with "
@@ -148,8 +148,8 @@ class Plan:
 
 
 @lru_cache(maxsize=8)
-def _remembered_index(url: str, index_dir: str) -> ShardIndex:
-    return saved_index(url, index_dir)
+def _remembered_index(shard: PlannedShard, index_dir: str) -> ShardIndex:
+    return saved_index(shard.url, index_dir)
 
 
 def plan_shard(url: str, index_dir: str) -> PlannedShard:

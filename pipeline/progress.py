@@ -2,6 +2,7 @@
 
 import sys
 import time
+from collections.abc import Callable
 from typing import TextIO
 
 from pipeline.ledger import Receipt
@@ -12,8 +13,9 @@ __all__ = ["Progress", "human_bytes", "human_seconds"]
 def human_bytes(count: float) -> str:
     """``1.5 GB``: decimal units."""
     for unit in ("B", "kB", "MB", "GB", "TB"):
-        if abs(count) < 1000:
-            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        text = f"{count:.0f}" if unit == "B" else f"{count:.1f}"
+        if abs(float(text)) < 1000:
+            return f"{text} {unit}"
         count /= 1000
     return f"{count:.1f} PB"
 
@@ -29,19 +31,28 @@ def human_seconds(seconds: float) -> str:
 class Progress:
     """Counts receipts as they come in and prints a line now and then: over itself on a terminal, else below."""
 
-    def __init__(self, units: int, samples: int, stream: TextIO = sys.stdout, every: float = 10.0) -> None:
+    def __init__(
+        self,
+        units: int,
+        samples: int,
+        stream: TextIO = sys.stdout,
+        every: float = 10.0,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
         """
         Args:
             units, samples: what this run has to do.
             stream: where lines go; a terminal is told by its ``isatty``.
             every: seconds between lines in a log; a terminal gets two a second.
+            clock: tells the seconds, from any beginning.
         """
         self.units, self.samples = units, samples
         self.done_units = self.failed_units = self.done_samples = self.failed_samples = self.bytes = 0
         self._stream = stream
         self._terminal = stream.isatty()
         self._every = 0.5 if self._terminal else every
-        self._started = time.monotonic()
+        self._clock = clock
+        self._started = clock()
         self._first: float | None = None
         self._counted_at_first = 0
         self._shown = self._started
@@ -53,7 +64,7 @@ class Progress:
         self.done_samples += len(receipt.samples)
         self.failed_samples += sum(record.status != "ok" for record in receipt.samples)
         self.bytes += receipt.sizes.get("encode_write", 0)
-        now = time.monotonic()
+        now = self._clock()
         if self._first is None:
             self._first, self._counted_at_first = now, self.done_samples
         if now - self._shown >= self._every or self.done_units == self.units:

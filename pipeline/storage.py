@@ -293,10 +293,11 @@ def local_copy(url: str) -> str:
     if is_local(url):
         return local_path(url)
     if url not in _copies:
+        data = read_bytes(url)
         folder = tempfile.TemporaryDirectory(prefix="featup-")
         path = os.path.join(folder.name, os.path.basename(url))
         with open(path, "wb") as file:
-            file.write(read_bytes(url))
+            file.write(data)
         _copies[url] = (folder, path)
     return _copies[url][1]
 

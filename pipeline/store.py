@@ -151,7 +151,7 @@ def create_store(url: str, layout: Layout, attributes: Mapping[str, Any]) -> Non
 
     Raises:
         StoreMismatchError: there is a store, made with another identity; the text lists the differences.
-        StoreError: there is a Zarr group that is not a feature store.
+        StoreError: there is something else, or a store that lost its attributes.
     """
     wanted = {"format": FORMAT, "layout": json.loads(json.dumps(asdict(layout))), **attributes}
     found = read_attributes(url)
@@ -163,6 +163,13 @@ def create_store(url: str, layout: Layout, attributes: Mapping[str, Any]) -> Non
                 "Finish it with the settings it was made with, or give another --out."
             )
         return
+    place = storage.join(url, "features.zarr")
+    if found is None and (files := storage.list_files(place)):
+        raise StoreError(
+            f"{place} holds {len(files)} files ({files[0]} ...) and no zarr.json of a Zarr v3 group: it belongs to "
+            "something else, or is a store that lost that file, and creating a store would delete it; restore the "
+            "file, remove the folder yourself, or give another --out"
+        )
     store = zarr_store(url, read_only=False)
     root = zarr.create_group(store, overwrite=True, attributes={"format": FORMAT, "creating": True})
     for spec in layout.arrays:
@@ -193,12 +200,17 @@ def read_attributes(url: str) -> dict[str, Any] | None:
     """The store's attributes, or ``None`` where there is no store.
 
     Raises:
-        StoreError: there is a Zarr group that is not a feature store.
+        StoreError: there is a Zarr group that is not a feature store, or a group that cannot be read.
     """
     try:
         root = zarr.open_group(zarr_store(url, read_only=True), mode="r", zarr_format=3)
     except FileNotFoundError:
         return None
+    except ValueError as error:
+        raise StoreError(
+            f"{storage.join(url, 'features.zarr')} is not a Zarr group that can be read ({error}): its zarr.json is "
+            "damaged, or not that of a feature store; restore it, or give another --out"
+        ) from error
     attributes = dict(root.attrs)
     if "format" not in attributes:
         raise StoreError(
@@ -274,7 +286,8 @@ def round_mantissa(block: NDArray[np.float16], bits: int) -> None:
     half = np.uint16((1 << (drop - 1)) - 1)
     odd = (raw >> np.uint16(drop)) & np.uint16(1)
     rounded = (raw + half + odd) & np.uint16(0xFFFF & ~((1 << drop) - 1))
-    finite = (rounded & np.uint16(0x7C00)) != 0x7C00
+    # Both: the payload of a NaN can carry into the sign, and a large number can round to infinity.
+    finite = ((raw & np.uint16(0x7C00)) != 0x7C00) & ((rounded & np.uint16(0x7C00)) != 0x7C00)
     np.copyto(raw, rounded, where=finite)
 
 
@@ -301,10 +314,10 @@ class StoreWriter:
             StoreError: the blocks are not whole shards of this store.
         """
         rows = self.layout.rows_per_shard
-        if key.row % rows or set(blocks) != set(self._arrays):
+        if key.row % rows or key.row >= self.layout.rows or set(blocks) != set(self._arrays):
             raise StoreError(
-                f"{key}: writing {sorted(blocks)} at row {key.row}; a unit begins a shard of {rows} rows and has "
-                f"all of {sorted(self._arrays)}"
+                f"{key}: writing {sorted(blocks)} at row {key.row}; a unit begins a shard of {rows} rows, below row "
+                f"{self.layout.rows}, and has all of {sorted(self._arrays)}"
             )
         stored = 0
         for name, array in self._arrays.items():

@@ -5,7 +5,7 @@ Every operator has one signature and one dispatcher, which picks a backend when 
 differentiable) for everything else. A backend asked for by name runs or raises; it is never replaced silently.
 """
 
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 
@@ -22,8 +22,11 @@ def choose_backend(wanted: Backend, operator: str, *tensors: torch.Tensor) -> Ba
     Raises
     ------
     BackendError
-        ``wanted`` is ``"cpu"`` and the tensors are not float32 on the CPU without gradient.
+        There is no backend of that name, or it is ``"cpu"`` and the tensors are not float32 on the CPU without
+        gradient.
     """
+    if wanted not in get_args(Backend):
+        raise BackendError(f"{operator}: no backend is called {wanted!r}; there are {', '.join(get_args(Backend))}")
     numba_fits = all(tensor.device.type == "cpu" and tensor.dtype == torch.float32 for tensor in tensors) and not (
         torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
     )

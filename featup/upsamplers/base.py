@@ -77,7 +77,7 @@ class Upsampler(nn.Module):
         Raises
         ------
         GeometryError
-            Sizes that do not fit each other, or a result smaller than the features.
+            Shapes that do not fit each other, or a result smaller than the features.
         """
         if features.dim() != 4 or guidance.dim() != 4 or guidance.shape[-1] != 3 or len(features) != len(guidance):
             raise GeometryError(
@@ -89,17 +89,26 @@ class Upsampler(nn.Module):
                 f"{self.name}: cannot upsample {tuple(features.shape[1:3])} (height, width) to the smaller {size}; "
                 "ask for at least the features' own size"
             )
+        if projection is not None and projection.weight.shape[1] != features.shape[-1]:
+            raise GeometryError(
+                f"{self.name}: a projection of {projection.weight.shape[1]} channels cannot take features of "
+                f"{features.shape[-1]}; fit it on this backbone and layer"
+            )
         mixing = self.mixing(features.shape[-1])
         total = mixing if projection is None else projection.to(features).after(mixing)
-        if total is not None:
-            features = torch.nn.functional.linear(features, total.weight)
-        bias = None if total is None else total.bias
+        shape = (len(features), *size, features.shape[-1] if total is None else len(total.bias))
+        if out is not None and tuple(out.shape) != shape:
+            raise GeometryError(f"{self.name}: out must be {list(shape)}, got {list(out.shape)}")
         images = []
         for index in range(len(features)):
             one = slice(index, index + 1)
-            high = self.spatial(features[one], guidance[one], size)
-            if bias is not None:
-                high = high + bias if high.requires_grad else high.add_(bias)
+            low = features[one]
+            if total is not None:
+                # Image by image like the rest: a product over the whole batch rounds by the batch's size.
+                low = torch.nn.functional.linear(low, total.weight)
+            high = self.spatial(low, guidance[one], size)
+            if total is not None:
+                high = high + total.bias if high.requires_grad else high.add_(total.bias)
             if out is None:
                 images.append(high)
             else:
@@ -129,10 +138,10 @@ def stage_sizes(low: tuple[int, int], high: tuple[int, int]) -> Sequence[tuple[i
     Raises
     ------
     GeometryError
-        ``high`` is smaller than ``low``.
+        ``high`` is smaller than ``low``, or ``low`` is empty.
     """
-    if high[0] < low[0] or high[1] < low[1]:
-        raise GeometryError(f"stages go up: cannot reach {high} from {low} (height, width)")
+    if min(low) < 1 or high[0] < low[0] or high[1] < low[1]:
+        raise GeometryError(f"stages go up from at least 1x1: cannot reach {high} from {low} (height, width)")
     count = ceil(log2(max(high[0] / low[0], high[1] / low[1])))
     between = [(min(low[0] << i, high[0]), min(low[1] << i, high[1])) for i in range(1, count)]
     return [*between, high] if count else []

@@ -37,10 +37,9 @@ class Bilateral(JointUpsampler):
             A sigma that is not positive, or a radius below one.
         """
         super().__init__(radius, tile_pixels)
-        if sigma_space <= 0 or sigma_colour <= 0 or radius < 1:
+        if sigma_space <= 0 or sigma_colour <= 0:
             raise GeometryError(
-                f"bilateral: sigma_space={sigma_space}, sigma_colour={sigma_colour} must be positive and "
-                f"radius={radius} at least 1"
+                f"bilateral: sigma_space={sigma_space} and sigma_colour={sigma_colour} must both be positive"
             )
         self.sigma_space = sigma_space
         self.sigma_colour = sigma_colour

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from featup.errors import GeometryError
 from featup.kernels.adaptive_conv import adaptive_conv
 from featup.kernels.resample import interpolation_taps, resample
 from featup.upsamplers.base import Upsampler, as_guidance, stage_sizes
@@ -30,8 +31,15 @@ class JointUpsampler(Upsampler):
         tile_pixels:
             Most output positions whose filters are held at once; the memory a stage needs beside its output is about
             ``tile_pixels * (4 * window + channels) * 4`` bytes.
+
+        Raises
+        ------
+        GeometryError
+            A radius below one.
         """
         super().__init__()
+        if radius < 1:
+            raise GeometryError(f"{self.name}: radius={radius} leaves no window; it must be at least 1")
         self.radius = radius
         self.tile_pixels = tile_pixels
 

@@ -33,7 +33,7 @@ def adaptive_conv(
     stride:
         (height, width) step of the window in source positions.
     out:
-        Where to put the result, contiguous ``[B, H, W, C]``; not differentiable.
+        Where to put the result, contiguous ``[B, H, W, C]`` of the source's type; not differentiable.
 
     Returns
     -------
@@ -42,10 +42,15 @@ def adaptive_conv(
     Raises
     ------
     GeometryError
-        The two shapes do not belong together.
+        The shapes do not belong together, or ``out`` is of another shape or type than the result.
     BackendError
         The backend asked for cannot run on these tensors.
     """
+    if source.dim() != 4 or filters.dim() != 5:
+        raise GeometryError(
+            f"adaptive_conv: need a source [B, Hs, Ws, C] and filters [B, H, W, K, L], got {tuple(source.shape)} and "
+            f"{tuple(filters.shape)}; both are channels-last with the batch in front"
+        )
     batch, height, width, kernel_h, kernel_w = filters.shape
     needed = (batch, (height - 1) * stride[0] + kernel_h, (width - 1) * stride[1] + kernel_w)
     if tuple(source.shape[:3]) != needed:
@@ -53,13 +58,19 @@ def adaptive_conv(
             f"adaptive_conv: filters {tuple(filters.shape)} with stride {stride} need a source of "
             f"[{needed[0]}, {needed[1]}, {needed[2]}, C], got {tuple(source.shape)}; pad the source by the window"
         )
+    shape = (batch, height, width, source.shape[3])
+    if out is not None and (tuple(out.shape) != shape or out.dtype != source.dtype or not out.is_contiguous()):
+        raise GeometryError(
+            f"adaptive_conv: out must be contiguous {list(shape)} {source.dtype}, got {list(out.shape)} {out.dtype} "
+            f"with strides {out.stride()}; give such a tensor, or none"
+        )
     match choose_backend(backend, "adaptive_conv", source, filters):
         case "naive":
             result = naive.adaptive_conv(source, filters, stride)
         case "cpu":
             from featup.kernels.adaptive_conv import cpu
 
-            out = torch.empty(batch, height, width, source.shape[3]) if out is None else out
+            out = torch.empty(shape) if out is None else out
             cpu.adaptive_conv(
                 source.detach().numpy(),
                 filters.detach().contiguous().numpy(),

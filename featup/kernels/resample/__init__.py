@@ -29,24 +29,27 @@ _BICUBIC_A = -0.75  # the constant of torch.nn.functional.interpolate, which the
 class Taps:
     """Which source positions each output position along one axis reads, and with what weight.
 
-    ``index`` int64 ``[N, T]``, ``weight`` float32 ``[N, T]``.
+    ``index`` int64 ``[N, T]``, ``weight`` float32 ``[N, T]``; ``size`` is the length of the axis they read.
     """
 
     index: Tensor
     weight: Tensor
+    size: int
 
     def __getitem__(self, part: slice) -> "Taps":
-        return Taps(self.index[part], self.weight[part])
+        return Taps(self.index[part], self.weight[part], self.size)
 
     def __len__(self) -> int:
         return self.index.shape[0]
 
     def to(self, like: Tensor) -> "Taps":
         """The same taps on the device and in the floating type of ``like``."""
-        return Taps(self.index.to(like.device), self.weight.to(like.device, like.dtype))
+        return Taps(self.index.to(like.device), self.weight.to(like.device, like.dtype), self.size)
 
 
 @lru_cache(maxsize=256)
+# What is cached outlives the caller's mode: a tensor made under inference_mode could not be used in training later.
+@torch.inference_mode(False)
 def interpolation_taps(kind: Interpolation, size: int, out_size: int, reflect: int = 0) -> Taps:
     """Taps that equal ``torch.nn.functional.interpolate(mode=kind, align_corners=False)`` along one axis.
 
@@ -71,7 +74,7 @@ def interpolation_taps(kind: Interpolation, size: int, out_size: int, reflect: i
     at = torch.where(at < out_size, at, period - at)
     if kind == "nearest":
         index = (at * size).div(out_size, rounding_mode="floor")[:, None]
-        return Taps(index, torch.ones_like(index, dtype=torch.float32))
+        return Taps(index, torch.ones_like(index, dtype=torch.float32), size)
     centre = (at.double() + 0.5) * (size / out_size) - 0.5
     if kind == "bilinear":
         centre = centre.clamp_min(0)
@@ -87,7 +90,7 @@ def interpolation_taps(kind: Interpolation, size: int, out_size: int, reflect: i
         far = ((a * distance - 5 * a) * distance + 8 * a) * distance - 4 * a
         weight = torch.where(distance <= 1, near, far)
     index = (first[:, None].long() + offsets).clamp(0, size - 1)
-    return Taps(index, weight.float())
+    return Taps(index, weight.float(), size)
 
 
 def resample(source: Tensor, rows: Taps, cols: Taps, backend: Backend = "auto") -> Tensor:
@@ -103,7 +106,19 @@ def resample(source: Tensor, rows: Taps, cols: Taps, backend: Backend = "auto") 
     Returns
     -------
     ``[B, len(rows), len(cols), C]``.
+
+    Raises
+    ------
+    GeometryError
+        The taps were made for a map of another size.
+    BackendError
+        The backend asked for cannot run on this tensor.
     """
+    if source.dim() != 4 or tuple(source.shape[1:3]) != (rows.size, cols.size):
+        raise GeometryError(
+            f"resample: these taps read a source of [B, {rows.size}, {cols.size}, C], got {tuple(source.shape)}; "
+            "make the taps for the source's own size"
+        )
     match choose_backend(backend, "resample", source):
         case "naive":
             return naive.resample(source, rows.to(source), cols.to(source))

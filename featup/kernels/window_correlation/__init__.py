@@ -36,6 +36,11 @@ def window_correlation(query: Tensor, key: Tensor, backend: Backend = "auto") ->
     BackendError
         The backend asked for cannot run on these tensors.
     """
+    if query.dim() != 4 or key.dim() != 4:
+        raise GeometryError(
+            f"window_correlation: need a query [B, H, W, D] and keys [B, H + K - 1, W + L - 1, D], got "
+            f"{tuple(query.shape)} and {tuple(key.shape)}; both are channels-last with the batch in front"
+        )
     batch, height, width, depth = query.shape
     kernel_h, kernel_w = key.shape[1] - height + 1, key.shape[2] - width + 1
     if key.shape[0] != batch or key.shape[3] != depth or kernel_h < 1 or kernel_w < 1:
