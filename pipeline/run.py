@@ -17,6 +17,7 @@ import numpy as np
 import ray
 import ray.data
 import yaml
+from numpy.typing import NDArray
 
 from pipeline import storage
 from pipeline.config import PrecomputeConfig, describe
@@ -31,7 +32,7 @@ from pipeline.progress import Progress
 from pipeline.store import Layout, create_store, read_attributes, tile_of
 from pipeline.verify import Finding, Verification, verify_index, verify_unit
 
-__all__ = ["connect", "layout_of", "plan_input", "precompute", "prepare", "verify"]
+__all__ = ["connect", "layout_of", "plan_input", "precompute", "prepare", "stages", "verify"]
 
 _PARALLEL_INDEXING = 32
 _MOST_BLOCKS = 10_000
@@ -91,7 +92,8 @@ def precompute(config: PrecomputeConfig) -> Summary:
     failures: dict[int, Receipt] = {}
     if len(todo):
         progress = Progress(len(todo), left)
-        for receipt in _featurize(config, plan, layout, setup, todo, gpus):
+        for row in stages(config, plan, layout, setup, todo, gpus).iter_rows():
+            receipt = Receipt.from_json(row["receipt"])
             progress.add(receipt)
             if receipt.error:
                 failures[receipt.unit.unit] = receipt
@@ -263,11 +265,16 @@ def empty_blocks(layout: Layout, options: DecodeOptions) -> dict[str, Any]:
     return blocks
 
 
-def _featurize(
-    config: PrecomputeConfig, plan: Plan, layout: Layout, setup: Setup, todo: Any, gpus: float
-) -> Iterator[Receipt]:
+def stages(
+    config: PrecomputeConfig, plan: Plan, layout: Layout, setup: Setup, todo: NDArray[np.int64], gpus: float
+) -> ray.data.Dataset:
+    """The stages from the units ``todo`` to their receipts, nothing run yet.
+
+    Loading and featurizing must not be fused, or the actor would wait for every unit to be read and decoded: Ray keeps
+    stages apart whose resources differ, which the config sees to.
+    """
     reference = ray.put((plan, todo, decode_options(config, setup.mean), layout))
-    dataset = (
+    return (
         ray.data.range(len(todo), override_num_blocks=min(len(todo), _MOST_BLOCKS))
         .map(_load_row, fn_kwargs={"reference": reference}, num_cpus=config.loader_cpus)
         .map_batches(
@@ -286,8 +293,6 @@ def _featurize(
             ),
         )
     )
-    for row in dataset.iter_rows():
-        yield Receipt.from_json(row["receipt"])
 
 
 def verify(out: str, object_store_mb: int, check_source: int = 8) -> Verification:

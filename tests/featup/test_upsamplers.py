@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -105,9 +106,12 @@ def test_bands_change_nothing(name: str) -> None:
     whole = upsampler(features, image, (37, 31))
     for tile_pixels in (1, 31 * 5, 31 * 36):
         upsampler.tile_pixels = tile_pixels
-        assert torch.equal(upsampler(features, image, (37, 31)), whole), f"tile_pixels={tile_pixels}"
-        with torch.no_grad():
-            assert relative_error(upsampler(features, image, (37, 31)), whole) <= TOLERANCE, f"{tile_pixels}, no grad"
+        for grad in (True, False):
+            with torch.set_grad_enabled(grad):
+                banded = upsampler(features, image, (37, 31))
+            # The learned kernel's matrix products may round by the number of pixels, depending on the processor.
+            limit = 0.0 if name == "bilateral" else 1e-6
+            assert relative_error(banded, whole) <= limit, f"tile_pixels={tile_pixels}, gradients {grad}"
 
 
 @every_upsampler
@@ -122,7 +126,9 @@ def test_an_image_does_not_depend_on_its_batch(name: str, low: tuple[int, int], 
     together = upsampler(features, image, size, projection)
     for index in range(5):
         one = slice(index, index + 1)
-        assert torch.equal(upsampler(features[one], image[one], size, projection), together[one]), f"image {index}"
+        # Copies, because another address must not make a difference either.
+        alone = upsampler(features[one].clone(), image[one].clone(), size, projection)
+        assert torch.equal(alone, together[one]), f"image {index}"
 
 
 @pytest.mark.parametrize("channels", [64, 67])
@@ -133,7 +139,7 @@ def test_wide_projections_do_not_depend_on_the_batch(channels: int, kept: int) -
     projection = ChannelMap(random(kept, channels), random(kept))
     features, image = random(4, 3, 5, channels), picture(4, 6, 10, 3)
     together = jbu(features, image, (6, 10), projection)
-    apart = [jbu(features[i : i + 1], image[i : i + 1], (6, 10), projection) for i in range(4)]
+    apart = [jbu(features[i : i + 1].clone(), image[i : i + 1].clone(), (6, 10), projection) for i in range(4)]
     assert torch.equal(torch.cat(apart), together)
 
 
@@ -210,7 +216,7 @@ def test_memory_is_bounded_by_the_tile(name: str) -> None:
     upsampler.tile_pixels = 4096
     with torch.no_grad(), LargestTensor() as seen:
         upsampler(features, image, (512, 512))
-    assert seen.elements == result, "something larger than the result was allocated"
+    assert seen.elements <= result, "something larger than the result was allocated"
 
 
 def test_the_memory_test_sees_what_it_looks_for() -> None:
@@ -262,7 +268,7 @@ def test_stage_sizes(low: tuple[int, int], more: tuple[int, int]) -> None:
     high = (low[0] + more[0] - 1, low[1] + more[1] - 1)
     sizes = [low, *stage_sizes(low, high)]
     assert sizes[-1] == high
-    for before, after in zip(sizes, sizes[1:], strict=False):
+    for before, after in pairwise(sizes):
         assert all(b <= a <= 2 * b for b, a in zip(before, after, strict=True)), (before, after)
     # No fewer stages would do: after one less, a side could not have grown so far.
     fewer = len(sizes) - 2
@@ -379,11 +385,17 @@ def test_bilateral_follows_an_edge_that_bilinear_blurs() -> None:
     truth[:, :, 29:] = 1
     features = truth.reshape(1, 8, 8, 8, 8, 1).mean((2, 4))
     image = (0.2 + 0.6 * truth).expand(-1, -1, -1, 3)
-    bilinear = (create_upsampler("bilinear", channels=1)(features, image, (64, 64)) - truth).abs().mean()
-    bilateral = (create_upsampler("bilateral", channels=1)(features, image, (64, 64)) - truth).abs().mean()
-    blind = (create_upsampler("bilateral", channels=1)(features, 0 * image, (64, 64)) - truth).abs().mean()
-    assert bilateral < 0.7 * bilinear, (float(bilateral), float(bilinear))
-    assert bilateral < 0.7 * blind, (float(bilateral), float(blind))
+
+    def upsampled(name: Any, guidance: Tensor) -> tuple[float, float]:
+        """Mean absolute error, and the step from the last column of one region to the first of the other."""
+        result = create_upsampler(name, channels=1)(features, guidance, (64, 64))
+        return float((result - truth).abs().mean()), float((result[:, :, 29] - result[:, :, 28]).mean())
+
+    error, step = upsampled("bilateral", image)
+    for rival, guidance in (("bilinear", image), ("bicubic", image), ("bilateral", 0 * image)):
+        rival_error, rival_step = upsampled(rival, guidance)
+        assert error < 0.8 * rival_error, (rival, error, rival_error)
+        assert step > 3 * rival_step, (rival, step, rival_step)
 
 
 @pytest.mark.parametrize(("space", "colour"), [(0.0, 1.0), (1.0, 0.0), (-1.0, 1.0)])
