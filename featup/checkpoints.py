@@ -5,6 +5,8 @@ Also reads the JBU stack out of official FeatUp ``.ckpt`` files.
 
 import json
 import re
+from collections.abc import Sequence
+from math import isqrt
 from pathlib import Path
 from typing import Any
 
@@ -37,19 +39,27 @@ def _pack(kind: str, description: dict[str, Any], tensors: dict[str, Tensor]) ->
     return packed
 
 
-def _unpack(path: Path, kind: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
+def _unpack(path: Path, kind: str, fields: Sequence[str]) -> tuple[dict[str, Any], dict[str, Tensor]]:
     try:
         with safe_open(path, framework="pt") as file:
             text = (file.metadata() or {}).get("featup")
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
     except SafetensorError as error:
         raise WeightsError(f"{path}: not a whole safetensors file ({error}); write it again") from error
-    description: dict[str, Any] = json.loads(text) if text else {}
+    try:
+        description: dict[str, Any] = dict(json.loads(text or "{}"))
+    except (ValueError, TypeError) as error:
+        raise WeightsError(
+            f"{path}: its description is not a JSON object ({error}); give a file that this project saved as a {kind}"
+        ) from error
     if description.get("format") != _FORMAT or description.get("kind") != kind:
         raise WeightsError(
             f"{path}: expected a {kind} in format {_FORMAT}, found kind={description.get('kind')!r} "
             f"format={description.get('format')!r}; give a file that this project saved as a {kind}"
         )
+    lacking = [name for name in fields if name not in description]
+    if lacking:
+        raise WeightsError(f"{path}: its description lacks {', '.join(lacking)}; save the {kind} again")
     return description, tensors
 
 
@@ -67,7 +77,7 @@ def load_pca(path: str | Path) -> PCA:
     WeightsError
         The file is damaged or holds something else.
     """
-    description, tensors = _unpack(Path(path), "pca")
+    description, tensors = _unpack(Path(path), "pca", ("explained", "count"))
     return PCA(**tensors, explained=description["explained"], count=description["count"])
 
 
@@ -98,12 +108,18 @@ def load_jbu(path: str | Path) -> JBU:
     """
     path = Path(path)
     if path.suffix == ".safetensors":
-        description, tensors = _unpack(path, "jbu")
         names = ("channels", "stages", "key_dim", "radius", "guidance_mean", "guidance_std")
+        description, tensors = _unpack(path, "jbu", names)
         jbu = JBU(**{name: description[name] for name in names})
     else:
         tensors = _from_official(load_state_dict(path), path)
-        window = round(tensors["stages.0.fixup_out.bias"].numel() ** 0.5)
+        taps = tensors["stages.0.fixup_out.bias"].numel()
+        window = isqrt(taps)
+        if window**2 != taps or window < 3 or window % 2 == 0:
+            raise WeightsError(
+                f"{path}: its first stage corrects {taps} taps, which is no square window with an odd side of at "
+                "least 3; give an official FeatUp JBU checkpoint or one that this project trained"
+            )
         jbu = JBU(
             channels=tensors["fixup.bias"].numel(),
             stages=1 + max(int(name.split(".")[1]) for name in tensors if name.startswith("stages.")),

@@ -38,7 +38,7 @@ def estimate(config: PrecomputeConfig) -> str:
     plan = Plan(shards, rows, storage.join(config.out, "plan", "index"))
     layout = layout_of(config, rows, channels, plan.units)
 
-    seconds, ratio, tried = _time_handful(config, extractor, plan)
+    seconds, ratio, tried = _time_handful(config, extractor, plan, threads)
     total = plan.samples * layout.sample_bytes
     loading, computing, writing = seconds["read + decode"], seconds["features"] + seconds["upsample"], seconds["write"]
     # On a CPU all stages share the cores; on a GPU the slowest one sets the pace.
@@ -74,7 +74,9 @@ def estimate(config: PrecomputeConfig) -> str:
     return "\n".join(lines)
 
 
-def _time_handful(config: PrecomputeConfig, extractor: Extractor, plan: Plan) -> tuple[dict[str, float], float, int]:
+def _time_handful(
+    config: PrecomputeConfig, extractor: Extractor, plan: Plan, threads: int
+) -> tuple[dict[str, float], float, int]:
     """Seconds a sample of each stage, compression ratio of the features, and how many samples were tried."""
     options = decode_options(config, extractor.backbone.mean)
     images = []
@@ -110,7 +112,7 @@ def _time_handful(config: PrecomputeConfig, extractor: Extractor, plan: Plan) ->
     with tempfile.TemporaryDirectory(prefix="featup-") as folder:
         layout = replace(layout_of(config, len(batch), channels, 1), labels=(), valid_mask=False)
         create_store(folder, layout, {"identity": {}})
-        writer = StoreWriter(folder, layout)
+        writer = StoreWriter(folder, layout, threads)
         started = time.perf_counter()
         status = np.full(len(batch), OK, np.uint8)
         stored = writer.write(UnitKey(0, 0, 0, len(batch), 0), {"features": block, "status": status})

@@ -190,7 +190,7 @@ class UnitProcessor:
                 f"the models on {platform.node()} are {digests}, the store was made for {setup.digests}; "
                 "give every node the same weight files"
             )
-        self.writer = StoreWriter(config.out, layout)
+        self.writer = StoreWriter(config.out, layout, self.threads)
         self.ledger = Ledger(storage.join(config.out, "ledger"))
         self._computing, self._writing = threading.Lock(), threading.Lock()
 
@@ -215,7 +215,7 @@ class UnitProcessor:
     def _process(self, key: UnitKey, loaded: LoadedUnit) -> Receipt:
         seconds, sizes = dict(loaded.seconds), dict(loaded.sizes)
         with self._computing:
-            features, records = self._compute(loaded, seconds)
+            features, records = self.compute(loaded, seconds)
         good = [offset for offset, record in enumerate(records) if record.status == "ok"]
         status = np.full(self.layout.rows_per_shard, NOTHING, np.uint8)
         status[: len(records)] = FAILED
@@ -248,9 +248,10 @@ class UnitProcessor:
             self.ledger.commit(receipt)
         return receipt
 
-    def _compute(
+    def compute(
         self, loaded: LoadedUnit, seconds: dict[str, float]
     ) -> tuple[NDArray[np.float16], tuple[SampleRecord, ...]]:
+        """Features float16 ``[R, H', W', K]`` of a unit and its records; ``seconds`` of each stage are added to."""
         layout = self.layout
         records = list(loaded.records)
         good = [offset for offset, record in enumerate(records) if record.status == "ok"]

@@ -32,7 +32,7 @@ from pipeline.progress import Progress
 from pipeline.store import Layout, create_store, read_attributes, tile_of
 from pipeline.verify import Finding, Verification, verify_index, verify_unit
 
-__all__ = ["connect", "layout_of", "plan_input", "precompute", "prepare", "stages", "verify"]
+__all__ = ["connect", "create_all", "layout_of", "plan_input", "precompute", "prepare", "stages", "verify"]
 
 _PARALLEL_INDEXING = 32
 _MOST_BLOCKS = 10_000
@@ -75,7 +75,7 @@ def precompute(config: PrecomputeConfig) -> Summary:
     setup: Setup = ray.get(_prepare_remotely.options(num_cpus=1, num_gpus=gpus).remote(config, shards))
     plan = _complete_plan(config, shards, setup)
     layout = layout_of(config, plan.rows_per_shard, setup.channels, plan.units)
-    _create(config, plan, layout, setup)
+    create_all(config, plan, layout, setup)
     for fault in plan.faults:
         print(f"input fault: {fault}", flush=True)
 
@@ -188,7 +188,12 @@ def _check_options(config: PrecomputeConfig) -> None:
         )
 
 
-def _create(config: PrecomputeConfig, plan: Plan, layout: Layout, setup: Setup) -> None:
+def create_all(config: PrecomputeConfig, plan: Plan, layout: Layout, setup: Setup) -> None:
+    """Create the store, or check that the one there is this run's; keep plan and config beside it.
+
+    Raises:
+        StoreMismatchError: it was made with other options, input or weights; the text lists the differences.
+    """
     place = storage.join(config.out, "plan", "plan.json")
     identity = config.identity() | {f"{name} digest": value for name, value in setup.digests.items()}
     identity |= {"input shards": len(plan.shards), "input samples": plan.samples, "input digest": plan.digest}

@@ -17,8 +17,8 @@ all of its channels.
 """
 
 import json
-import os
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, cast
 
@@ -35,6 +35,7 @@ from pipeline.config import PrecomputeConfig, read_config
 from pipeline.decode import label_spec
 from pipeline.errors import StoreError, StoreMismatchError
 from pipeline.plan import UnitKey
+from pipeline.shard import encode_chunk, encode_shard
 
 __all__ = [
     "FAILED",
@@ -248,7 +249,9 @@ def open_arrays(url: str, names: Sequence[str], codecs: Literal["zarr", "zarrs"]
     """Arrays of a store, to read from.
 
     Args:
-        codecs: ``zarr`` decodes in Python; ``zarrs`` in Rust, faster, with threads that do not survive a fork.
+        codecs: ``zarr`` decodes in Python and checks every chunk; ``zarrs`` in Rust, faster, with threads that do not
+            survive a fork, and checks chunks only where a whole shard is read at once and its tiles divide the image
+            (zarrs 0.2.3): elsewhere what it reads must be held against the receipts' checksums.
 
     Raises:
         StoreError: there is no store.
@@ -294,54 +297,55 @@ def round_mantissa(block: NDArray[np.float16], bits: int) -> None:
 class StoreWriter:
     """Writes whole units into an existing store."""
 
-    def __init__(self, url: str, layout: Layout) -> None:
+    def __init__(self, url: str, layout: Layout, threads: int = 1) -> None:
+        """
+        Args:
+            threads: how many chunks are encoded at once.
+        """
         self.url = url
         self.layout = layout
-        self._group = open_group(url, mode="r+")
-        self._arrays = {spec.name: cast(AnyArray, self._group[spec.name]) for spec in layout.arrays}
+        self._arrays = open_arrays(url, [spec.name for spec in layout.arrays])
+        self._pool = ThreadPoolExecutor(threads, thread_name_prefix="encode")
 
     def write(self, key: UnitKey, blocks: Mapping[str, NDArray[Any]]) -> int:
-        """Write one unit and make it durable.
+        """Write one unit, every object of it atomically, and make it durable.
 
         Args:
             key: the unit; its rows begin a shard.
             blocks: for every array ``[rows_per_shard, ...]``, fill values in rows that hold no sample.
 
         Returns:
-            Bytes stored, after compression; 0 for stores whose objects cannot be measured cheaply.
+            Bytes stored, after compression.
 
         Raises:
             StoreError: the blocks are not whole shards of this store.
         """
         rows = self.layout.rows_per_shard
-        if key.row % rows or key.row >= self.layout.rows or set(blocks) != set(self._arrays):
+        if key.row % rows or set(blocks) != set(self._arrays):
             raise StoreError(
-                f"{key}: writing {sorted(blocks)} at row {key.row}; a unit begins a shard of {rows} rows, below row "
-                f"{self.layout.rows}, and has all of {sorted(self._arrays)}"
+                f"{key}: writing {sorted(blocks)} at row {key.row}; a unit begins a shard of {rows} rows and has "
+                f"all of {sorted(self._arrays)}"
             )
         stored = 0
-        for name, array in self._arrays.items():
-            block = blocks[name]
-            if block.shape != (rows, *array.shape[1:]) or block.dtype != array.dtype:
+        for spec in self.layout.arrays:
+            block, array = blocks[spec.name], self._arrays[spec.name]
+            if block.shape != (rows, *spec.row_shape) or block.dtype != spec.dtype:
                 raise StoreError(
-                    f"{key}: {name} is {block.dtype} {block.shape}, the store takes {array.dtype} "
-                    f"{(rows, *array.shape[1:])}"
+                    f"{key}: {spec.name} is {block.dtype} {block.shape}, the store takes {spec.dtype} "
+                    f"{(rows, *spec.row_shape)}"
                 )
-            array[key.row : key.row + rows] = block
-            stored += self._sync(name, array, key.row // rows)
+            place = storage.join(self.url, "features.zarr", spec.name, chunk_key(array, key.row // rows))
+            # Rows of one number each are one chunk, which is encoded like a chunk of a shard and stands alone.
+            if spec.row_shape:
+                data = encode_shard(block, spec.chunk, spec.fill, self.layout.compression_level, self._pool)
+            else:
+                data = encode_chunk(block, spec.fill, self.layout.compression_level)
+            if data is None:
+                storage.remove(place)
+            else:
+                storage.write_atomic(place, data)
+                stored += len(data)
         return stored
-
-    def _sync(self, name: str, array: AnyArray, shard: int) -> int:
-        place = storage.join(self.url, "features.zarr", name, chunk_key(array, shard))
-        if not storage.is_local(place) or not storage.exists(place):
-            return 0  # an object store's put is durable; a shard of fill values alone is no object
-        path = storage.local_path(place)
-        size = storage.stat(place).size
-        array_folder = storage.local_path(storage.join(self.url, "features.zarr", name))
-        while len(path) >= len(array_folder):  # the folders were new as well: their entries must last, too
-            storage.sync_file(path)
-            path = os.path.dirname(path)
-        return size
 
 
 def chunk_key(array: AnyArray, shard: int) -> str:

@@ -1,6 +1,6 @@
 """The protocol every upsampler satisfies, and the algebra that moves channel mixing to low resolution."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from math import ceil, log2
 
@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from featup.errors import GeometryError
 
-__all__ = ["ChannelMap", "Upsampler", "as_guidance", "stage_sizes"]
+__all__ = ["ChannelMap", "Upsampler", "as_guidance", "row_bands", "stage_sizes"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,7 +37,7 @@ class Upsampler(nn.Module):
     """``upsampler(features [B, h, w, C], guidance [B, H, W, 3], size=(H', W')) -> [B, H', W', C]``.
 
     ``guidance`` is the image, uint8 or floating in [0, 1]. Sub-classes that are linear over space, with the same
-    operator for every channel, implement :meth:`spatial` (and :meth:`mixing` if they end in a map of channels). Those
+    operator for every channel, implement :meth:`bands` (and :meth:`mixing` if they end in a map of channels). Those
     that are not override :meth:`forward`.
     """
 
@@ -99,6 +99,9 @@ class Upsampler(nn.Module):
         shape = (len(features), *size, features.shape[-1] if total is None else len(total.bias))
         if out is not None and tuple(out.shape) != shape:
             raise GeometryError(f"{self.name}: out must be {list(shape)}, got {list(out.shape)}")
+        differentiable = torch.is_grad_enabled() and out is None
+        if out is None and not differentiable:
+            out = features.new_empty(shape)
         images = []
         for index in range(len(features)):
             one = slice(index, index + 1)
@@ -106,22 +109,43 @@ class Upsampler(nn.Module):
             if total is not None:
                 # Image by image like the rest: a product over the whole batch rounds by the batch's size.
                 low = torch.nn.functional.linear(low, total.weight)
-            high = self.spatial(low, guidance[one], size)
-            if total is not None:
-                high = high + total.bias if high.requires_grad else high.add_(total.bias)
+            bands = []
+            for rows, linear in self.bands(low, guidance[one], size):
+                band = linear
+                if total is not None:
+                    band = linear + total.bias if differentiable else linear.add_(total.bias)
+                if out is None:
+                    bands.append(band)
+                else:
+                    out[one, rows].copy_(band)
             if out is None:
-                images.append(high)
-            else:
-                out[one].copy_(high)
+                images.append(torch.cat(bands, 1))
         return torch.cat(images) if out is None else out
 
     def mixing(self, channels: int) -> ChannelMap | None:
         """The channel map the upsampler itself ends in, for ``channels`` input channels; ``None`` if it has none."""
         return None
 
-    def spatial(self, features: Tensor, guidance: Tensor, size: tuple[int, int]) -> Tensor:
-        """The linear operator over space, for one image: ``[1, h, w, C]`` to ``[1, H', W', C]``, a new tensor."""
+    def bands(self, features: Tensor, guidance: Tensor, size: tuple[int, int]) -> Iterator[tuple[slice, Tensor]]:
+        """The linear operator over space, for one image, some rows of the result at a time.
+
+        Parameters
+        ----------
+        features, guidance, size:
+            ``[1, h, w, C]``, ``[1, H, W, 3]`` and the result's (height, width).
+
+        Yields
+        ------
+        The rows, from the top, and what stands in them: ``[1, rows, W', C]``, a tensor nobody else holds.
+        """
         raise NotImplementedError
+
+
+def row_bands(size: tuple[int, int], pixels: int) -> Iterator[slice]:
+    """Slices of rows of at most ``pixels`` positions each (or one row), together all rows of a map of ``size``."""
+    step = max(1, pixels // size[1])
+    for start in range(0, size[0], step):
+        yield slice(start, min(start + step, size[0]))
 
 
 def as_guidance(guidance: Tensor, dtype: torch.dtype) -> Tensor:

@@ -1,11 +1,15 @@
 """Interpolations: the baselines, blind to the image."""
 
+from collections.abc import Iterator
+
 from torch import Tensor
 
 from featup.kernels.resample import Interpolation, interpolation_taps, resample
-from featup.upsamplers.base import Upsampler
+from featup.upsamplers.base import Upsampler, row_bands
 
 __all__ = ["Interpolate"]
+
+_BAND_PIXELS = 1 << 14
 
 
 class Interpolate(Upsampler):
@@ -16,8 +20,9 @@ class Interpolate(Upsampler):
         self.name = kind
         self.kind: Interpolation = kind
 
-    def spatial(self, features: Tensor, guidance: Tensor, size: tuple[int, int]) -> Tensor:
-        """See :meth:`Upsampler.spatial`; the guidance is not looked at."""
-        rows = interpolation_taps(self.kind, features.shape[1], size[0])
-        cols = interpolation_taps(self.kind, features.shape[2], size[1])
-        return resample(features, rows, cols)
+    def bands(self, features: Tensor, guidance: Tensor, size: tuple[int, int]) -> Iterator[tuple[slice, Tensor]]:
+        """See :meth:`Upsampler.bands`; the guidance is not looked at."""
+        down = interpolation_taps(self.kind, features.shape[1], size[0])
+        across = interpolation_taps(self.kind, features.shape[2], size[1])
+        for rows in row_bands(size, _BAND_PIXELS):
+            yield rows, resample(features, down[rows], across)

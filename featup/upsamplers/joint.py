@@ -14,7 +14,7 @@ from torch.nn import functional
 from featup.errors import GeometryError
 from featup.kernels.adaptive_conv import adaptive_conv
 from featup.kernels.resample import interpolation_taps, resample
-from featup.upsamplers.base import Upsampler, as_guidance, stage_sizes
+from featup.upsamplers.base import Upsampler, as_guidance, row_bands, stage_sizes
 
 __all__ = ["JointUpsampler", "resize_guidance"]
 
@@ -66,40 +66,44 @@ class JointUpsampler(Upsampler):
         """From [0, 1] to the scale the filters are made for."""
         return guidance
 
-    def spatial(self, features: Tensor, guidance: Tensor, size: tuple[int, int]) -> Tensor:
-        """See :meth:`Upsampler.spatial`."""
+    def bands(self, features: Tensor, guidance: Tensor, size: tuple[int, int]) -> Iterator[tuple[slice, Tensor]]:
+        """See :meth:`Upsampler.bands`. The last stage's map is never whole, only the smaller ones before it."""
         guidance = self.prepare_guidance(as_guidance(guidance, features.dtype))
         low = (features.shape[1], features.shape[2])
         sizes = stage_sizes(low, size)
         self.check_stages(len(sizes), low, size)
-        for stage, stage_size in enumerate(sizes):
+        for stage, stage_size in enumerate(sizes[:-1]):
             features = self.run_stage(stage, features, resize_guidance(guidance, stage_size))
-        # No stage to run means the caller's own tensor: it must not be written to.
-        return features if sizes else features.clone()
+        if sizes:
+            yield from self._stage_bands(len(sizes) - 1, features, resize_guidance(guidance, size))
+        else:
+            # No stage to run: this is the caller's own tensor, which must not be written to.
+            yield slice(0, size[0]), features.clone()
 
     def run_stage(self, stage: int, features: Tensor, guidance: Tensor) -> Tensor:
         """One stage: ``features [1, h, w, C]`` to the size of the prepared ``guidance [1, H, W, 3]``."""
-        _, height, width, _ = guidance.shape
-        radius = self.radius
-        # The guidance reaches beyond its border by the same reflection as the interpolated features.
-        above, beside = (interpolation_taps("nearest", side, side, reflect=radius) for side in (height, width))
-        padded = resample(guidance, above, beside)
-        rows = interpolation_taps("bicubic", features.shape[1], height, reflect=radius)
-        cols = interpolation_taps("bicubic", features.shape[2], width, reflect=radius)
-        whole = None if torch.is_grad_enabled() else features.new_empty(1, height, width, features.shape[3])
-        bands = []
-        for start, stop in self._bands(height, width):
-            halo = slice(start, stop + 2 * radius)
-            source = resample(features, rows[halo], cols)
-            filters = self.filters(stage, padded[:, halo])
-            out = None if whole is None else whole[:, start:stop]
-            bands.append(adaptive_conv(source, filters, out=out))
-        return torch.cat(bands, 1) if whole is None else whole
+        if torch.is_grad_enabled():
+            return torch.cat([band for _, band in self._stage_bands(stage, features, guidance)], 1)
+        whole = features.new_empty(1, *guidance.shape[1:3], features.shape[3])
+        for _ in self._stage_bands(stage, features, guidance, whole):
+            pass
+        return whole
 
-    def _bands(self, height: int, width: int) -> Iterator[tuple[int, int]]:
-        rows = max(1, self.tile_pixels // width)
-        for start in range(0, height, rows):
-            yield start, min(start + rows, height)
+    def _stage_bands(
+        self, stage: int, features: Tensor, guidance: Tensor, whole: Tensor | None = None
+    ) -> Iterator[tuple[slice, Tensor]]:
+        _, height, width, _ = guidance.shape
+        reach = 2 * self.radius
+        # The guidance reaches beyond its border by the same reflection as the interpolated features.
+        above, beside = (interpolation_taps("nearest", side, side, reflect=self.radius) for side in (height, width))
+        padded = resample(guidance, above, beside)
+        down = interpolation_taps("bicubic", features.shape[1], height, reflect=self.radius)
+        across = interpolation_taps("bicubic", features.shape[2], width, reflect=self.radius)
+        for rows in row_bands((height, width), self.tile_pixels):
+            halo = slice(rows.start, rows.stop + reach)
+            source = resample(features, down[halo], across)
+            filters = self.filters(stage, padded[:, halo])
+            yield rows, adaptive_conv(source, filters, out=None if whole is None else whole[:, rows])
 
 
 def resize_guidance(guidance: Tensor, size: tuple[int, int]) -> Tensor:

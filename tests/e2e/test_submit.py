@@ -12,7 +12,6 @@ import pytest
 
 from tests.e2e import support
 
-
 # Ray asks for a token by default; a cluster of the test's own has one of its own.
 ENVIRONMENT = support.environment() | {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
 

@@ -20,6 +20,7 @@ from featup.checkpoints import load_jbu, save_jbu
 from featup.errors import GeometryError
 from featup.upsamplers import JBU, Bilateral, ChannelMap, Interpolate, Upsampler, create_upsampler
 from featup.upsamplers.base import stage_sizes
+from featup.upsamplers.jbu import JBUStage
 from featup.upsamplers.joint import JointUpsampler, resize_guidance
 
 TOLERANCE = 1e-5
@@ -193,17 +194,18 @@ def test_gradients_reach_the_features(name: str) -> None:
     assert relative_error((features.grad * features.detach()).sum(), value.detach()) <= 1e-4
 
 
-class LargestTensor(TorchDispatchMode):
-    """The most elements any tensor had that an operator of torch returned while this was on."""
+class LargestTensor(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """The most elements any tensor had that an operator of torch returned while this was on, ``out`` left out."""
 
-    def __init__(self) -> None:
-        super().__init__()
+    def __init__(self, out: Tensor | None = None) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
         self.elements = 0
+        self.out = None if out is None else out.untyped_storage().data_ptr()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
         for tensor in result if isinstance(result, tuple | list) else (result,):
-            if isinstance(tensor, Tensor):
+            if isinstance(tensor, Tensor) and tensor.untyped_storage().data_ptr() != self.out:
                 self.elements = max(self.elements, tensor.numel())
         return result
 
@@ -212,11 +214,37 @@ class LargestTensor(TorchDispatchMode):
 def test_memory_is_bounded_by_the_tile(name: str) -> None:
     features, image = random(1, 256, 256, 8), picture(1, 512, 512, 3)
     upsampler = Bilateral() if name == "bilateral" else random_jbu(8).requires_grad_(False)
-    result = 512 * 512 * 8
     upsampler.tile_pixels = 4096
     with torch.no_grad(), LargestTensor() as seen:
         upsampler(features, image, (512, 512))
-    assert seen.elements <= result, "something larger than the result was allocated"
+    assert seen.elements <= 512 * 512 * 8, "something larger than the result was allocated"
+
+
+@every_upsampler
+def test_a_given_out_is_the_only_whole_result(name: str) -> None:
+    """What is left is the image, with the border that the windows reach into."""
+    features, image = random(1, 40, 40, CHANNELS), picture(1, 160, 160, 3)
+    upsampler = made(name)
+    if isinstance(upsampler, JointUpsampler):
+        upsampler.tile_pixels = 160
+    out = torch.empty(1, 160, 160, CHANNELS, dtype=torch.float16)
+    with torch.no_grad(), LargestTensor(out) as seen:
+        upsampler(features, image, (160, 160), out=out)
+    assert 0 < seen.elements <= 166 * 166 * 3
+
+
+@every_upsampler
+def test_bands_are_new_tensors_and_make_the_whole(name: str) -> None:
+    upsampler = made(name)
+    if isinstance(upsampler, JointUpsampler):
+        upsampler.tile_pixels = 40
+    for size in ((4, 5), (13, 10)):
+        features, image = random(1, 4, 5, CHANNELS), picture(1, 13, 10, 3)
+        bands = list(upsampler.bands(features, image, size))
+        rows = [row for part, _ in bands for row in range(part.start, part.stop)]
+        assert rows == list(range(size[0]))
+        addresses = {features.data_ptr()} | {band.data_ptr() for _, band in bands}
+        assert len(addresses) == 1 + len(bands), f"{size}: adding the bias would write to somebody else's tensor"
 
 
 def test_the_memory_test_sees_what_it_looks_for() -> None:
@@ -459,9 +487,9 @@ def test_stage_and_its_gradients_by_the_paper(
     jbu = random_jbu(CHANNELS, seed=4, stages=1, radius=radius, key_dim=key_dim)
     state = leaves(jbu)
     source, guidance, weights = random(2, *low, CHANNELS), random(2, *high, 3), random(2, *high, CHANNELS)
-    theirs = [t.double().movedim(-1, 1).requires_grad_() for t in (source, guidance)]
-    expected = equations_5_to_7(state, *theirs, radius)
-    expected.backward(weights.double().movedim(-1, 1))
+    their_source, their_guidance = (t.double().movedim(-1, 1).requires_grad_() for t in (source, guidance))
+    expected = equations_5_to_7(state, their_source, their_guidance, radius)
+    torch.autograd.backward(expected, weights.double().movedim(-1, 1))
 
     with torch.no_grad():
         inferred = torch.cat([jbu.run_stage(0, source[i : i + 1], guidance[i : i + 1]) for i in range(2)])
@@ -470,9 +498,9 @@ def test_stage_and_its_gradients_by_the_paper(
     source.requires_grad_()
     guidance.requires_grad_()
     trained = torch.cat([jbu.run_stage(0, source[i : i + 1], guidance[i : i + 1]) for i in range(2)])
-    trained.backward(weights)
+    torch.autograd.backward(trained, weights)
     assert relative_error(trained.detach(), expected.detach().movedim(1, -1)) <= TOLERANCE, "output"
-    pairs = {"source": (source, theirs[0]), "guidance": (guidance, theirs[1])}
+    pairs = {"source": (source, their_source), "guidance": (guidance, their_guidance)}
     for name, (ours, other) in pairs.items():
         assert ours.grad is not None
         assert other.grad is not None
@@ -482,6 +510,41 @@ def test_stage_and_its_gradients_by_the_paper(
         assert gradient is not None
         assert parameter.grad is not None
         assert relative_error(parameter.grad, gradient) <= 3 * TOLERANCE, f"gradient of {name}"
+
+
+def test_stage_at_its_limits() -> None:
+    """Keys that shut out the centre and a Gaussian that shuts out the rest: the sum falls below the clamp of 1e-7."""
+    jbu = random_jbu(seed=4, stages=1).requires_grad_(False)
+    stage = jbu.stages[0]
+    assert isinstance(stage, JBUStage)
+    stage.range_temp.fill_(3.0)
+    stage.sigma_spatial.fill_(0.05)
+    source, guidance = random(1, 5, 6, CHANNELS), 3 * random(1, 10, 12, 3)
+    planes = [t.double().movedim(-1, 1) for t in (source, guidance)]
+    expected = equations_5_to_7(leaves(jbu), planes[0], planes[1], 3).detach().movedim(1, -1)
+    assert relative_error(jbu.run_stage(0, source, guidance), expected) <= TOLERANCE
+    kernel = stage(guidance).flatten(-2)
+    stage.fixup_out.weight.zero_()
+    stage.fixup_out.bias.zero_()
+    sums = stage(guidance).flatten(-2).sum(-1)
+    assert kernel.isfinite().all()
+    assert sums.max() > 0.99
+    assert sums.min() < 0.5, "no pixel reached the clamp"
+
+
+def test_temperature_is_held_within_its_limits() -> None:
+    stage = random_jbu(seed=4).requires_grad_(False).stages[0]
+    assert isinstance(stage, JBUStage)
+    guidance = random(1, 10, 12, 3)
+
+    def at(range_temp: float) -> Tensor:
+        stage.range_temp.fill_(range_temp)
+        filters: Tensor = stage(guidance)
+        return filters
+
+    assert at(100.0).isfinite().all(), "exp(100) is beyond float32"
+    assert relative_error(at(-100.0), at(math.log(1e-4))) <= TOLERANCE
+    assert relative_error(at(-100.0), at(math.log(1e-3))) > TOLERANCE
 
 
 def test_stack_by_the_paper() -> None:
@@ -580,7 +643,7 @@ def test_stage_gives_what_the_original_gave(golden: Golden) -> None:
     guidance.requires_grad_()
     result = run()
     assert relative_error(result.detach(), golden.map("jbu_stage/output")) <= TOLERANCE, "output"
-    result.backward(golden.map("jbu_stage/grad_output"))
+    torch.autograd.backward(result, golden.map("jbu_stage/grad_output"))
     for name, tensor in (("source", source), ("guidance", guidance)):
         assert tensor.grad is not None
         assert relative_error(tensor.grad, golden.map(f"jbu_stage/grad_{name}")) <= TOLERANCE, f"gradient of {name}"

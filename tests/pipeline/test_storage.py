@@ -1,7 +1,11 @@
 import errno
+import gc
 import multiprocessing
 import os
+import subprocess
+import sys
 import threading
+import warnings
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -341,3 +345,52 @@ def test_fetching_tells_a_cut_connection_from_a_file_that_shrank(tmp_path: Path)
         storage.fetch(str(path), 5, 3000)
     with pytest.raises(InputError, match="is gone since it was indexed"):
         storage.fetch(str(tmp_path / "none"), 0, 5)
+
+
+def test_a_local_copy_of_a_local_file_is_the_file_itself(tmp_path: Path) -> None:
+    path = str(tmp_path / "a.bin")
+    assert storage.local_copy(path) == path
+    assert storage.local_copy(f"file://{path}") == path
+
+
+def test_a_local_copy_of_a_remote_file_has_its_bytes_and_its_name(tmp_path: Path) -> None:
+    urls = [f"memory://test_storage{tmp_path}/{folder}/weights.safetensors" for folder in ("a", "b")]
+    for number, url in enumerate(urls):
+        storage.write_atomic(url, CONTENT[number:])
+    paths = [storage.local_copy(url) for url in urls]
+    for number, path in enumerate(paths):
+        assert Path(path).read_bytes() == CONTENT[number:]
+        assert Path(path).name == "weights.safetensors", "what reads it may tell its format by the ending"
+    assert [storage.local_copy(url) for url in urls] == paths, "one copy for each process"
+
+
+def test_a_local_copy_of_what_is_not_there_is_an_error_each_time(tmp_path: Path) -> None:
+    # The folder for it was made first and left to the garbage collector, which warned about it.
+    url = f"memory://test_storage{tmp_path}/late.bin"
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        with pytest.raises(FileNotFoundError):
+            storage.local_copy(url)
+        gc.collect()
+    assert not caught
+    storage.write_atomic(url, CONTENT)
+    assert Path(storage.local_copy(url)).read_bytes() == CONTENT
+
+
+def test_local_copies_go_with_their_process(tmp_path: Path) -> None:
+    code = (
+        "from pipeline import storage\n"
+        "storage.write_atomic('memory://x/a.bin', b'abc')\n"
+        "print(storage.local_copy('memory://x/a.bin'))"
+    )
+    root = Path(__file__).resolve().parents[2]
+    run = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=root,
+        env={"TMPDIR": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert Path(run.stdout.strip()).is_relative_to(tmp_path)
+    assert os.listdir(tmp_path) == []

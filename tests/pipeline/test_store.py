@@ -4,7 +4,8 @@ import multiprocessing
 import os
 import re
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal
 
@@ -96,8 +97,8 @@ def assert_same(found: Mapping[str, NDArray[Any]], wanted: Mapping[str, NDArray[
 
 
 @pytest.fixture(params=["path", "memory"])
-def url(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
-    yield str(tmp_path / "store") if request.param == "path" else f"memory://test_store{tmp_path}"
+def url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    return str(tmp_path / "store") if request.param == "path" else f"memory://test_store{tmp_path}"
 
 
 @pytest.fixture
@@ -128,8 +129,8 @@ def test_plain_zarr_reads_a_store(local: str) -> None:
         "status": (8,),
     }  # fmt: skip
     assert_same({name: np.asarray(array[:4]) for name, array in group.arrays()}, blocks)
-    assert group["features"].metadata.dimension_names == ("row", "y", "x", "channel")
-    assert group["cls"].metadata.dimension_names == ("row",)
+    names = json.loads((Path(local) / "features.zarr" / "features" / "zarr.json").read_text())["dimension_names"]
+    assert names == ["row", "y", "x", "channel"]
     assert {name: array.dtype.name for name, array in group.arrays()} == {
         "features": "float16", "seg": "uint8", "depth": "float32", "cls": "int64", "valid": "uint8", "status": "uint8",
     }  # fmt: skip
@@ -270,9 +271,6 @@ def test_creation_cut_short_is_repeated(local: str) -> None:
     for read in (stored_layout, stored_config):
         with pytest.raises(StoreError, match=f"no feature store at {local}"):
             read(local)
-    create_store(local, LAYOUT, {"identity": {"another": "identity"}})
-    create_store(local, LAYOUT, {"identity": {"another": "identity"}})
-    shutil.rmtree(local)
     create_store(local, LAYOUT, IDENTITY)
     assert {path: path.read_bytes() for path in Path(local).rglob("zarr.json")} == wanted
 
@@ -383,7 +381,7 @@ def test_blocks_that_are_no_whole_unit_are_refused(local: str, row: int, blocks:
     with pytest.raises(StoreError, match=re.escape(text)) as caught:
         StoreWriter(local, LAYOUT).write(key, blocks)
     assert str(caught.value).startswith(str(key))
-    assert not [name for name in objects(local) if name.startswith("features/")]
+    assert objects(local) == {}, "nothing is written of a unit that is refused"
 
 
 def test_rows_that_are_no_whole_shards_are_refused() -> None:
@@ -400,23 +398,37 @@ def test_sizes_of_arrays() -> None:
     ]  # fmt: skip
 
 
+EVEN = dataclasses.replace(LAYOUT, tile=(3, 5))
+
+
 @pytest.mark.parametrize("name", ["features", "seg", "cls", "status"])
-@pytest.mark.parametrize("codecs", ["zarr", "zarrs"])
-def test_a_flipped_bit_is_never_read_as_data(local: str, name: str, codecs: Literal["zarr", "zarrs"]) -> None:
-    blocks = unit_blocks(LAYOUT, (OK, OK, OK, OK))
-    StoreWriter(local, LAYOUT).write(KEYS[0], blocks)
-    (place,) = [Path(local) / "features.zarr" / found for found in objects(local) if found.startswith(f"{name}/")]
+@pytest.mark.parametrize(
+    ("layout", "codecs"), [(LAYOUT, "zarr"), (EVEN, "zarr"), (EVEN, "zarrs")], ids=["ragged", "even", "even-zarrs"]
+)
+def test_a_flipped_bit_is_never_read_as_data(
+    tmp_path: Path, layout: Layout, codecs: Literal["zarr", "zarrs"], name: str
+) -> None:
+    url = str(tmp_path)
+    create_store(url, layout, IDENTITY)
+    blocks = unit_blocks(layout, (OK, OK, OK, OK))
+    StoreWriter(url, layout).write(KEYS[0], blocks)
+    (place,) = [tmp_path / "features.zarr" / found for found in objects(url) if found.startswith(f"{name}/")]
     whole = place.read_bytes()
+    array = open_arrays(url, [name], codecs)[name]
     rng = np.random.default_rng(0)
-    for position in sorted(rng.choice(len(whole), min(len(whole), 40), replace=False)):
-        place.write_bytes(
-            whole[:position] + bytes([whole[position] ^ (1 << int(rng.integers(8)))]) + whole[position + 1 :]
-        )  # fmt: skip
-        # What a codec raises is the library's choice; that it raises is the point.
+    for position in rng.choice(len(whole), min(len(whole), 40), replace=False):
+        damaged = bytearray(whole)
+        damaged[position] ^= 1 << int(rng.integers(8))
+        place.write_bytes(damaged)
+        # What a codec raises is the library's choice; that it does is the point.
         with pytest.raises(Exception, match=r"(?i)checksum|crc|invalid|corrupt|range|byte|size|decod|blosc"):
-            read_all(local, codecs)
+            array[:4]
+        if array.ndim > 1 and codecs == "zarr":
+            # One row touches a part of the chunks only: it is what it was, or it is refused.
+            with suppress(ValueError):
+                assert np.asarray(array[1]).tobytes() == blocks[name][1].tobytes()
     place.write_bytes(whole)
-    assert_same({key: values[:4] for key, values in read_all(local, codecs).items()}, blocks)
+    assert np.asarray(array[:4]).tobytes() == blocks[name].tobytes()
 
 
 def test_the_checksum_of_a_row_is_that_of_its_bytes() -> None:
@@ -436,8 +448,7 @@ def rounded_by_arithmetic(values: NDArray[np.float16], bits: int) -> NDArray[np.
     step = 2.0 ** (np.maximum(np.floor(np.log2(size)), -14) - bits)
     near = np.round(np.where(finite, exact, 0.0) / step) * step
     fits = finite & (np.abs(near) <= float(np.finfo(np.float16).max))
-    return np.where(fits, near.astype(np.float16, casting="unsafe", copy=False) if fits.all() else
-                    np.where(fits, near, 0).astype(np.float16), values)  # fmt: skip
+    return np.where(fits, np.where(fits, near, 0.0).astype(np.float16), values)
 
 
 @pytest.mark.parametrize("bits", range(1, 11))

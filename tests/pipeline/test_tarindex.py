@@ -22,7 +22,16 @@ from hypothesis import strategies as st
 
 from pipeline import storage
 from pipeline.errors import InputError, Reason
-from pipeline.tarindex import BLOCK, ShardIndex, cached_index, index_tar, load_index, save_index, split_name
+from pipeline.tarindex import (
+    BLOCK,
+    ShardIndex,
+    cached_index,
+    index_tar,
+    load_index,
+    save_index,
+    saved_index,
+    split_name,
+)
 
 FORMATS = {"ustar": tarfile.USTAR_FORMAT, "gnu": tarfile.GNU_FORMAT, "pax": tarfile.PAX_FORMAT}
 
@@ -554,6 +563,31 @@ def test_the_cache_holds_while_size_and_stamp_stand(tmp_path: Path, caplog: pyte
     assert again() == (changed, True)
     path.unlink()
     assert again()[0].size == -1
+
+
+def test_a_saved_index_is_read_without_its_tar(tmp_path: Path) -> None:
+    url, cache = str(tmp_path / "a.tar"), str(tmp_path / "cache")
+    with pytest.raises(InputError, match=r"no index of .*a\.tar in .*cache; run the job again"):
+        saved_index(url, cache)
+    (tmp_path / "a.tar").write_bytes(tar_bytes(three()))
+    made = cached_index(url, cache)
+    os.unlink(url)
+    assert saved_index(url, cache) == made
+    with pytest.raises(InputError, match=r"no index of .*b\.tar in .*cache"):
+        saved_index(str(tmp_path / "b.tar"), cache)
+    with pytest.raises(InputError, match=r"no index of .*a\.tar in .*elsewhere"):
+        saved_index(url, str(tmp_path / "elsewhere"))
+
+
+def test_a_saved_index_that_is_damaged_is_none(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    url, cache = str(tmp_path / "a.tar"), str(tmp_path / "cache")
+    (tmp_path / "a.tar").write_bytes(tar_bytes(three()))
+    cached_index(url, cache)
+    (name,) = storage.list_files(cache)
+    (tmp_path / "cache" / name).write_bytes(b"PAR1 and no more")
+    with caplog.at_level(logging.WARNING), pytest.raises(InputError, match=r"no index of .*run the job again"):
+        saved_index(url, cache)
+    assert name in caplog.text, "the log says which file it was"
 
 
 def test_real_shards(shared: Path) -> None:

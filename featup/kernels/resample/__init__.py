@@ -76,8 +76,6 @@ def interpolation_taps(kind: Interpolation, size: int, out_size: int, reflect: i
         index = (at * size).div(out_size, rounding_mode="floor")[:, None]
         return Taps(index, torch.ones_like(index, dtype=torch.float32), size)
     centre = (at.double() + 0.5) * (size / out_size) - 0.5
-    if kind == "bilinear":
-        centre = centre.clamp_min(0)
     first = centre.floor()
     t = (centre - first)[:, None]
     if kind == "bilinear":

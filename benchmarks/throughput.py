@@ -1,0 +1,117 @@
+"""Images a second of the whole job against its stages alone, and peak memory, in one run.
+
+    python benchmarks/throughput.py --limits 50 400 -- --shards 'camvid/*.tar' --backbone mobilenetv1_100 ...
+
+Everything behind ``--`` is given to ``jobs.precompute``. Stages are timed alone, one after the other, in this process;
+then the job runs once for each limit, as a process of its own, while its processes' memory is watched.
+"""
+
+import argparse
+import json
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import psutil
+
+from pipeline import storage
+from pipeline.config import PrecomputeConfig, parse_args
+from pipeline.featurize import UnitProcessor
+from pipeline.load import LoadedUnit, decode_options, load_unit
+from pipeline.plan import Plan, UnitKey, rows_of
+from pipeline.run import create_all, layout_of, plan_input, prepare
+
+
+def main() -> None:
+    own, _, rest = " ".join(sys.argv[1:]).partition(" -- ")
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--limits", type=int, nargs="+", default=[50, 400], help="images of each run of the job")
+    parser.add_argument("--alone", type=int, default=64, help="images each stage alone is timed on")
+    args = parser.parse_args(own.split())
+    words = sys.argv[sys.argv.index("--") + 1 :] if rest else []
+    with tempfile.TemporaryDirectory(prefix="featup-bench-") as folder:
+        config, _ = parse_args(PrecomputeConfig, [*words, "--out", f"{folder}/alone"], description="")
+        alone = stages_alone(replace(config, limit=args.alone))
+        print("| stage alone | images/s |\n| --- | --- |")
+        for name, pace in alone.items():
+            print(f"| {name} | {pace:.1f} |")
+        slowest = min(pace for name, pace in alone.items() if name != "all, one after the other")
+        print(
+            "\n| images | images/s, steady | of slowest stage | wall s | actor MB | driver MB | object store MB |\n"
+            "| --- | --- | --- | --- | --- | --- | --- |"
+        )
+        for limit in args.limits:
+            out = Path(folder, f"run-{limit}")
+            pace, wall, peaks = watch([*words, "--limit", str(limit), "--out", str(out)], out)
+            memory = " | ".join(f"{peaks.get(name, 0) / 1e6:.0f}" for name in ("actor", "driver", "store"))
+            print(f"| {limit} | {pace:.1f} | {pace / slowest:.2f} | {wall:.1f} | {memory} |", flush=True)
+            shutil.rmtree(out)
+
+
+def stages_alone(config: PrecomputeConfig) -> dict[str, float]:
+    """Images a second of loading, of computing, and of encoding and writing, each on its own."""
+    shards = plan_input(config)
+    setup = prepare(config, shards)
+    rows = rows_of(layout_of(config, 1, setup.channels, 1).sample_bytes, config.rows_per_shard)
+    plan = Plan(shards, rows, storage.join(config.out, "plan", "index"))
+    layout = layout_of(config, rows, setup.channels, plan.units)
+    create_all(config, plan, layout, setup)
+    processor = UnitProcessor(config, setup, layout, plan.digest)
+    options = decode_options(config, setup.mean)
+    units: list[tuple[UnitKey, LoadedUnit]] = []
+    started = time.perf_counter()
+    for number in range(plan.units):
+        units.append((plan.unit(number), load_unit(plan, plan.unit(number), options)))
+    loading = time.perf_counter() - started
+    processor.compute(units[0][1], {})  # kernels compile once
+    seconds: dict[str, float] = {}
+    for key, loaded in units:
+        receipt = processor.process(key, loaded)
+        for name, value in receipt.seconds.items():
+            seconds[name] = seconds.get(name, 0.0) + value
+    computing = seconds["features"] + seconds["upsample"]
+    writing = seconds["encode_write"] + seconds["checksum"]
+    return {
+        "read + decode (1 process)": plan.samples / loading,
+        f"features + upsample ({processor.threads} threads)": plan.samples / computing,
+        f"encode + write ({processor.threads} threads)": plan.samples / writing,
+        "all, one after the other": plan.samples / (loading + computing + writing),
+    }
+
+
+def watch(words: list[str], out: Path) -> tuple[float, float, dict[str, int]]:
+    """Run the job; images a second from the first receipt to the last, seconds in all, and peaks of memory in bytes."""
+    started = time.perf_counter()
+    job = subprocess.Popen([sys.executable, "-m", "jobs.precompute", *words], stdout=subprocess.PIPE, text=True)
+    peaks: dict[str, int] = {}
+    while job.poll() is None:
+        for process in [psutil.Process(job.pid), *psutil.Process(job.pid).children(recursive=True)]:
+            try:
+                name, memory = " ".join(process.cmdline()), process.memory_info()
+            except psutil.Error:
+                continue
+            kind, size = "", memory.rss
+            if process.pid == job.pid:
+                kind = "driver"
+            elif "Featurizer" in name:
+                kind, size = "actor", memory.rss - memory.shared  # shared: the object store, counted on its own
+            elif "raylet/raylet" in name:
+                kind, size = "store", memory.shared
+            if kind:
+                peaks[kind] = max(peaks.get(kind, 0), size)
+        time.sleep(0.1)
+    wall = time.perf_counter() - started
+    text = job.stdout.read() if job.stdout else ""
+    if job.returncode:
+        raise SystemExit(f"the job failed:\n{text}")
+    receipts = sorted((path.stat().st_mtime, path) for path in (out / "ledger").glob("*/*.json"))
+    samples = [len(json.loads(path.read_bytes())["samples"]) for _, path in receipts]
+    return sum(samples[1:]) / (receipts[-1][0] - receipts[0][0]), wall, peaks
+
+
+if __name__ == "__main__":
+    main()
