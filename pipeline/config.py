@@ -1,10 +1,11 @@
 """Every option, once: frozen dataclasses, checked on construction, read from YAML and the command line."""
 
 import argparse
+import os
 import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import MISSING, dataclass, field, fields
+from dataclasses import MISSING, dataclass, field, fields, replace
 from difflib import get_close_matches
 from typing import Any, Literal, NamedTuple, NoReturn, TypeVar, get_args, get_origin, get_type_hints
 
@@ -12,6 +13,7 @@ import jsonargparse
 from jsonargparse.typing import register_type
 
 from featup.upsamplers import UpsamplerName
+from pipeline import storage
 from pipeline.decode import IMAGE_EXTS
 from pipeline.errors import ConfigError
 from pipeline.geometry import Geometry
@@ -87,7 +89,7 @@ class PrecomputeConfig:
     limit: int | None = _option(None, "use only the first so many samples")
 
     backbone: str = _option("vit_small_patch14_dinov2.lvd142m", "name of a timm model")
-    weights: str | None = _option(None, "local .safetensors or .pth file with the backbone's weights")
+    weights: str | None = _option(None, "local .safetensors or .pth file with the backbone's weights", run=True)
     pretrained: bool = _option(True, "without a file: download timm's weights (false: random ones, for speed only)")
     layer: int = _option(-1, "which of the model's feature maps: ViT block or CNN stage, -1 for the last")
     stride: int | None = _option(None, "instead of layer: the deepest map of this stride in pixels")
@@ -103,7 +105,7 @@ class PrecomputeConfig:
     precision: Precision = _option("float32", "of the backbone; float16 and bfloat16 are for GPUs")
 
     upsampler: UpsamplerName = _option("bilateral", "nearest, bilinear, bicubic, bilateral (training-free) or jbu")
-    checkpoint: str | None = _option(None, "for jbu: our .safetensors or an official FeatUp .ckpt")
+    checkpoint: str | None = _option(None, "for jbu: our .safetensors or an official FeatUp .ckpt", run=True)
     output_size: Size | None = _option(None, "size of the stored features, HEIGHTxWIDTH; by default that of the image")
     sigma_space: float = _option(1.0, "bilateral: in pixels of a stage")
     sigma_colour: float = _option(0.2, "bilateral: on RGB in [-1, 1]")
@@ -192,6 +194,33 @@ class PrecomputeConfig:
     def target_size(self) -> Size:
         """(height, width) of the stored features."""
         return self.output_size or self.size
+
+    def absolute(self, on_cluster: bool) -> "PrecomputeConfig":
+        """The same config with local paths made absolute, as workers may have another working folder.
+
+        Raises
+        ------
+        ConfigError
+            ``on_cluster`` and a path is relative: it would lead into the job's own short-lived copy of the project.
+        """
+        names = [*self.shards, self.out, *(one for one in (self.weights, self.checkpoint) if one)]
+        relative = [name for name in names if storage.is_local(name) and not os.path.isabs(storage.local_path(name))]
+        if on_cluster and relative:
+            raise ConfigError(
+                f"relative paths on a cluster: {relative[:5]}; a job runs in a copy of the working folder that is "
+                "removed afterwards, so give absolute paths or URLs that every node sees"
+            )
+
+        def whole(name: str) -> str:
+            return os.path.abspath(name) if name in relative else name
+
+        return replace(
+            self,
+            shards=tuple(map(whole, self.shards)),
+            out=whole(self.out),
+            weights=whole(self.weights) if self.weights else None,
+            checkpoint=whole(self.checkpoint) if self.checkpoint else None,
+        )
 
     def identity(self) -> dict[str, Any]:
         """The options that decide what is written: a store is resumed only where these are the same."""

@@ -30,6 +30,7 @@ def estimate(config: PrecomputeConfig) -> str:
         InputError: no sample can be found, or none of those tried can be decoded.
         FeatupError: a model, layer, size or checkpoint that does not fit.
     """
+    config = config.absolute(on_cluster=False)
     shards = plan_input(config)
     extractor = Extractor(config)
     threads = set_threads(config.threads, config.actors)

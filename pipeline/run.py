@@ -68,6 +68,7 @@ def precompute(config: PrecomputeConfig) -> Summary:
         JobFailedError: units failed for good, or too many samples did; all others are in the store.
         StoreMismatchError: ``out`` holds a store made with other options, input or weights.
     """
+    config = config.absolute(on_cluster=bool(os.environ.get("RAY_ADDRESS")))
     _check_options(config)
     connect(config.object_store_mb)
     shards = plan_input(config, index_all=_index_on_ray)

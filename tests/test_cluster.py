@@ -82,7 +82,8 @@ def test_the_head_has_cpus_only_and_gpu_machines_start_from_none() -> None:
 
 
 def test_setup_names_only_files_of_the_repository() -> None:
-    mounts: dict[str, str] = CLUSTER["file_mounts"]
+    every: dict[str, str] = CLUSTER["file_mounts"]
+    mounts = {remote: local for remote, local in every.items() if not local.startswith("~")}
     for remote, local in mounts.items():
         assert (ROOT / local).exists(), f"{local} is not in the repository"
         assert Path(remote).name == Path(local).name
@@ -118,11 +119,12 @@ def _options(command: click.Command) -> set[str]:
 
 def test_the_ray_commands_exist_with_their_options() -> None:
     commands = commented_commands()
-    assert [words[1] for words in commands] == ["up", "dashboard", "job", "job", "down"]
+    assert [words[1] for words in commands] == ["get-auth-token", "up", "dashboard", "job", "job", "down"]
     for words in commands:
         assert words[1] in cli.commands
-        if words[1] != "job":
+        if words[1] in ("up", "dashboard", "down"):
             assert words[2:] == ["cluster.yaml"]
+    assert set(commands[0][2:]) <= _options(cli.commands["get-auth-token"])
     submit = cli.commands["job"].commands["submit"]
     for before, _ in jobs():
         assert {word for word in before if word.startswith("-")} <= _options(submit)
@@ -132,6 +134,14 @@ def test_the_ray_commands_exist_with_their_options() -> None:
         used = set(re.findall(r"(--[\w-]+)", start))
         assert used <= _options(cli.commands["start"])
         assert "--object-store-memory" in used
+
+
+def test_all_sides_use_the_token() -> None:
+    token = "~/.ray/auth_token"
+    assert CLUSTER["file_mounts"][token] == token, "where Ray looks for it by itself"
+    starts = [*CLUSTER["head_start_ray_commands"], *CLUSTER["worker_start_ray_commands"]]
+    assert sum("RAY_AUTH_MODE=token ray start" in command for command in starts) == 2
+    assert re.search(r"^#   export RAY_ADDRESS=http://\S+ RAY_AUTH_MODE=token$", TEXT, re.M)
 
 
 def test_the_job_in_the_comments_is_one_the_cluster_can_run() -> None:

@@ -1,5 +1,6 @@
 """The main job from shards to a verified store, and what happens when it is run again."""
 
+import io
 import json
 from pathlib import Path
 
@@ -10,8 +11,8 @@ import torch
 import zarr
 
 from featup.backbones import create_backbone
-from featup.checkpoints import load_pca
-from featup.upsamplers import Bilateral
+from featup.checkpoints import load_pca, save_jbu
+from featup.upsamplers import JBU, Bilateral
 from pipeline.loader import FeatureDataset
 from tests.e2e import support
 
@@ -128,3 +129,69 @@ def test_dry_run_counts_as_the_run_does(store: Path, shards: Path, tmp_path: Pat
     planned = int(text.split("before compression (")[1].split(" bytes")[0])
     written = sum(json.loads(path.read_text())["sizes"]["encode_write"] for path in support.receipts(store))
     assert planned == written == 13 * (64 * 64 * 8 * 2 + 64 * 64 + 1)
+
+
+def _mixed_shard(path: Path) -> Path:
+    """Photographs of several aspects with depth (metres, as npy) and a class."""
+    members = []
+    for number, size in enumerate([(60, 80), (90, 50), (64, 64), (300, 201)]):
+        depth = np.linspace(0.5, 4, size[0] * size[1], dtype=np.float32).reshape(size)
+        depth[:5] = 0
+        file = io.BytesIO()
+        np.save(file, depth)
+        photograph = support.encode(support.photograph(number, size), "PNG")
+        members += [(f"m{number}.png", photograph), (f"m{number}.depth.npy", file.getvalue())]
+        members += [(f"m{number}.cls", str(number * 7).encode())]
+    return support.write_tar(path, members)
+
+
+@pytest.mark.ray
+def test_patch_14_by_jbu_with_padding_depth_and_classes(tmp_path: Path) -> None:
+    shard = _mixed_shard(tmp_path / "mixed.tar")
+    torch.manual_seed(0)
+    save_jbu(JBU(channels=384), tmp_path / "jbu.safetensors")
+    out = tmp_path / "out"
+    command = ("--shards", shard, "--out", out, "--backbone", "vit_small_patch14_dinov2", "--pretrained", "false")
+    command = (*command, "--upsampler", "jbu", "--checkpoint", tmp_path / "jbu.safetensors", "--pca", 16)
+    command = (*command, "--geometry", "pad", "--labels", "depth", "cls", "--object-store-mb", 100)
+    assert "16x16 to 224x224 by jbu" in support.run("precompute", *command)
+    dataset = FeatureDataset(str(out), ["features", "depth", "cls", "valid"])
+    assert [int(dataset[n]["cls"]) for n in range(4)] == [0, 7, 14, 21]
+    tall = dataset[1]
+    assert tall["features"].shape == (224, 224, 16)
+    assert tall["features"].isfinite().all()
+    # 90x50 fits as 224x124, in the middle.
+    assert torch.equal(tall["valid"].any(0).nonzero().flatten(), torch.arange(50, 174))
+    assert tall["depth"][~tall["valid"]].isnan().all()
+    inside = tall["depth"][:, 50:174]
+    assert inside[:12].isnan().all(), "0 means unknown"
+    assert inside[14:].isfinite().all()
+    assert inside[200].mean() > inside[20].mean() > 0.5
+    assert "clean" in support.run("verify", out)
+
+
+@pytest.mark.ray
+def test_a_cnn_stage_on_images_that_are_not_square_to_another_size(tmp_path: Path) -> None:
+    members = [member for n in range(3) for member in support.good_sample(f"s{n}", n)]
+    shard = support.write_tar(tmp_path / "s.tar", members)
+    out = tmp_path / "out"
+    command = (
+        "--shards",
+        shard,
+        "--out",
+        out,
+        "--backbone",
+        "mobilenetv1_100",
+        "--pretrained",
+        "false",
+        "--stride",
+        16,
+    )
+    command = (*command, "--size", "352x480", "--output-size", "88x120", "--labels", "seg", "--mantissa-bits", 7)
+    assert "22x30 to 88x120 by bilateral, 512 channels" in support.run("precompute", *command, "--object-store-mb", 100)
+    sample = FeatureDataset(str(out), ["features", "seg"])[2]
+    assert sample["features"].shape == (88, 120, 512)
+    assert sample["seg"].shape == (88, 120)
+    raw = sample["features"].half().numpy().view(np.uint16)
+    assert not (raw & 0b111).any()
+    assert (raw & 0b1000).any(), "7 of 10 mantissa bits are kept"
