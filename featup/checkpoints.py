@@ -72,10 +72,8 @@ def pca_bytes(pca: PCA, **provenance: Any) -> bytes:
 def load_pca(path: str | Path) -> PCA:
     """Read what :func:`pca_bytes` made.
 
-    Raises
-    ------
-    WeightsError
-        The file is damaged or holds something else.
+    Raises:
+        WeightsError: the file is damaged or holds something else.
     """
     description, tensors = _unpack(Path(path), "pca", ("explained", "count"))
     return PCA(**tensors, explained=description["explained"], count=description["count"])
@@ -101,10 +99,8 @@ def load_jbu(path: str | Path) -> JBU:
     The official layout is recognised by its keys (``upsampler.up1.range_temp`` ...), with or without the prefix; its
     guidance is normalised with the ImageNet mean and standard deviation.
 
-    Raises
-    ------
-    WeightsError
-        The file is damaged, holds something else, or its shapes do not fit together.
+    Raises:
+        WeightsError: the file is damaged, holds something else, or its shapes do not fit together.
     """
     path = Path(path)
     if path.suffix == ".safetensors":

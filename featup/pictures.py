@@ -19,14 +19,11 @@ def pca_colours(maps: Sequence[NDArray[np.floating]]) -> list[Pixels]:
 
     All maps share one basis and one scale, so that equal features have equal colours in all of them.
 
-    Parameters
-    ----------
-    maps:
-        Each ``[H, W, C]`` with the same ``C``; sizes may differ. Vectors that are not finite come out black.
+    Args:
+        maps: Each ``[H, W, C]`` with the same ``C``; sizes may differ. Vectors that are not finite come out black.
 
-    Returns
-    -------
-    uint8 ``[H, W, 3]`` for each map.
+    Returns:
+        uint8 ``[H, W, 3]`` for each map.
     """
     tensors = [torch.from_numpy(np.array(one, dtype=np.float32)) for one in maps]
     for one in tensors:
@@ -51,10 +48,8 @@ def pca_colours(maps: Sequence[NDArray[np.floating]]) -> list[Pixels]:
 def side_by_side(panels: Sequence[tuple[str, Pixels]], height: int = 336) -> Pixels:
     """Panels with their titles in one row, each scaled to ``height`` pixels without smoothing.
 
-    Parameters
-    ----------
-    panels:
-        (title, uint8 ``[H, W, 3]``) from left to right.
+    Args:
+        panels: (title, uint8 ``[H, W, 3]``) from left to right.
     """
     gap, bar = 8, 28
     scaled = [

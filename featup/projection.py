@@ -51,10 +51,8 @@ class PCAFit:
     def add(self, features: Tensor) -> None:
         """Take in vectors ``[..., C]``; those that are not finite are left out.
 
-        Raises
-        ------
-        GeometryError
-            Vectors of another number of channels.
+        Raises:
+            GeometryError: vectors of another number of channels.
         """
         if features.shape[-1] != len(self._sum):
             raise GeometryError(
@@ -76,10 +74,8 @@ class PCAFit:
     def solve(self, components: int) -> PCA:
         """The ``components`` directions of most variance. Each one's largest entry is positive, which fixes its sign.
 
-        Raises
-        ------
-        GeometryError
-            More components asked for than there are channels, or than vectors were taken in.
+        Raises:
+            GeometryError: more components asked for than there are channels, or than vectors were taken in.
         """
         channels = len(self._sum)
         if not 1 <= components <= min(channels, max(self.count - 1, 0)):

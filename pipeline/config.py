@@ -37,10 +37,8 @@ class Size(NamedTuple):
     def parse(text: object) -> "Size":
         """From ``"352x480"``, ``"224"``, 224 or a pair of numbers.
 
-        Raises
-        ------
-        ValueError
-            Anything else.
+        Raises:
+            ValueError: anything else.
         """
         if isinstance(text, (list, tuple)) and len(text) == 2:
             text = f"{text[0]}x{text[1]}"
@@ -198,10 +196,9 @@ class PrecomputeConfig:
     def absolute(self, on_cluster: bool) -> "PrecomputeConfig":
         """The same config with local paths made absolute, as workers may have another working folder.
 
-        Raises
-        ------
-        ConfigError
-            ``on_cluster`` and a path is relative: it would lead into the job's own short-lived copy of the project.
+        Raises:
+            ConfigError: ``on_cluster`` and a path is relative: it would lead into the job's own short-lived copy of
+                the project.
         """
         names = [*self.shards, self.out, *(one for one in (self.weights, self.checkpoint) if one)]
         relative = [name for name in names if storage.is_local(name) and not os.path.isabs(storage.local_path(name))]
@@ -293,16 +290,12 @@ def parse_args(
     ``-`` and ``_`` are the same in an option's name on the command line. Unknown options, also those in the file, end
     the program with the nearest known name.
 
-    Parameters
-    ----------
-    config:
-        The dataclass.
-    extra:
-        Adds arguments that are not part of the config.
+    Args:
+        config: The dataclass.
+        extra: Adds arguments that are not part of the config.
 
-    Returns
-    -------
-    The config, and the namespace with all values.
+    Returns:
+        The config, and the namespace with all values.
     """
     parser = _Parser(description=description, allow_abbrev=False)
     parser.add_argument("--config", action="config", help="YAML file with any of the options below")

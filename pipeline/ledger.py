@@ -93,10 +93,8 @@ class Ledger:
     def get(self, key: UnitKey, plan: str) -> Receipt | None:
         """The receipt of a unit that is done, or ``None``.
 
-        Raises
-        ------
-        StoreError
-            There is a receipt, and it belongs to another plan or another unit, or cannot be read.
+        Raises:
+            StoreError: there is a receipt, and it belongs to another plan or another unit, or cannot be read.
         """
         try:
             receipt = Receipt.from_json(storage.read_bytes(self._place(key.unit)))

@@ -112,10 +112,8 @@ class Plan:
     def index(self, shard: int) -> ShardIndex:
         """The index of one input shard, as it was when the plan was made.
 
-        Raises
-        ------
-        InputError
-            There is no such index, or it is of another version of the shard.
+        Raises:
+            InputError: there is no such index, or it is of another version of the shard.
         """
         planned = self.shards[shard]
         index = _remembered_index(planned, self.index_dir)
@@ -167,21 +165,14 @@ def make_plan(
 ) -> tuple[PlannedShard, ...]:
     """Resolve the shards and count their samples.
 
-    Parameters
-    ----------
-    patterns:
-        Paths or fsspec URLs with braces and globs.
-    index_dir:
-        Where the indices are kept; they are reused while a tar's size and time stamp stand.
-    limit:
-        Use only the first so many samples.
-    index_all:
-        Indexes many shards at once, in order; by default one after the other.
+    Args:
+        patterns: Paths or fsspec URLs with braces and globs.
+        index_dir: Where the indices are kept; they are reused while a tar's size and time stamp stand.
+        limit: Use only the first so many samples.
+        index_all: Indexes many shards at once, in order; by default one after the other.
 
-    Raises
-    ------
-    InputError
-        Nothing matches, or no shard holds a sample.
+    Raises:
+        InputError: nothing matches, or no shard holds a sample.
     """
     urls = storage.expand(list(patterns))
     found = index_all(urls, index_dir) if index_all else (plan_shard(url, index_dir) for url in urls)

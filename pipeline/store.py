@@ -321,19 +321,21 @@ class StoreWriter:
             StoreError: the blocks are not whole shards of this store.
         """
         rows = self.layout.rows_per_shard
-        if key.row % rows or set(blocks) != set(self._arrays):
+        if key.row % rows or key.row >= self.layout.rows or set(blocks) != set(self._arrays):
             raise StoreError(
-                f"{key}: writing {sorted(blocks)} at row {key.row}; a unit begins a shard of {rows} rows and has "
-                f"all of {sorted(self._arrays)}"
+                f"{key}: writing {sorted(blocks)} at row {key.row}; a unit begins a shard of {rows} rows, below row "
+                f"{self.layout.rows}, and has all of {sorted(self._arrays)}"
             )
-        stored = 0
         for spec in self.layout.arrays:
-            block, array = blocks[spec.name], self._arrays[spec.name]
+            block = blocks[spec.name]
             if block.shape != (rows, *spec.row_shape) or block.dtype != spec.dtype:
                 raise StoreError(
                     f"{key}: {spec.name} is {block.dtype} {block.shape}, the store takes {spec.dtype} "
                     f"{(rows, *spec.row_shape)}"
                 )
+        stored = 0
+        for spec in self.layout.arrays:
+            block, array = blocks[spec.name], self._arrays[spec.name]
             place = storage.join(self.url, "features.zarr", spec.name, chunk_key(array, key.row // rows))
             # Rows of one number each are one chunk, which is encoded like a chunk of a shard and stands alone.
             if spec.row_shape:

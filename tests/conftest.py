@@ -3,6 +3,7 @@
 import os
 from pathlib import Path
 
+import numba
 import pytest
 import torch
 
@@ -24,3 +25,4 @@ def shared() -> Path:
 def _few_threads() -> None:
     """One OpenMP thread: on small inputs more only spin, and two test processes would fight for the cores."""
     torch.set_num_threads(1)
+    numba.set_num_threads(1)

@@ -19,11 +19,9 @@ Backend = Literal["auto", "naive", "torch", "cpu"]
 def choose_backend(wanted: Backend, operator: str, *tensors: torch.Tensor) -> Backend:
     """The backend that runs ``operator`` on these tensors.
 
-    Raises
-    ------
-    BackendError
-        There is no backend of that name, or it is ``"cpu"`` and the tensors are not float32 on the CPU without
-        gradient.
+    Raises:
+        BackendError: there is no backend of that name, or it is ``"cpu"`` and the tensors are not float32 on the CPU
+            without gradient.
     """
     if wanted not in get_args(Backend):
         raise BackendError(f"{operator}: no backend is called {wanted!r}; there are {', '.join(get_args(Backend))}")

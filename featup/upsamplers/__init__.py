@@ -24,21 +24,14 @@ def create_upsampler(
 ) -> Upsampler:
     """An upsampler ready for inference.
 
-    Parameters
-    ----------
-    channels:
-        Of the backbone's features.
-    checkpoint:
-        For ``jbu``: our safetensors file or an official FeatUp ``.ckpt``.
-    sigma_space, sigma_colour:
-        For ``bilateral``; see :class:`Bilateral`.
+    Args:
+        channels: Of the backbone's features.
+        checkpoint: For ``jbu``: our safetensors file or an official FeatUp ``.ckpt``.
+        sigma_space, sigma_colour: For ``bilateral``; see :class:`Bilateral`.
 
-    Raises
-    ------
-    GeometryError
-        An unknown name, ``jbu`` without a checkpoint, or a checkpoint for another number of channels.
-    WeightsError
-        A checkpoint that cannot be read.
+    Raises:
+        GeometryError: an unknown name, ``jbu`` without a checkpoint, or a checkpoint for another number of channels.
+        WeightsError: a checkpoint that cannot be read.
     """
     match name:
         case "nearest" | "bilinear" | "bicubic":

@@ -57,27 +57,18 @@ class Upsampler(nn.Module):
         ``h * w / (H' * W')`` as much; its bias is added at the end, because the operator's rows need not sum to one.
         Only the channels that come out are upsampled.
 
-        Parameters
-        ----------
-        features:
-            ``[B, h, w, C]``.
-        guidance:
-            ``[B, H, W, 3]``, uint8 or floating in [0, 1].
-        size:
-            (height, width) of the result, at least the features' own.
-        projection:
-            Channel map to ``K`` channels, applied to the upsampled features.
-        out:
-            Where to put the result, contiguous, in any floating type; not differentiable.
+        Args:
+            features: ``[B, h, w, C]``.
+            guidance: ``[B, H, W, 3]``, uint8 or floating in [0, 1].
+            size: (height, width) of the result, at least the features' own.
+            projection: Channel map to ``K`` channels, applied to the upsampled features.
+            out: Where to put the result, contiguous, in any floating type; not differentiable.
 
-        Returns
-        -------
-        ``[B, H', W', C]``, or ``[B, H', W', K]`` with a projection.
+        Returns:
+            ``[B, H', W', C]``, or ``[B, H', W', K]`` with a projection.
 
-        Raises
-        ------
-        GeometryError
-            Shapes that do not fit each other, or a result smaller than the features.
+        Raises:
+            GeometryError: shapes that do not fit each other, or a result smaller than the features.
         """
         if features.dim() != 4 or guidance.dim() != 4 or guidance.shape[-1] != 3 or len(features) != len(guidance):
             raise GeometryError(
@@ -129,14 +120,11 @@ class Upsampler(nn.Module):
     def bands(self, features: Tensor, guidance: Tensor, size: tuple[int, int]) -> Iterator[tuple[slice, Tensor]]:
         """The linear operator over space, for one image, some rows of the result at a time.
 
-        Parameters
-        ----------
-        features, guidance, size:
-            ``[1, h, w, C]``, ``[1, H, W, 3]`` and the result's (height, width).
+        Args:
+            features, guidance, size: ``[1, h, w, C]``, ``[1, H, W, 3]`` and the result's (height, width).
 
-        Yields
-        ------
-        The rows, from the top, and what stands in them: ``[1, rows, W', C]``, a tensor nobody else holds.
+        Yields:
+            The rows, from the top, and what stands in them: ``[1, rows, W', C]``, a tensor nobody else holds.
         """
         raise NotImplementedError
 
@@ -159,10 +147,8 @@ def stage_sizes(low: tuple[int, int], high: tuple[int, int]) -> Sequence[tuple[i
     The number of stages is the least that needs no more than a doubling in each. A patch-14 ViT on 224x224 goes
     16, 32, 64, 128, 224.
 
-    Raises
-    ------
-    GeometryError
-        ``high`` is smaller than ``low``, or ``low`` is empty.
+    Raises:
+        GeometryError: ``high`` is smaller than ``low``, or ``low`` is empty.
     """
     if min(low) < 1 or high[0] < low[0] or high[1] < low[1]:
         raise GeometryError(f"stages go up from at least 1x1: cannot reach {high} from {low} (height, width)")

@@ -22,19 +22,13 @@ class Bilateral(JointUpsampler):
         self, sigma_space: float = 1.0, sigma_colour: float = 0.2, radius: int = 3, tile_pixels: int = 1 << 14
     ) -> None:
         """
-        Parameters
-        ----------
-        sigma_space:
-            In pixels of the stage.
-        sigma_colour:
-            On RGB scaled to [-1, 1] (0.2 is about 25 grey levels of 255).
-        radius, tile_pixels:
-            See :class:`JointUpsampler`.
+        Args:
+            sigma_space: In pixels of the stage.
+            sigma_colour: On RGB scaled to [-1, 1] (0.2 is about 25 grey levels of 255).
+            radius, tile_pixels: See :class:`JointUpsampler`.
 
-        Raises
-        ------
-        GeometryError
-            A sigma that is not positive, or a radius below one.
+        Raises:
+            GeometryError: a sigma that is not positive, or a radius below one.
         """
         super().__init__(radius, tile_pixels)
         if sigma_space <= 0 or sigma_colour <= 0:

@@ -76,18 +76,12 @@ class JBU(JointUpsampler):
         tile_pixels: int = 1 << 14,
     ) -> None:
         """
-        Parameters
-        ----------
-        channels:
-            Of the features the stack is made for.
-        stages:
-            Most doublings it can serve: 4 for stride 16.
-        key_dim:
-            Width of the range kernel's projection.
-        guidance_mean, guidance_std:
-            Normalisation of the image inside the upsampler, on [0, 1] RGB.
-        radius, tile_pixels:
-            See :class:`JointUpsampler`.
+        Args:
+            channels: Of the features the stack is made for.
+            stages: Most doublings it can serve: 4 for stride 16.
+            key_dim: Width of the range kernel's projection.
+            guidance_mean, guidance_std: Normalisation of the image inside the upsampler, on [0, 1] RGB.
+            radius, tile_pixels: See :class:`JointUpsampler`.
         """
         super().__init__(radius, tile_pixels)
         self.channels = channels

@@ -24,18 +24,13 @@ class JointUpsampler(Upsampler):
 
     def __init__(self, radius: int, tile_pixels: int) -> None:
         """
-        Parameters
-        ----------
-        radius:
-            The window is ``2 * radius + 1`` positions wide and high.
-        tile_pixels:
-            Most output positions whose filters are held at once; the memory a stage needs beside its output is about
-            ``tile_pixels * (4 * window + channels) * 4`` bytes.
+        Args:
+            radius: The window is ``2 * radius + 1`` positions wide and high.
+            tile_pixels: Most output positions whose filters are held at once; the memory a stage needs beside its
+                output is about ``tile_pixels * (4 * window + channels) * 4`` bytes.
 
-        Raises
-        ------
-        GeometryError
-            A radius below one.
+        Raises:
+            GeometryError: a radius below one.
         """
         super().__init__()
         if radius < 1:
@@ -46,16 +41,13 @@ class JointUpsampler(Upsampler):
     def filters(self, stage: int, padded_guidance: Tensor) -> Tensor:
         """Filters of one band.
 
-        Parameters
-        ----------
-        stage:
-            Which stage of how many have gone before.
-        padded_guidance:
-            ``[1, h + 2r, w + 2r, 3]``, the band with its surroundings, as :meth:`prepare_guidance` left it.
+        Args:
+            stage: Which stage of how many have gone before.
+            padded_guidance: ``[1, h + 2r, w + 2r, 3]``, the band with its surroundings, as :meth:`prepare_guidance`
+                left it.
 
-        Returns
-        -------
-        ``[1, h, w, 2r + 1, 2r + 1]``.
+        Returns:
+            ``[1, h, w, 2r + 1, 2r + 1]``.
         """
         raise NotImplementedError
 

@@ -24,27 +24,18 @@ def adaptive_conv(
 ) -> Tensor:
     """Apply to each output position its own filter.
 
-    Parameters
-    ----------
-    source:
-        ``[B, Hs, Ws, C]``, already padded: ``Hs = (H - 1) * stride[0] + K`` and likewise for the width.
-    filters:
-        ``[B, H, W, K, L]``: taps by row and column of the window, not flipped.
-    stride:
-        (height, width) step of the window in source positions.
-    out:
-        Where to put the result, contiguous ``[B, H, W, C]`` of the source's type; not differentiable.
+    Args:
+        source: ``[B, Hs, Ws, C]``, already padded: ``Hs = (H - 1) * stride[0] + K`` and likewise for the width.
+        filters: ``[B, H, W, K, L]``: taps by row and column of the window, not flipped.
+        stride: (height, width) step of the window in source positions.
+        out: Where to put the result, contiguous ``[B, H, W, C]`` of the source's type; not differentiable.
 
-    Returns
-    -------
-    ``[B, H, W, C]``.
+    Returns:
+        ``[B, H, W, C]``.
 
-    Raises
-    ------
-    GeometryError
-        The shapes do not belong together, or ``out`` is of another shape or type than the result.
-    BackendError
-        The backend asked for cannot run on these tensors.
+    Raises:
+        GeometryError: the shapes do not belong together, or ``out`` is of another shape or type than the result.
+        BackendError: the backend asked for cannot run on these tensors.
     """
     if source.dim() != 4 or filters.dim() != 5:
         raise GeometryError(

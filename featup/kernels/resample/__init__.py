@@ -53,19 +53,14 @@ class Taps:
 def interpolation_taps(kind: Interpolation, size: int, out_size: int, reflect: int = 0) -> Taps:
     """Taps that equal ``torch.nn.functional.interpolate(mode=kind, align_corners=False)`` along one axis.
 
-    Parameters
-    ----------
-    size, out_size:
-        Length of the axis before and after.
-    reflect:
-        So many positions are added at both ends by reflection of the *interpolated* axis (its border not repeated),
-        which is what padding the interpolated map would give. Where the axis is too short to reflect so far,
-        positions go back and forth; an axis of one position repeats.
+    Args:
+        size, out_size: Length of the axis before and after.
+        reflect: So many positions are added at both ends by reflection of the *interpolated* axis (its border not
+            repeated), which is what padding the interpolated map would give. Where the axis is too short to reflect so
+            far, positions go back and forth; an axis of one position repeats.
 
-    Raises
-    ------
-    GeometryError
-        A size below one.
+    Raises:
+        GeometryError: a size below one.
     """
     if size < 1 or out_size < 1:
         raise GeometryError(f"interpolation from {size} to {out_size} positions: both must be at least 1")
@@ -94,23 +89,16 @@ def interpolation_taps(kind: Interpolation, size: int, out_size: int, reflect: i
 def resample(source: Tensor, rows: Taps, cols: Taps, backend: Backend = "auto") -> Tensor:
     """Resample both axes of a channels-last map.
 
-    Parameters
-    ----------
-    source:
-        ``[B, h, w, C]``.
-    rows, cols:
-        Taps along the height and along the width, into ``h`` and ``w``.
+    Args:
+        source: ``[B, h, w, C]``.
+        rows, cols: Taps along the height and along the width, into ``h`` and ``w``.
 
-    Returns
-    -------
-    ``[B, len(rows), len(cols), C]``.
+    Returns:
+        ``[B, len(rows), len(cols), C]``.
 
-    Raises
-    ------
-    GeometryError
-        The taps were made for a map of another size.
-    BackendError
-        The backend asked for cannot run on this tensor.
+    Raises:
+        GeometryError: the taps were made for a map of another size.
+        BackendError: the backend asked for cannot run on this tensor.
     """
     if source.dim() != 4 or tuple(source.shape[1:3]) != (rows.size, cols.size):
         raise GeometryError(

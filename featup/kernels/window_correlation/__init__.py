@@ -18,23 +18,16 @@ __all__ = ["window_correlation"]
 def window_correlation(query: Tensor, key: Tensor, backend: Backend = "auto") -> Tensor:
     """Correlate each query with a window of keys.
 
-    Parameters
-    ----------
-    query:
-        ``[B, H, W, D]``.
-    key:
-        ``[B, H + K - 1, W + L - 1, D]``, already padded; the window's size follows from the two shapes.
+    Args:
+        query: ``[B, H, W, D]``.
+        key: ``[B, H + K - 1, W + L - 1, D]``, already padded; the window's size follows from the two shapes.
 
-    Returns
-    -------
-    ``[B, H, W, K, L]``.
+    Returns:
+        ``[B, H, W, K, L]``.
 
-    Raises
-    ------
-    GeometryError
-        The two shapes do not belong together.
-    BackendError
-        The backend asked for cannot run on these tensors.
+    Raises:
+        GeometryError: the two shapes do not belong together.
+        BackendError: the backend asked for cannot run on these tensors.
     """
     if query.dim() != 4 or key.dim() != 4:
         raise GeometryError(
