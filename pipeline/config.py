@@ -209,7 +209,7 @@ class PrecomputeConfig:
             )
 
         def whole(name: str) -> str:
-            return os.path.abspath(name) if name in relative else name
+            return os.path.abspath(storage.local_path(name)) if name in relative else name
 
         return replace(
             self,

@@ -1,6 +1,7 @@
 import dataclasses
 import io
 import json
+import os
 import re
 from contextlib import redirect_stderr
 from pathlib import Path
@@ -279,8 +280,8 @@ def test_identity_is_what_decides_the_content() -> None:
     whole = config().identity()
     runs = {name for name in FIELDS if name not in whole}
     assert runs == {
-        "shards", "out", "actors", "gpus_per_actor", "cpus_per_actor", "loader_cpus", "threads", "batch_size",
-        "max_failed_fraction", "unit_attempts", "object_store_mb",
+        "shards", "out", "weights", "checkpoint", "actors", "gpus_per_actor", "cpus_per_actor", "loader_cpus",
+        "threads", "batch_size", "max_failed_fraction", "unit_attempts", "object_store_mb",
     }  # fmt: skip
     base = describe(PrecomputeConfig(**OTHER))
     for name, value in OTHER.items():
@@ -292,6 +293,28 @@ def test_identity_is_what_decides_the_content() -> None:
         other = PrecomputeConfig(**{**OTHER, name: default})
         assert (other.identity() == PrecomputeConfig(**OTHER).identity()) == (name in runs), name
         assert describe(other) != base, name
+
+
+def test_local_paths_become_absolute_and_urls_stay() -> None:
+    here = os.getcwd()
+    found = config(
+        shards=("a/{0..3}.tar", "/b.tar", "s3://c/d.tar", "file:e.tar", "file:///f.tar"),
+        out="../out",
+        weights="w.pth",
+        upsampler="jbu",
+        checkpoint="memory://c",
+    ).absolute(on_cluster=False)
+    shards = (f"{here}/a/{{0..3}}.tar", "/b.tar", "s3://c/d.tar", f"{here}/e.tar", "file:///f.tar")
+    assert found.shards == shards
+    assert (found.out, found.weights) == (f"{os.path.dirname(here)}/out", f"{here}/w.pth")
+    assert found.checkpoint == "memory://c"
+    assert config(out="/o", shards=("/a",)).absolute(on_cluster=True).weights is None
+
+
+def test_relative_paths_are_refused_on_a_cluster() -> None:
+    text = r"relative paths on a cluster: \['a\.tar', 'out', 'w\.pth'\]; .* give absolute paths or URLs that every node"
+    with pytest.raises(ConfigError, match=text):
+        config(shards=("a.tar", "s3://b/c.tar"), weights="w.pth").absolute(on_cluster=True)
 
 
 CHOICES = {name: get_args(hint) for name, hint in get_type_hints(PrecomputeConfig).items()}

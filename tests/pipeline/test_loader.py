@@ -140,6 +140,7 @@ def batches(dataset: FeatureDataset, context: str) -> list[dict[str, Any]]:
 
 
 @pytest.mark.timeout(120)
+@pytest.mark.filterwarnings("ignore:This DataLoader will create 2 worker processes")  # on one core
 @pytest.mark.parametrize("context", ["fork", "spawn"])
 def test_workers_read_what_the_parent_reads(store: tuple[str, Blocks], context: str) -> None:
     dataset = FeatureDataset(store[0], ("features", "seg", "cls"), window=(1, 2, 5, 7))
