@@ -76,11 +76,16 @@ def precompute(config: PrecomputeConfig) -> Summary:
     setup: Setup = ray.get(_prepare_remotely.options(num_cpus=1, num_gpus=gpus).remote(config, shards))
     plan = _complete_plan(config, shards, setup)
     layout = layout_of(config, plan.rows_per_shard, setup.channels, plan.units)
+    ledger = Ledger(storage.join(config.out, "ledger"))
+    if read_attributes(config.out) is None and ledger.done():
+        raise StoreError(
+            f"{config.out} has receipts and no arrays: features.zarr was removed or moved, and the receipts would make "
+            "this run leave it empty; put it back, or remove the ledger folder as well"
+        )
     create_all(config, plan, layout, setup)
     for fault in plan.faults:
         print(f"input fault: {fault}", flush=True)
 
-    ledger = Ledger(storage.join(config.out, "ledger"))
     done = ledger.done()
     todo = np.array([unit for unit in range(plan.units) if unit not in done], dtype=np.int64)
     left = sum(len(plan.unit(int(unit))) for unit in todo)

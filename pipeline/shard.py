@@ -12,6 +12,7 @@ from typing import Any
 
 import google_crc32c
 import numpy as np
+import torch
 from numcodecs import blosc
 from numpy.typing import NDArray
 
@@ -20,8 +21,8 @@ __all__ = ["encode_chunk", "encode_shard"]
 _MISSING = 2**64 - 1  # in the index, for a chunk that holds nothing but fill values
 
 
-def encode_shard(block: NDArray[Any], chunk: tuple[int, ...], fill: float, level: int, pool: Executor) -> bytes | None:
-    """The bytes of a shard: chunks through blosc (zstd, bit-shuffled) and crc32c, index at the end.
+def encode_shard(block: NDArray[Any], chunk: tuple[int, ...], fill: float, level: int, pool: Executor) -> list[bytes]:
+    """The bytes of a shard, in parts: chunks through blosc (zstd, bit-shuffled) and crc32c, index at the end.
 
     Args:
         block: ``[rows, ...]``, all rows of the shard. Sides that are no multiple of the chunk's are filled up.
@@ -31,18 +32,19 @@ def encode_shard(block: NDArray[Any], chunk: tuple[int, ...], fill: float, level
         pool: threads that encode chunks.
 
     Returns:
-        The shard, or ``None`` where every chunk is left out and there is no object to write.
+        The shard's parts in order, none where every chunk is left out and there is no object to write. They are not
+        joined: with other threads waiting for Python's lock, copying a shard once more is dear.
     """
     encoded = list(pool.map(lambda part: encode_chunk(part, fill, level), _chunks(block, chunk, fill)))
-    lengths = np.array([0 if data is None else len(data) for data in encoded], dtype=np.uint64)
+    lengths = np.array([sum(map(len, parts)) for parts in encoded], dtype=np.uint64)
     if not lengths.any():
-        return None
+        return []
     index = np.empty((len(encoded), 2), dtype="<u8")
     index[:, 0] = np.cumsum(lengths) - lengths
     index[:, 1] = lengths
     index[lengths == 0] = _MISSING
     table = index.tobytes()
-    return b"".join([*(data for data in encoded if data is not None), table, _crc(table)])
+    return [*itertools.chain.from_iterable(encoded), table, _crc(table)]
 
 
 def _chunks(block: NDArray[Any], chunk: tuple[int, ...], fill: float) -> Iterator[NDArray[Any]]:
@@ -58,14 +60,17 @@ def _chunks(block: NDArray[Any], chunk: tuple[int, ...], fill: float) -> Iterato
             yield part
 
 
-def encode_chunk(part: NDArray[Any], fill: float, level: int) -> bytes | None:
-    """One chunk through blosc (zstd, bit-shuffled) and crc32c; ``None`` where it holds nothing but fill values."""
+def encode_chunk(part: NDArray[Any], fill: float, level: int) -> list[bytes]:
+    """One chunk through blosc (zstd, bit-shuffled) and crc32c, in parts; none where it holds fill values alone."""
     # Most chunks differ in their first value already, and are then not looked through.
     first = part.flat[0]
     if (first == fill or (first != first and fill != fill)) and _is_fill(part, fill):
-        return None
-    data: bytes = blosc.compress(np.ascontiguousarray(part), b"zstd", level, blosc.BITSHUFFLE)
-    return data + _crc(data)
+        return []
+    # torch copies without holding Python's lock, numpy holds it; it has no type for uint16, which int16 stands in for.
+    same = part.view(np.int16) if part.dtype == np.uint16 else part
+    packed = torch.from_numpy(same).contiguous().numpy()
+    data: bytes = blosc.compress(packed, b"zstd", level, blosc.BITSHUFFLE)
+    return [data, _crc(data)]
 
 
 def _is_fill(part: NDArray[Any], fill: float) -> bool:

@@ -257,8 +257,10 @@ def read_bytes(url: str) -> bytes:
         return bytes(system.cat_file(path))
 
 
-def write_atomic(url: str, data: bytes) -> None:
-    """Write a file so that readers see the old one or the new one, never a part; folders are made as needed.
+def write_atomic(url: str, *parts: bytes) -> None:
+    """Write a file, of one part or of several one behind the other, so that readers see the old one or the new one.
+
+    Never is a half of it seen; folders are made as needed.
 
     A local file is durable on return (file and folder are synced). A remote one is one put, which is atomic
     and durable on object stores; on file-like remotes (sftp, say) it is neither.
@@ -266,7 +268,7 @@ def write_atomic(url: str, data: bytes) -> None:
     if not is_local(url):
         with _mapped(url):
             system, path = _remote(url)
-            system.pipe_file(path, data)
+            system.pipe_file(path, b"".join(parts))
         return
     path = os.path.abspath(local_path(url))
     folder = os.path.dirname(path)
@@ -274,7 +276,7 @@ def write_atomic(url: str, data: bytes) -> None:
     temporary = os.path.join(folder, f".{uuid.uuid4().hex}{_TEMPORARY}")
     try:
         with open(temporary, "xb") as stream:
-            stream.write(data)
+            stream.writelines(parts)
             stream.flush()
             os.fsync(stream.fileno())
         os.replace(temporary, path)

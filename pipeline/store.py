@@ -60,6 +60,7 @@ AnyArray = zarr.Array[Any]
 NOTHING, OK, FAILED = 0, 1, 2
 FORMAT = "featup-datasets/1"
 _CHUNK_BYTES = 4 << 20
+_CHECKSUM_BYTES = 1 << 18
 
 
 @dataclass(frozen=True)
@@ -273,7 +274,11 @@ def open_arrays(url: str, names: Sequence[str], codecs: Literal["zarr", "zarrs"]
 
 def row_checksum(row: NDArray[Any]) -> int:
     """crc32c of one row's bytes, in C order, little-endian."""
-    return int(google_crc32c.value(row.tobytes()))
+    flat = row.reshape(-1).view(np.uint8)
+    checksum = 0
+    for start in range(0, len(flat), _CHECKSUM_BYTES):  # the library takes bytes alone: copies, so small ones
+        checksum = google_crc32c.extend(checksum, flat[start : start + _CHECKSUM_BYTES].tobytes())
+    return int(checksum)
 
 
 def round_mantissa(block: NDArray[np.float16], bits: int) -> None:
@@ -339,14 +344,14 @@ class StoreWriter:
             place = storage.join(self.url, "features.zarr", spec.name, chunk_key(array, key.row // rows))
             # Rows of one number each are one chunk, which is encoded like a chunk of a shard and stands alone.
             if spec.row_shape:
-                data = encode_shard(block, spec.chunk, spec.fill, self.layout.compression_level, self._pool)
+                parts = encode_shard(block, spec.chunk, spec.fill, self.layout.compression_level, self._pool)
             else:
-                data = encode_chunk(block, spec.fill, self.layout.compression_level)
-            if data is None:
+                parts = encode_chunk(block, spec.fill, self.layout.compression_level)
+            if parts:
+                storage.write_atomic(place, *parts)
+                stored += sum(map(len, parts))
+            else:
                 storage.remove(place)
-            else:
-                storage.write_atomic(place, data)
-                stored += len(data)
         return stored
 
 
