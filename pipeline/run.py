@@ -55,6 +55,8 @@ def connect(object_store_mb: int) -> None:
     context.print_on_execution_start = False
     # A block that fails is a fault of the program: units that fail come back as receipts that say so.
     context.max_errored_blocks = 0
+    # Ray would walk the page tables of every worker each second to report its memory.
+    context.memory_usage_poll_interval_s = None
     logging.getLogger("ray.data").setLevel(logging.ERROR)
 
 
