@@ -1,6 +1,5 @@
 """The featurizing stage: the actor that extracts, upsamples, encodes and writes, and returns receipts only."""
 
-import json
 import os
 import platform
 import sys
@@ -8,7 +7,7 @@ import threading
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numba
@@ -27,11 +26,11 @@ from pipeline import storage
 from pipeline.config import PrecomputeConfig
 from pipeline.errors import ConfigError, PipelineError, Reason, SampleError, StoreError
 from pipeline.ledger import Ledger, Receipt, SampleRecord
-from pipeline.load import LoadedUnit, decode_options, load_sample
+from pipeline.load import LoadedUnit, decode_options, failed_unit, load_sample, unpack
 from pipeline.plan import Plan, UnitKey
 from pipeline.store import FAILED, NOTHING, OK, Layout, StoreWriter, round_mantissa, row_checksum
 
-__all__ = ["Extractor", "Featurizer", "Setup", "UnitProcessor", "failed_unit", "fit_pca", "set_threads"]
+__all__ = ["Extractor", "Featurizer", "Setup", "UnitProcessor", "fit_pca", "save_pca", "set_threads"]
 
 
 @dataclass(frozen=True)
@@ -303,18 +302,6 @@ class UnitProcessor:
             torch.cuda.synchronize()  # or the features' time would be counted as the upsampler's
 
 
-def failed_unit(key: UnitKey, plan: str, records: tuple[SampleRecord, ...], error: Exception) -> Receipt:
-    """The account of a unit that failed for good; its samples failed with it."""
-    text = f"{type(error).__name__}: {error}"
-    lost = tuple(
-        replace(record, status="failed", reason=Reason.UNIT_FAILED.value, detail=text)
-        if record.status == "ok"
-        else record
-        for record in records
-    )
-    return Receipt(unit=key, plan=plan, samples=lost, worker={"host": platform.node(), "pid": os.getpid()}, error=text)
-
-
 class Featurizer:
     """The actor: rows of loaded units in, rows with receipts out. Features never leave it but for the store."""
 
@@ -324,45 +311,12 @@ class Featurizer:
         self.processor = UnitProcessor(config, setup, layout, plan_digest)
 
     def __call__(self, batch: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
-        """One unit, as :func:`pack` made it, to ``{"receipt": [JSON]}``."""
+        """One unit, as ``pipeline.load.load_row`` made it, to ``{"receipt": [JSON]}``."""
         receipts = []
         for key, loaded in unpack(batch):
             receipt = loaded if isinstance(loaded, Receipt) else self.processor.process(key, loaded)
             receipts.append(receipt.to_json())
         return {"receipt": np.array(receipts, dtype=object)}
-
-
-def pack(key: UnitKey, loaded: LoadedUnit | Receipt, empty: Mapping[str, NDArray[Any]] | None = None) -> dict[str, Any]:
-    """One unit as one row: its arrays, and the rest as JSON. A unit that could not be loaded has ``empty`` arrays."""
-    if isinstance(loaded, Receipt):
-        return {"meta": loaded.to_json(), "failed": True, **(empty or {})}
-    meta = {
-        "unit": asdict(key),
-        "records": [asdict(record) for record in loaded.records],
-        "seconds": loaded.seconds,
-        "sizes": loaded.sizes,
-    }
-    return {"meta": json.dumps(meta).encode(), "failed": False, **loaded.blocks}
-
-
-def unpack(batch: Mapping[str, NDArray[Any]]) -> Iterator[tuple[UnitKey, LoadedUnit | Receipt]]:
-    """The units of a batch of rows."""
-    for position, text in enumerate(batch["meta"]):
-        if batch["failed"][position]:
-            receipt = Receipt.from_json(text)
-            yield receipt.unit, receipt
-            continue
-        meta = json.loads(text)
-        records = Receipt.from_json(
-            json.dumps({"unit": meta["unit"], "plan": "", "samples": meta["records"]}).encode()
-        ).samples
-        # Ray hands out read-only views of its object store; labels of failed samples are overwritten later.
-        blocks = {
-            name: column[position] if name == "image" else np.array(column[position])
-            for name, column in batch.items()
-            if name not in ("meta", "failed")
-        }
-        yield UnitKey(**meta["unit"]), LoadedUnit(blocks, records, meta["seconds"], meta["sizes"])
 
 
 def save_pca(config: PrecomputeConfig, pca: PCA, setup: Setup) -> Setup:

@@ -1,21 +1,38 @@
 """The loading stage: one unit of work becomes blocks of decoded images and aligned labels."""
 
+import json
+import os
+import platform
 import time
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass, replace
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.config import PrecomputeConfig, Size
 from pipeline.decode import DecodeOptions, PreparedSample, label_spec, prepare_sample
-from pipeline.errors import Reason, SampleError
-from pipeline.ledger import SampleRecord
+from pipeline.errors import PipelineError, Reason, SampleError
+from pipeline.ledger import Receipt, SampleRecord
 from pipeline.plan import Plan, UnitKey
 from pipeline.read import read_samples
 from pipeline.tarindex import IndexedSample, ShardIndex
 
-__all__ = ["LoadedUnit", "decode_options", "image_size", "load_sample", "load_unit"]
+if TYPE_CHECKING:
+    from pipeline.config import PrecomputeConfig, Size
+
+__all__ = [
+    "LoadedUnit",
+    "decode_options",
+    "empty_blocks",
+    "failed_unit",
+    "image_size",
+    "load_row",
+    "load_sample",
+    "load_unit",
+    "unpack",
+]
 
 
 @dataclass(frozen=True, eq=False)
@@ -32,14 +49,14 @@ class LoadedUnit:
     sizes: dict[str, int]
 
 
-def image_size(config: PrecomputeConfig) -> Size:
+def image_size(config: "PrecomputeConfig") -> "Size":
     """(height, width) images are decoded at: the backbone's, or the output's where that is larger, for the guidance."""
     target = config.target_size
     inside = target.height <= config.size.height and target.width <= config.size.width
     return config.size if inside else target
 
 
-def decode_options(config: PrecomputeConfig, mean: tuple[float, float, float]) -> DecodeOptions:
+def decode_options(config: "PrecomputeConfig", mean: tuple[float, float, float]) -> DecodeOptions:
     """The decoder's options; padding has the colour that the backbone's normalisation makes zero."""
     red, green, blue = (round(255 * value) for value in mean)
     return DecodeOptions(
@@ -85,12 +102,7 @@ def load_unit(plan: Plan, key: UnitKey, options: DecodeOptions) -> LoadedUnit:
     samples = read_samples(index, key.start, key.stop, wanted.__contains__)
     read_done = time.perf_counter()
 
-    target = options.label_size or options.size
-    blocks: dict[str, NDArray[Any]] = {"image": np.zeros((rows, *options.size, 3), np.uint8)}
-    for spec in specs:
-        blocks[spec.kind] = np.full((rows, *(target if spec.per_pixel else ())), spec.fill, spec.dtype)
-    if options.geometry == "pad":
-        blocks["valid"] = np.zeros((rows, *target), np.uint8)
+    blocks = empty_blocks(rows, options)
     records = []
     for offset, (entry, members) in enumerate(zip(index.samples[key.start : key.stop], samples, strict=True)):
         row = key.row + offset
@@ -131,9 +143,91 @@ def load_unit(plan: Plan, key: UnitKey, options: DecodeOptions) -> LoadedUnit:
     )
 
 
+def empty_blocks(rows: int, options: DecodeOptions) -> dict[str, NDArray[Any]]:
+    """Blocks of ``rows`` rows that hold no sample."""
+    target = options.label_size or options.size
+    blocks: dict[str, NDArray[Any]] = {"image": np.zeros((rows, *options.size, 3), np.uint8)}
+    for kind in options.labels:
+        spec = label_spec(kind, options.seg_dtype)
+        blocks[kind] = np.full((rows, *(target if spec.per_pixel else ())), spec.fill, spec.dtype)
+    if options.geometry == "pad":
+        blocks["valid"] = np.zeros((rows, *target), np.uint8)
+    return blocks
+
+
 def _cut_off(index: ShardIndex, entry: IndexedSample, position: int, error: SampleError) -> str:
     """Why a sample's members are missing, where it is the last one before the end of a truncated tar; else empty."""
     if position != len(index.samples) - 1 or error.reason not in (Reason.LABEL_MISSING, Reason.IMAGE_MISSING):
         return ""
     cuts = [fault for fault in index.faults if fault.startswith(("truncated", "no end-of-archive"))]
     return f"{error.detail}; {cuts[0]}" if cuts and entry.problem is None else ""
+
+
+def load_row(row: dict[str, Any], fetch: Callable[[Any], Any], reference: Any) -> dict[str, Any]:
+    """Row ``{"id": n}`` to the n-th unit that is to be done, loaded and packed as one row.
+
+    A unit that cannot be loaded comes as the account of its failure, beside empty arrays: all rows have the same
+    columns. This module imports neither torch nor zarr, so that the processes that load start fast and stay small.
+
+    Args:
+        fetch: gets what ``reference`` stands for: the plan, the numbers of the units to do, and the decoder's options.
+    """
+    plan, todo, options = _fetched(fetch, reference)
+    key: UnitKey = plan.unit(int(todo[row["id"]]))
+    try:
+        return pack(key, load_unit(plan, key, options))
+    except (PipelineError, OSError) as error:
+        records = tuple(
+            SampleRecord(entry.key, key.row + offset, "ok") for offset, entry in enumerate(plan.unit_samples(key))
+        )
+        receipt = failed_unit(key, plan.digest, records, error)
+        return {"meta": receipt.to_json(), "failed": True, **empty_blocks(plan.rows_per_shard, options)}
+
+
+@lru_cache(maxsize=2)
+def _fetched(fetch: Callable[[Any], Any], reference: Any) -> Any:
+    """Fetched once in each process."""
+    return fetch(reference)
+
+
+def failed_unit(key: UnitKey, plan: str, records: tuple[SampleRecord, ...], error: Exception) -> Receipt:
+    """The account of a unit that failed for good; its samples failed with it."""
+    text = f"{type(error).__name__}: {error}"
+    lost = tuple(
+        replace(record, status="failed", reason=Reason.UNIT_FAILED.value, detail=text)
+        if record.status == "ok"
+        else record
+        for record in records
+    )
+    return Receipt(unit=key, plan=plan, samples=lost, worker={"host": platform.node(), "pid": os.getpid()}, error=text)
+
+
+def pack(key: UnitKey, loaded: LoadedUnit) -> dict[str, Any]:
+    """One unit as one row: its arrays, and the rest as JSON."""
+    meta = {
+        "unit": asdict(key),
+        "records": [asdict(record) for record in loaded.records],
+        "seconds": loaded.seconds,
+        "sizes": loaded.sizes,
+    }
+    return {"meta": json.dumps(meta).encode(), "failed": False, **loaded.blocks}
+
+
+def unpack(batch: Mapping[str, NDArray[Any]]) -> Iterator[tuple[UnitKey, LoadedUnit | Receipt]]:
+    """The units of a batch of rows."""
+    for position, text in enumerate(batch["meta"]):
+        if batch["failed"][position]:
+            receipt = Receipt.from_json(text)
+            yield receipt.unit, receipt
+            continue
+        meta = json.loads(text)
+        records = Receipt.from_json(
+            json.dumps({"unit": meta["unit"], "plan": "", "samples": meta["records"]}).encode()
+        ).samples
+        # Ray hands out read-only views of its object store; labels of failed samples are overwritten later.
+        blocks = {
+            name: column[position] if name == "image" else np.array(column[position])
+            for name, column in batch.items()
+            if name not in ("meta", "failed")
+        }
+        yield UnitKey(**meta["unit"]), LoadedUnit(blocks, records, meta["seconds"], meta["sizes"])

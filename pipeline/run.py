@@ -21,13 +21,12 @@ from numpy.typing import NDArray
 
 from pipeline import storage
 from pipeline.config import PrecomputeConfig, describe
-from pipeline.decode import DecodeOptions
-from pipeline.errors import JobFailedError, PipelineError, StoreError, StoreMismatchError
-from pipeline.featurize import Extractor, Featurizer, Setup, failed_unit, fit_pca, pack, save_pca, set_threads
+from pipeline.errors import JobFailedError, StoreError, StoreMismatchError
+from pipeline.featurize import Extractor, Featurizer, Setup, fit_pca, save_pca, set_threads
 from pipeline.index import Summary, write_index
-from pipeline.ledger import Ledger, Receipt, SampleRecord
-from pipeline.load import decode_options, load_unit
-from pipeline.plan import Plan, PlannedShard, UnitKey, make_plan, plan_shard, rows_of
+from pipeline.ledger import Ledger, Receipt
+from pipeline.load import decode_options, load_row
+from pipeline.plan import Plan, PlannedShard, make_plan, plan_shard, rows_of
 from pipeline.progress import Progress
 from pipeline.store import Layout, create_store, read_attributes, tile_of
 from pipeline.verify import Finding, Verification, verify_index, verify_unit
@@ -250,34 +249,6 @@ def _index_on_ray(urls: list[str], index_dir: str) -> Iterator[PlannedShard]:
     yield from (found[number] for number in range(len(urls)))
 
 
-@lru_cache(maxsize=2)
-def _shared(reference: Any) -> Any:
-    """An object of the driver's, fetched once in each worker process."""
-    return ray.get(reference)
-
-
-def _load_row(row: dict[str, Any], reference: Any) -> dict[str, Any]:
-    plan, todo, options, layout = _shared(reference)
-    key: UnitKey = plan.unit(int(todo[row["id"]]))
-    try:
-        return pack(key, load_unit(plan, key, options))
-    except (PipelineError, OSError) as error:
-        records = tuple(
-            SampleRecord(entry.key, key.row + offset, "ok") for offset, entry in enumerate(plan.unit_samples(key))
-        )
-        return pack(key, failed_unit(key, plan.digest, records, error), empty_blocks(layout, options))
-
-
-def empty_blocks(layout: Layout, options: DecodeOptions) -> dict[str, Any]:
-    """Arrays of a unit that could not be loaded: all units' rows must have the same columns."""
-    rows = layout.rows_per_shard
-    blocks = {"image": np.zeros((rows, *options.size, 3), np.uint8)}
-    for spec in layout.arrays:
-        if spec.name not in ("features", "status"):
-            blocks[spec.name] = np.zeros((rows, *spec.row_shape), spec.dtype)
-    return blocks
-
-
 def stages(
     config: PrecomputeConfig, plan: Plan, layout: Layout, setup: Setup, todo: NDArray[np.int64], gpus: float
 ) -> ray.data.Dataset:
@@ -286,10 +257,10 @@ def stages(
     Loading and featurizing must not be fused, or the actor would wait for every unit to be read and decoded: Ray keeps
     stages apart whose resources differ, which the config sees to.
     """
-    reference = ray.put((plan, todo, decode_options(config, setup.mean), layout))
+    reference = ray.put((plan, todo, decode_options(config, setup.mean)))
     return (
         ray.data.range(len(todo), override_num_blocks=min(len(todo), _MOST_BLOCKS))
-        .map(_load_row, fn_kwargs={"reference": reference}, num_cpus=config.loader_cpus)
+        .map(load_row, fn_kwargs={"fetch": ray.get, "reference": reference}, num_cpus=config.loader_cpus)
         .map_batches(
             Featurizer,
             fn_constructor_args=(config, setup, layout, plan.digest),
@@ -334,6 +305,12 @@ def verify(out: str, object_store_mb: int, check_source: int = 8) -> Verificatio
     for row in rows.iter_rows():
         report.add(Finding.from_row(row))
     return report
+
+
+@lru_cache(maxsize=2)
+def _shared(reference: Any) -> Any:
+    """An object of the driver's, fetched once in each worker process."""
+    return ray.get(reference)
 
 
 def _verify_row(row: dict[str, Any], reference: Any) -> dict[str, Any]:

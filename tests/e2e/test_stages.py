@@ -30,4 +30,4 @@ def test_loading_does_not_run_inside_the_actor() -> None:
     )
     plan = done.stdout.split("Physical Plan (Optimized)")[-1]
     assert "ActorPoolMapOperator[MapBatches(Featurizer)]\n" in plan, done.stdout + done.stderr
-    assert "TaskPoolMapOperator[Map(_load_row)]" in plan
+    assert "TaskPoolMapOperator[Map(load_row)]" in plan
