@@ -19,9 +19,10 @@ import ray.data
 import yaml
 from numpy.typing import NDArray
 
+from featup.errors import FeatupError
 from pipeline import storage
 from pipeline.config import PrecomputeConfig, describe
-from pipeline.errors import JobFailedError, StoreError, StoreMismatchError
+from pipeline.errors import JobFailedError, PipelineError, StoreError, StoreMismatchError
 from pipeline.featurize import Extractor, Featurizer, Setup, fit_pca, save_pca, set_threads
 from pipeline.index import Summary, write_index
 from pipeline.ledger import Ledger, Receipt
@@ -74,7 +75,12 @@ def precompute(config: PrecomputeConfig) -> Summary:
     connect(config.object_store_mb)
     shards = plan_input(config, index_all=_index_on_ray)
     gpus = _gpus_per_actor(config)
-    setup: Setup = ray.get(_prepare_remotely.options(num_cpus=1, num_gpus=gpus).remote(config, shards))
+    try:
+        setup: Setup = ray.get(_prepare_remotely.options(num_cpus=1, num_gpus=gpus).remote(config, shards))
+    except ray.exceptions.RayTaskError as error:
+        if isinstance(error.cause, (PipelineError, FeatupError)):
+            raise error.cause from None  # an error in the options, not one in a worker: its own text says it all
+        raise
     plan = _complete_plan(config, shards, setup)
     layout = layout_of(config, plan.rows_per_shard, setup.channels, plan.units)
     ledger = Ledger(storage.join(config.out, "ledger"))

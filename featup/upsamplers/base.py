@@ -129,8 +129,13 @@ class Upsampler(nn.Module):
         raise NotImplementedError
 
 
-def row_bands(size: tuple[int, int], pixels: int) -> Iterator[slice]:
-    """Slices of rows of at most ``pixels`` positions each (or one row), together all rows of a map of ``size``."""
+def row_bands(size: tuple[int, int], pixels: int | None, device: torch.device) -> Iterator[slice]:
+    """Slices of rows of at most ``pixels`` positions each (or one row), together all rows of a map of ``size``.
+
+    By default a band is what stays in a CPU's cache, or enough to keep a GPU busy.
+    """
+    if pixels is None:
+        pixels = 1 << (14 if device.type == "cpu" else 18)
     step = max(1, pixels // size[1])
     for start in range(0, size[0], step):
         yield slice(start, min(start + step, size[0]))

@@ -19,7 +19,7 @@ class Bilateral(JointUpsampler):
     name = "bilateral"
 
     def __init__(
-        self, sigma_space: float = 1.0, sigma_colour: float = 0.2, radius: int = 3, tile_pixels: int = 1 << 14
+        self, sigma_space: float = 1.0, sigma_colour: float = 0.2, radius: int = 3, tile_pixels: int | None = None
     ) -> None:
         """
         Args:

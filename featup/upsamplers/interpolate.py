@@ -9,8 +9,6 @@ from featup.upsamplers.base import Upsampler, row_bands
 
 __all__ = ["Interpolate"]
 
-_BAND_PIXELS = 1 << 14
-
 
 class Interpolate(Upsampler):
     """Nearest, bilinear or bicubic interpolation, as ``torch.nn.functional.interpolate`` defines them."""
@@ -24,5 +22,5 @@ class Interpolate(Upsampler):
         """See :meth:`Upsampler.bands`; the guidance is not looked at."""
         down = interpolation_taps(self.kind, features.shape[1], size[0])
         across = interpolation_taps(self.kind, features.shape[2], size[1])
-        for rows in row_bands(size, _BAND_PIXELS):
+        for rows in row_bands(size, None, features.device):
             yield rows, resample(features, down[rows], across)

@@ -73,7 +73,7 @@ class JBU(JointUpsampler):
         radius: int = 3,
         guidance_mean: Sequence[float] = IMAGENET_MEAN,
         guidance_std: Sequence[float] = IMAGENET_STD,
-        tile_pixels: int = 1 << 14,
+        tile_pixels: int | None = None,
     ) -> None:
         """
         Args:

@@ -22,12 +22,13 @@ __all__ = ["JointUpsampler", "resize_guidance"]
 class JointUpsampler(Upsampler):
     """A stack of joint stages. Sub-classes say how a band's filters follow from the guidance."""
 
-    def __init__(self, radius: int, tile_pixels: int) -> None:
+    def __init__(self, radius: int, tile_pixels: int | None) -> None:
         """
         Args:
             radius: The window is ``2 * radius + 1`` positions wide and high.
-            tile_pixels: Most output positions whose filters are held at once; the memory a stage needs beside its
-                output is about ``tile_pixels * (4 * window + channels) * 4`` bytes.
+            tile_pixels: Most output positions whose filters are held at once, by default chosen for the device;
+                the memory a stage needs beside its output is about ``tile_pixels * (4 * window + channels) * 4``
+                bytes.
 
         Raises:
             GeometryError: a radius below one.
@@ -91,7 +92,7 @@ class JointUpsampler(Upsampler):
         padded = resample(guidance, above, beside)
         down = interpolation_taps("bicubic", features.shape[1], height, reflect=self.radius)
         across = interpolation_taps("bicubic", features.shape[2], width, reflect=self.radius)
-        for rows in row_bands((height, width), self.tile_pixels):
+        for rows in row_bands((height, width), self.tile_pixels, features.device):
             halo = slice(rows.start, rows.stop + reach)
             source = resample(features, down[halo], across)
             filters = self.filters(stage, padded[:, halo])
