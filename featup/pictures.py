@@ -62,7 +62,11 @@ def side_by_side(panels: Sequence[tuple[str, Pixels]], height: int = 336) -> Pix
     draw = ImageDraw.Draw(sheet)
     left = gap
     for (title, _), panel in zip(panels, scaled, strict=True):
-        draw.text((left, 5), title, fill="black", font=ImageFont.load_default(16))
+        # A long title is set smaller, so that it does not run into the next one.
+        size = 16.0
+        while size > 6 and draw.textlength(title, font=ImageFont.load_default(size)) > panel.width:
+            size -= 1
+        draw.text((left, 5), title, fill="black", font=ImageFont.load_default(size))
         sheet.paste(panel, (left, bar))
         left += panel.width + gap
     return np.asarray(sheet)

@@ -98,7 +98,10 @@ def _weights_to_be_had(config: PrecomputeConfig) -> bool:
     try:
         create_backbone(config.backbone, pretrained=True, image_size=config.size)
     except WeightsError as error:
-        print(f"{hub} cannot be reached, so the backbone is random ({error})", flush=True)
+        reason = str(error.__cause__ or error).splitlines()[0]
+        print(
+            f"no trained weights, going on with random ones: the pictures show random features ({reason})", flush=True
+        )
         return False
     return True
 

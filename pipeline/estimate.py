@@ -69,8 +69,8 @@ def estimate(config: PrecomputeConfig) -> str:
         f"two units of {human_bytes(unit)} under way, each with its encoding",
         "time:     " + ", ".join(f"{name} {1000 * value:.1f} ms" for name, value in seconds.items()) + " a sample "
         f"({tried} samples, {threads} threads, {extractor.setup().device})",
-        f"time:     about {human_seconds(plan.samples * each / config.actors)} with {config.actors} actors, "
-        f"{config.actors / each:.1f} samples/s",
+        f"time:     about {human_seconds(plan.samples * each / config.actors)}, {config.actors / each:.1f} samples/s "
+        f"(actors: {config.actors})",
     ]
     return "\n".join(lines)
 

@@ -94,6 +94,12 @@ def test_running_again_computes_nothing_and_other_options_are_refused(store: Pat
     assert "upsampler: the store has 'bilateral', this run has 'bicubic'" in text
     fewer = ("--shards", shards / "train-0000.tar", "--out", store)
     assert "input samples: the store has 13, this run has 7" in support.run("precompute", *fewer, *OPTIONS, status=1)
+    # Without its arrays, the receipts would make a new store look finished and be empty.
+    arrays = (store / "features.zarr").rename(store / "moved")
+    try:
+        assert "has receipts and no arrays" in support.run("precompute", *command, *OPTIONS, status=1)
+    finally:
+        arrays.rename(store / "features.zarr")
 
 
 @pytest.mark.ray

@@ -134,3 +134,12 @@ def test_panels_are_scaled_without_smoothing() -> None:
     green = where(sheet == (0, 200, 0))
     black = where(sheet == 0)
     assert green.sum() == black.sum() == 2 * 25 * 25
+
+
+def test_a_long_title_does_not_run_into_the_next_panel() -> None:
+    white = np.full((100, 100, 3), 255, np.uint8)
+    alone = side_by_side([("", white), ("", white)], 100)
+    titled = side_by_side([("a title of many, many words", white), ("", white)], 100)
+    changed = np.flatnonzero((alone != titled).any((0, 2)))
+    assert len(changed)
+    assert changed.max() < 8 + 100
