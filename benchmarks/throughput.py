@@ -19,12 +19,11 @@ from pathlib import Path
 
 import psutil
 
-from pipeline import storage
 from pipeline.config import PrecomputeConfig, parse_args
 from pipeline.featurize import UnitProcessor
 from pipeline.load import LoadedUnit, decode_options, load_unit
-from pipeline.plan import Plan, UnitKey, rows_of
-from pipeline.run import create_all, layout_of, plan_input, prepare
+from pipeline.plan import UnitKey
+from pipeline.run import complete_plan, create_all, layout_of, plan_input, prepare
 
 CPU_BOUND = "all, with every core always busy"
 
@@ -67,9 +66,8 @@ def stages_alone(config: PrecomputeConfig) -> dict[str, float]:
     """
     shards = plan_input(config)
     setup = prepare(config, shards)
-    rows = rows_of(layout_of(config, 1, setup.channels, 1).sample_bytes, config.rows_per_shard)
-    plan = Plan(shards, rows, storage.join(config.out, "plan", "index"))
-    layout = layout_of(config, rows, setup.channels, plan.units)
+    plan = complete_plan(config, shards, setup.channels)
+    layout = layout_of(config, plan.rows_per_shard, setup.channels, plan.units)
     create_all(config, plan, layout, setup)
     processor = UnitProcessor(config, setup, layout, plan.digest)
     options = decode_options(config, setup.mean)

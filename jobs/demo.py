@@ -14,9 +14,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from featup.errors import FeatupError, WeightsError
+from featup.errors import WeightsError
+from jobs import exit_status
 from pipeline.config import PrecomputeConfig, Size
-from pipeline.errors import PipelineError
 
 PHOTOGRAPHS = ("astronaut", "camera", "chelsea", "coffee", "coins", "motorcycle", "retina", "rocket")
 
@@ -29,15 +29,10 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--weights", help="local file with its weights; by default timm's are downloaded")
     parser.add_argument("--stride", type=int, help="choose the feature map by its stride, for CNNs")
     args = parser.parse_args(argv)
-    try:
-        _run(args)
-    except (PipelineError, FeatupError) as error:
-        print(f"demo: {type(error).__name__}: {error}", file=sys.stderr)
-        return 1
-    return 0
+    return exit_status("demo", lambda: _run(args))
 
 
-def _run(args: argparse.Namespace) -> None:
+def _run(args: argparse.Namespace) -> bool:
     shutil.rmtree(args.out / "store", ignore_errors=True)
     shards = _write_shards(args.out / "shards")
     config = PrecomputeConfig(
@@ -63,6 +58,7 @@ def _run(args: argparse.Namespace) -> None:
     pictures = _pictures(config, args.out / "pictures")
     note = "" if config.pretrained or config.weights else " (of RANDOM features: the backbone has no trained weights)"
     print(f"{len(pictures)} pictures{note} in {args.out / 'pictures'}", flush=True)
+    return report.clean
 
 
 def _write_shards(folder: Path) -> list[Path]:

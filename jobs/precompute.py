@@ -6,9 +6,8 @@ python -m jobs.precompute --config configs/dinov2_s14.yaml --shards ... --out ..
 
 import sys
 
-from featup.errors import FeatupError
+from jobs import exit_status
 from pipeline.config import PrecomputeConfig, parse_args
-from pipeline.errors import PipelineError
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -24,7 +23,8 @@ def main(argv: list[str] | None = None) -> int:
             help="say what would be done, and what it takes; do nothing",
         ),
     )
-    try:
+
+    def work() -> bool:
         if options.dry_run:
             from pipeline.estimate import estimate
 
@@ -33,10 +33,9 @@ def main(argv: list[str] | None = None) -> int:
             from pipeline.run import precompute
 
             precompute(config)
-    except (PipelineError, FeatupError) as error:
-        print(f"precompute: {type(error).__name__}: {error}", file=sys.stderr)
-        return 1
-    return 0
+        return True
+
+    return exit_status("precompute", work)
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ python -m jobs.verify out/train
 import argparse
 import sys
 
-from pipeline.errors import PipelineError
+from jobs import exit_status
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -20,13 +20,12 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     from pipeline.run import verify
 
-    try:
+    def work() -> bool:
         report = verify(args.out, args.object_store_mb, args.check_source)
-    except PipelineError as error:
-        print(f"verify: {type(error).__name__}: {error}", file=sys.stderr)
-        return 1
-    print(report.text(), flush=True)
-    return 0 if report.clean else 1
+        print(report.text(), flush=True)
+        return report.clean
+
+    return exit_status("verify", work)
 
 
 if __name__ == "__main__":

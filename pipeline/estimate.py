@@ -8,14 +8,13 @@ from dataclasses import replace
 import numpy as np
 import torch
 
-from pipeline import storage
 from pipeline.config import PrecomputeConfig
 from pipeline.errors import InputError, Reason, SampleError
 from pipeline.featurize import Extractor, fit_pca, set_threads
 from pipeline.load import decode_options, load_sample
-from pipeline.plan import Plan, UnitKey, rows_of
+from pipeline.plan import Plan, UnitKey
 from pipeline.progress import human_bytes, human_seconds
-from pipeline.run import layout_of, plan_input
+from pipeline.run import complete_plan, layout_of, plan_input
 from pipeline.store import OK, StoreWriter, create_store
 
 __all__ = ["estimate"]
@@ -35,8 +34,8 @@ def estimate(config: PrecomputeConfig) -> str:
     extractor = Extractor(config)
     threads = set_threads(config.threads, config.actors)
     channels = config.pca or extractor.backbone.channels
-    rows = rows_of(layout_of(config, 1, channels, 1).sample_bytes, config.rows_per_shard)
-    plan = Plan(shards, rows, storage.join(config.out, "plan", "index"))
+    plan = complete_plan(config, shards, channels)
+    rows = plan.rows_per_shard
     layout = layout_of(config, rows, channels, plan.units)
 
     seconds, ratio, tried = _time_handful(config, extractor, plan, threads)

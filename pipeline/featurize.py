@@ -1,5 +1,6 @@
 """The featurizing stage: the actor that extracts, upsamples, encodes and writes, and returns receipts only."""
 
+import hashlib
 import os
 import platform
 import sys
@@ -178,13 +179,12 @@ class UnitProcessor:
         self.layout = layout
         self.plan_digest = plan_digest
         self.threads = set_threads(config.threads, config.actors)
-        pca = None
+        pca, pca_digest = None, {}
         if config.pca is not None:
             path = storage.local_copy(storage.join(config.out, "plan", "pca.safetensors"))
-            pca = load_pca(path)
-            pca_digest = {"pca": file_digest(path)}
+            pca, pca_digest = load_pca(path), {"pca": file_digest(path)}
         self.extractor = Extractor(config, pca)
-        digests = self.extractor.digests | (pca_digest if pca else {})
+        digests = self.extractor.digests | pca_digest
         if digests != setup.digests:
             raise StoreError(
                 f"the models on {platform.node()} are {digests}, the store was made for {setup.digests}; "
@@ -274,7 +274,9 @@ class UnitProcessor:
                     self._wait()
                 with _timed(seconds, "upsample"):
                     together = rows[-1] - rows[0] + 1 == len(rows)
-                    place = block[rows[0] : rows[-1] + 1] if together else np.empty_like(block[rows])
+                    place = (
+                        block[rows[0] : rows[-1] + 1] if together else np.empty((len(rows), *shape[1:]), block.dtype)
+                    )
                     self.extractor.upsample(features, images, torch.from_numpy(place))
                     if not together:
                         block[rows] = place
@@ -322,10 +324,8 @@ class Featurizer:
 def save_pca(config: PrecomputeConfig, pca: PCA, setup: Setup) -> Setup:
     """Keep the PCA beside the store; the setup then names it and has its channels."""
     data = pca_bytes(pca, backbone=config.backbone, layer=setup.layer, weights=setup.digests["backbone"])
-    place = storage.join(config.out, "plan", "pca.safetensors")
-    storage.make_dirs(storage.join(config.out, "plan"))
-    storage.write_atomic(place, data)
-    digests = setup.digests | {"pca": file_digest(storage.local_copy(place))}
+    storage.write_atomic(storage.join(config.out, "plan", "pca.safetensors"), data)
+    digests = setup.digests | {"pca": hashlib.sha256(data).hexdigest()}
     return replace(setup, channels=len(pca.components), digests=digests)
 
 

@@ -29,10 +29,20 @@ from pipeline.ledger import Ledger, Receipt
 from pipeline.load import decode_options, load_row
 from pipeline.plan import Plan, PlannedShard, make_plan, plan_shard, rows_of
 from pipeline.progress import Progress
-from pipeline.store import Layout, create_store, read_attributes, tile_of
+from pipeline.store import Layout, create_store, finished_attributes, list_differences, read_attributes, tile_of
 from pipeline.verify import Finding, Verification, verify_index, verify_unit
 
-__all__ = ["connect", "create_all", "layout_of", "plan_input", "precompute", "prepare", "stages", "verify"]
+__all__ = [
+    "complete_plan",
+    "connect",
+    "create_all",
+    "layout_of",
+    "plan_input",
+    "precompute",
+    "prepare",
+    "stages",
+    "verify",
+]
 
 _PARALLEL_INDEXING = 32
 _MOST_BLOCKS = 10_000
@@ -81,10 +91,11 @@ def precompute(config: PrecomputeConfig) -> Summary:
         if isinstance(error.cause, (PipelineError, FeatupError)):
             raise error.cause from None  # an error in the options, not one in a worker: its own text says it all
         raise
-    plan = _complete_plan(config, shards, setup)
+    plan = complete_plan(config, shards, setup.channels)
     layout = layout_of(config, plan.rows_per_shard, setup.channels, plan.units)
     ledger = Ledger(storage.join(config.out, "ledger"))
-    if read_attributes(config.out) is None and ledger.done():
+    done = ledger.done()
+    if done and read_attributes(config.out) is None:
         raise StoreError(
             f"{config.out} has receipts and no arrays: features.zarr was removed or moved, and the receipts would make "
             "this run leave it empty; put it back, or remove the ledger folder as well"
@@ -93,7 +104,6 @@ def precompute(config: PrecomputeConfig) -> Summary:
     for fault in plan.faults:
         print(f"input fault: {fault}", flush=True)
 
-    done = ledger.done()
     todo = np.array([unit for unit in range(plan.units) if unit not in done], dtype=np.int64)
     left = sum(len(plan.unit(int(unit))) for unit in todo)
     print(
@@ -147,10 +157,10 @@ def prepare(config: PrecomputeConfig, shards: tuple[PlannedShard, ...]) -> Setup
     setup = extractor.setup()
     if config.pca is None:
         return setup
-    found = read_attributes(config.out)
-    if found is not None and not found.get("creating"):
-        identity = found["identity"]
-        return replace(setup, channels=config.pca, digests=setup.digests | {"pca": identity["pca digest"]})
+    found = finished_attributes(config.out)
+    if found is not None:
+        digests = setup.digests | {"pca": found["identity"]["pca digest"]}
+        return replace(setup, channels=config.pca, digests=digests)
     plan = Plan(shards, 1, storage.join(config.out, "plan", "index"))
     return save_pca(config, fit_pca(extractor, plan, config.pca, config.pca_images), setup)
 
@@ -177,23 +187,19 @@ def layout_of(config: PrecomputeConfig, rows_per_shard: int, channels: int, unit
     )
 
 
-def _complete_plan(config: PrecomputeConfig, shards: tuple[PlannedShard, ...], setup: Setup) -> Plan:
-    one_row = layout_of(config, 1, setup.channels, 1)
-    rows = rows_of(one_row.sample_bytes, config.rows_per_shard)
+def complete_plan(config: PrecomputeConfig, shards: tuple[PlannedShard, ...], channels: int) -> Plan:
+    """The plan, once the number of stored channels tells how many images make a Zarr shard."""
+    rows = rows_of(layout_of(config, 1, channels, 1).sample_bytes, config.rows_per_shard)
     return Plan(shards, rows, storage.join(config.out, "plan", "index"))
 
 
 def _check_options(config: PrecomputeConfig) -> None:
     """Refuse another run's store before anything in it is touched."""
-    found = read_attributes(config.out)
-    if found is None or found.get("creating"):
+    found = finished_attributes(config.out)
+    if found is None:
         return
     wanted = config.identity()
-    differences = [
-        f"{name}: the store has {found['identity'].get(name)!r}, this run has {value!r}"
-        for name, value in wanted.items()
-        if found["identity"].get(name) != value
-    ]
+    differences = list_differences({name: found["identity"].get(name) for name in wanted}, wanted)
     if differences:
         raise StoreMismatchError(
             f"{config.out} was made with other options:\n  " + "\n  ".join(differences) + "\n"

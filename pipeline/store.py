@@ -17,7 +17,7 @@ all of its channels.
 """
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, cast
@@ -46,6 +46,8 @@ __all__ = [
     "Layout",
     "StoreWriter",
     "create_store",
+    "finished_attributes",
+    "list_differences",
     "open_arrays",
     "open_group",
     "read_attributes",
@@ -158,7 +160,9 @@ def create_store(url: str, layout: Layout, attributes: Mapping[str, Any]) -> Non
     wanted = {"format": FORMAT, "layout": json.loads(json.dumps(asdict(layout))), **attributes}
     found = read_attributes(url)
     if found is not None and not found.get("creating"):
-        differences = list(_differences(found, wanted))
+        differences = list_differences({"format": found["format"]}, {"format": FORMAT})
+        for part in ("layout", "identity"):
+            differences += list_differences(found.get(part, {}), wanted[part])
         if differences:
             raise StoreMismatchError(
                 f"{url} was made with other settings:\n  " + "\n  ".join(differences) + "\n"
@@ -221,15 +225,19 @@ def read_attributes(url: str) -> dict[str, Any] | None:
     return attributes
 
 
-def _differences(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> Iterator[str]:
-    for part in ("format", "layout", "identity"):
-        old, new = found.get(part), wanted.get(part)
-        if isinstance(old, dict) and isinstance(new, dict):
-            for name in sorted(old.keys() | new.keys()):
-                if old.get(name) != new.get(name):
-                    yield f"{name}: the store has {old.get(name)!r}, this run has {new.get(name)!r}"
-        elif old != new:
-            yield f"{part}: the store has {old!r}, this run has {new!r}"
+def list_differences(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:
+    """What a store has and what a run wants, name by name, where these are not the same."""
+    return [
+        f"{name}: the store has {found.get(name)!r}, this run has {wanted.get(name)!r}"
+        for name in sorted(found.keys() | wanted.keys())
+        if found.get(name) != wanted.get(name)
+    ]
+
+
+def finished_attributes(url: str) -> dict[str, Any] | None:
+    """The attributes of a store that was created whole; ``None`` where there is none, or its creation was cut short."""
+    attributes = read_attributes(url)
+    return None if attributes is None or attributes.get("creating") else attributes
 
 
 def open_group(url: str, *, mode: Literal["r", "r+"] = "r") -> zarr.Group:
@@ -380,7 +388,7 @@ def stored_config(url: str) -> tuple[PrecomputeConfig, dict[str, Any]]:
 
 
 def _attributes(url: str) -> dict[str, Any]:
-    attributes = read_attributes(url)
-    if attributes is None or attributes.get("creating"):
+    attributes = finished_attributes(url)
+    if attributes is None:
         raise StoreError(f"no feature store at {url}; give the folder that was --out")
     return attributes
