@@ -74,10 +74,10 @@ class JointUpsampler(Upsampler):
             yield slice(0, size[0]), features.clone()
 
     def run_stage(self, stage: int, features: Tensor, guidance: Tensor) -> Tensor:
-        """One stage: ``features [1, h, w, C]`` to the size of the prepared ``guidance [1, H, W, 3]``."""
+        """One stage: ``features [B, h, w, C]`` to the size of the prepared ``guidance [B, H, W, 3]``."""
         if torch.is_grad_enabled():
             return torch.cat([band for _, band in self._stage_bands(stage, features, guidance)], 1)
-        whole = features.new_empty(1, *guidance.shape[1:3], features.shape[3])
+        whole = features.new_empty(len(features), *guidance.shape[1:3], features.shape[3])
         for _ in self._stage_bands(stage, features, guidance, whole):
             pass
         return whole

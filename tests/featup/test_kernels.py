@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator
 from itertools import product
 from typing import Any, get_args
 
+import numba
 import numpy as np
 import pytest
 import torch
@@ -13,6 +14,7 @@ from torch.nn import functional
 from featup.errors import BackendError, GeometryError
 from featup.kernels import Backend
 from featup.kernels.adaptive_conv import adaptive_conv
+from featup.kernels.adaptive_conv_transpose import adaptive_conv_transpose
 from featup.kernels.resample import Interpolation, Taps, interpolation_taps, resample
 from featup.kernels.window_correlation import window_correlation
 
@@ -123,29 +125,56 @@ def test_adaptive_conv_is_the_formula() -> None:
 @pytest.mark.parametrize("depth", [1, 3, 4, 32, 67], ids=named("depth"))
 @pytest.mark.parametrize("window", SQUARE_WINDOWS + OTHER_WINDOWS, ids=window_ids)
 def test_window_correlation_windows(window: tuple[int, int], depth: int, backend: Backend) -> None:
-    check_window_correlation((5, 3), window, depth, backend)
+    check_window_correlation((5, 3), window, (1, 1), depth, backend)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("stride", [(1, 1), (2, 1), (3, 4)], ids=stride_ids)
 @pytest.mark.parametrize("window", [(7, 7), (1, 4)], ids=window_ids)
 @pytest.mark.parametrize("size", SIZES, ids=size_ids)
-def test_window_correlation_sizes(size: tuple[int, int], window: tuple[int, int], backend: Backend) -> None:
-    check_window_correlation(size, window, 32, backend)
+def test_window_correlation_sizes_and_strides(
+    size: tuple[int, int], window: tuple[int, int], stride: tuple[int, int], backend: Backend
+) -> None:
+    check_window_correlation(size, window, stride, 32, backend)
 
 
-def check_window_correlation(size: tuple[int, int], window: tuple[int, int], depth: int, backend: Backend) -> None:
-    query, key = random(2, *size, depth), source_for(size, window, (1, 1), depth)
-    expected = window_correlation(query.double(), key.double(), "naive")
-    found = window_correlation(inside_nan(query), inside_nan(key), backend)
+def check_window_correlation(
+    size: tuple[int, int], window: tuple[int, int], stride: tuple[int, int], depth: int, backend: Backend
+) -> None:
+    query, key = random(2, *size, depth), source_for(size, window, stride, depth)
+    expected = window_correlation(query.double(), key.double(), stride, "naive")
+    found = window_correlation(inside_nan(query), inside_nan(key), stride, backend)
     assert relative_error(found, expected) <= TOLERANCE, "output"
 
 
 def test_window_correlation_is_the_formula() -> None:
-    query, key = random(2, 3, 4, 2).double(), random(2, 5, 4, 2, seed=1).double()
+    query, key = random(2, 3, 4, 2).double(), random(2, 7, 4, 2, seed=1).double()
     expected = torch.zeros(2, 3, 4, 3, 1, dtype=torch.float64)
     for b, y, x, i, d in product(range(2), range(3), range(4), range(3), range(2)):
-        expected[b, y, x, i, 0] += query[b, y, x, d] * key[b, y + i, x, d]
-    assert relative_error(window_correlation(query, key, "naive"), expected) <= TOLERANCE, "output"
+        expected[b, y, x, i, 0] += query[b, y, x, d] * key[b, 2 * y + i, x, d]
+    assert relative_error(window_correlation(query, key, (2, 1), "naive"), expected) <= TOLERANCE, "output"
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("stride", [(1, 1), (2, 1), (3, 4)], ids=stride_ids)
+@pytest.mark.parametrize("window", [(7, 7), (3, 2), (1, 15)], ids=window_ids)
+@pytest.mark.parametrize("size", SIZES, ids=size_ids)
+def test_adaptive_conv_transpose(
+    size: tuple[int, int], window: tuple[int, int], stride: tuple[int, int], backend: Backend
+) -> None:
+    values, filters = random(2, *size, 5), random(2, *size, *window, seed=1)
+    expected = adaptive_conv_transpose(values.double(), filters.double(), stride, "naive")
+    found = adaptive_conv_transpose(inside_nan(values), inside_nan(filters), stride, backend)
+    assert relative_error(found, expected) <= TOLERANCE, "output"
+    assert not found.movedim(-1, 0)[..., ~read_by(size, window, stride)].any(), "outside every window"
+
+
+def test_adaptive_conv_transpose_is_the_formula() -> None:
+    values, filters = random(2, 3, 4, 2).double(), random(2, 3, 4, 4, 2, seed=1).double()
+    expected = torch.zeros(2, 8, 8, 2, dtype=torch.float64)
+    for b, y, x, i, j, c in product(range(2), range(3), range(4), range(4), range(2), range(2)):
+        expected[b, 2 * y + i, 2 * x + j, c] += filters[b, y, x, i, j] * values[b, y, x, c]
+    assert relative_error(adaptive_conv_transpose(values, filters, (2, 2), "naive"), expected) <= TOLERANCE, "output"
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -173,47 +202,218 @@ def test_resample_by_any_taps(backend: Backend) -> None:
     assert relative_error(resample(inside_nan(source), rows, cols, backend), expected) <= TOLERANCE, "output"
 
 
-def gradcheck(function: Callable[..., Tensor], *inputs: Tensor) -> bool:
-    leaves = tuple(inside_nan(one.double()).requires_grad_() for one in inputs)
-    return torch.autograd.gradcheck(function, leaves)
+Bilinear = Callable[[Tensor, Tensor, tuple[int, int], Backend], Tensor]
+BILINEAR: dict[str, Bilinear] = {
+    "adaptive_conv": adaptive_conv,
+    "adaptive_conv_transpose": adaptive_conv_transpose,
+    "window_correlation": window_correlation,
+}
+bilinear = pytest.mark.parametrize("name", BILINEAR)
+differentiable_backends = pytest.mark.parametrize("backend", ["torch", "cpu"])
 
 
+def arguments(
+    name: str, batch: int, size: tuple[int, int], window: tuple[int, int], stride: tuple[int, int], channels: int
+) -> tuple[Tensor, Tensor]:
+    """Both arguments of a bilinear operator, as views inside NaN."""
+    over = torch.cat([source_for(size, window, stride, channels)] * 2)[:batch]
+    vectors, filters = random(batch, *size, channels, seed=1), random(batch, *size, *window, seed=2)
+    first, second = {
+        "adaptive_conv": (over, filters),
+        "adaptive_conv_transpose": (vectors, filters),
+        "window_correlation": (vectors, over),
+    }[name]
+    return inside_nan(first), inside_nan(second)
+
+
+def gradients(function: Callable[..., Tensor], *inputs: Tensor) -> list[Tensor]:
+    """The output and the gradient of each input, for a gradient of the output that is the same every time."""
+    leaves = [one.detach().requires_grad_() for one in inputs]
+    out = function(*leaves)
+    # Channels first in memory: a gradient need not be contiguous.
+    towards = random(*out.shape, seed=9).to(out).movedim(-1, 0).contiguous().movedim(0, -1)
+    return [out.detach(), *torch.autograd.grad(out, leaves, towards)]
+
+
+@differentiable_backends
+@pytest.mark.parametrize("channels", [1, 37], ids=channel_ids)
+@pytest.mark.parametrize("batch", [1, 3], ids=named("batch"))
+@pytest.mark.parametrize(
+    ("stride", "window"),
+    [((1, 1), (7, 7)), ((1, 1), (2, 9)), ((2, 3), (7, 5)), ((2, 3), (1, 2)), ((16, 8), (17, 9)), ((16, 8), (3, 7))],
+    ids=str,
+)
+@bilinear
+def test_every_gradient(
+    name: str, stride: tuple[int, int], window: tuple[int, int], batch: int, channels: int, backend: Backend
+) -> None:
+    inputs = arguments(name, batch, (2, 3) if stride == (16, 8) else (4, 9), window, stride, channels)
+    expected = gradients(lambda *leaves: BILINEAR[name](*leaves, stride, "naive"), *(one.double() for one in inputs))
+    found = gradients(lambda *leaves: BILINEAR[name](*leaves, stride, backend), *inputs)
+    for what, ours, naive in zip(("output", "gradient 0", "gradient 1"), found, expected, strict=True):
+        assert ours.dtype == torch.float32, what
+        assert relative_error(ours, naive) <= TOLERANCE, what
+
+
+@differentiable_backends
 @pytest.mark.parametrize("stride", [(1, 1), (2, 3)], ids=stride_ids)
 @pytest.mark.parametrize("window", [(3, 3), (1, 2)], ids=window_ids)
-def test_gradients_of_adaptive_conv(window: tuple[int, int], stride: tuple[int, int]) -> None:
-    source, filters = source_for((2, 3), window, stride, 2), random(2, 2, 3, *window)
-    assert gradcheck(lambda s, f: adaptive_conv(s, f, stride, "torch"), source, filters)
+@bilinear
+def test_gradcheck(name: str, window: tuple[int, int], stride: tuple[int, int], backend: Backend) -> None:
+    inputs = [one.double().requires_grad_() for one in arguments(name, 2, (2, 3), window, stride, 2)]
+    assert torch.autograd.gradcheck(lambda *leaves: BILINEAR[name](*leaves, stride, backend), inputs)
 
 
-def test_gradients_of_window_correlation() -> None:
-    query, key = random(2, 2, 3, 2), source_for((2, 3), (3, 2), (1, 1), 2)
-    assert gradcheck(lambda q, k: window_correlation(q, k, "torch"), query, key)
+@bilinear
+def test_only_the_gradients_asked_for(name: str) -> None:
+    """Each argument alone, with the other one constant and no longer kept."""
+    inputs = arguments(name, 2, (4, 5), (3, 2), (1, 2), 6)
+    both = gradients(lambda *leaves: BILINEAR[name](*leaves, (1, 2), "cpu"), *inputs)
+    for asked in (0, 1):
+        leaves = [one.detach().requires_grad_(index == asked) for index, one in enumerate(inputs)]
+        out = BILINEAR[name](leaves[0], leaves[1], (1, 2), "cpu")
+        torch.autograd.backward(out, random(*out.shape, seed=9))
+        found = leaves[asked].grad
+        assert found is not None
+        assert torch.equal(found, both[1 + asked]), f"gradient {asked}"
+        assert leaves[1 - asked].grad is None
+        assert out.grad_fn is not None
+        node: Any = BILINEAR[name](leaves[0], leaves[1], (1, 2), "cpu").grad_fn
+        assert node.saved_tensors[asked] is None, "the factor that no gradient needs is not kept"
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_gradients_of_resample(kind: Interpolation) -> None:
-    rows, cols = interpolation_taps(kind, 2, 4, reflect=1), interpolation_taps(kind, 3, 5)
-    assert gradcheck(lambda s: resample(s, rows, cols, "torch"), random(2, 2, 3, 2))
+VIEW_ROWS = Taps(torch.tensor([[5, 0, 2], [1, 1, 1], [5, 5, 0], [2, 0, 1]]), random(4, 3), 6)
+TABLES: dict[str, tuple[Taps, Taps]] = {
+    **{
+        f"{kind}-{name}": (interpolation_taps(kind, 6, height, reflect), interpolation_taps(kind, 5, width, reflect))
+        for kind in KINDS
+        for name, height, width, reflect in (("up", 13, 10, 3), ("down", 2, 3, 0))
+    },
+    # What a view of an image reads: flipped, out of order, repeated, and some positions not at all.
+    "flipped": (interpolation_taps("bilinear", 6, 9)[2:7], Taps(torch.arange(4, -1, -1)[:, None], torch.ones(5, 1), 5)),
+    "unordered": (VIEW_ROWS, Taps(torch.tensor([[4, 4, 1, 0, 0]] * 3), random(3, 5), 5)),
+    "one": (Taps(torch.tensor([[3]]), torch.tensor([[0.5]]), 6), Taps(torch.tensor([[0, 4]]), random(1, 2), 5)),
+}
 
 
-def test_gradients_of_torch_equal_those_of_naive_at_full_size() -> None:
+@differentiable_backends
+@pytest.mark.parametrize("channels", [1, 37], ids=channel_ids)
+@pytest.mark.parametrize("batch", [1, 3], ids=named("batch"))
+@pytest.mark.parametrize("table", TABLES)
+def test_gradient_of_resample(table: str, batch: int, channels: int, backend: Backend) -> None:
+    rows, cols = TABLES[table]
+    source = inside_nan(random(batch, 6, 5, channels))
+    expected = gradients(lambda s: resample(s, rows, cols, "naive"), source.double())
+    found = gradients(lambda s: resample(s, rows, cols, backend), source)
+    for what, ours, naive in zip(("output", "gradient"), found, expected, strict=True):
+        assert ours.dtype == torch.float32, what
+        assert relative_error(ours, naive) <= TOLERANCE, what
+
+
+@differentiable_backends
+@pytest.mark.parametrize("table", TABLES)
+def test_gradcheck_of_resample(table: str, backend: Backend) -> None:
+    rows, cols = TABLES[table]
+    leaf = inside_nan(random(2, 6, 5, 2)).double().requires_grad_()
+    assert torch.autograd.gradcheck(lambda s: resample(s, rows, cols, backend), leaf)
+
+
+@pytest.mark.parametrize("table", TABLES)
+def test_transposed_taps(table: str) -> None:
+    """The same matrix on its side; padding is index 0 with weight 0, and the table is made once."""
+    for taps in TABLES[table]:
+        there = taps.transposed()
+        assert (len(there), there.size) == (taps.size, len(taps))
+        assert taps.transposed() is there, "kept"
+        matrices = []
+        for one in (taps, there):
+            matrix = torch.zeros(len(one), one.size)
+            matrices.append(matrix.scatter_add(1, one.index, one.weight))
+        assert relative_error(matrices[1], matrices[0].T) <= TOLERANCE, "matrix"
+        unread = torch.ones(taps.size, dtype=torch.bool)
+        unread[taps.index.flatten()] = False
+        assert not there.weight[unread].any(), "weights of unread positions"
+        assert not there.index[unread].any(), "indices of unread positions"
+
+
+def test_gradients_of_a_stage() -> None:
+    """Correlation, softmax and convolution in one graph, as joint bilateral upsampling trains them."""
     found: dict[str, list[Tensor]] = {}
-    for backend in ("naive", "torch"):
+    backends: list[Backend] = ["naive", "torch", "cpu"]
+    for backend in backends:
         source = source_for((6, 5), (7, 7), (1, 1), 67).requires_grad_()
         keys = random(2, 12, 11, 32, seed=2).requires_grad_()
-        filters = window_correlation(keys[:, 3:-3, 3:-3], keys, backend).flatten(-2).softmax(-1).view(2, 6, 5, 7, 7)
+        filters = window_correlation(keys[:, 3:-3, 3:-3], keys, backend=backend)
+        filters = filters.flatten(-2).softmax(-1).view(2, 6, 5, 7, 7)
         torch.autograd.backward(adaptive_conv(source, filters, backend=backend).square().sum())
         assert source.grad is not None
         assert keys.grad is not None
         found[backend] = [source.grad, keys.grad]
-    for name, ours, naive in zip(("source", "keys"), found["torch"], found["naive"], strict=True):
-        assert relative_error(ours, naive) <= TOLERANCE, f"gradient of {name}"
+    for backend in ("torch", "cpu"):
+        for name, ours, naive in zip(("source", "keys"), found[backend], found["naive"], strict=True):
+            assert relative_error(ours, naive) <= TOLERANCE, f"{backend}: gradient of {name}"
+
+
+@pytest.fixture
+def numba_threads() -> Iterator[None]:
+    before = numba.get_num_threads()
+    yield
+    numba.set_num_threads(before)
+
+
+@pytest.mark.usefixtures("numba_threads")
+@pytest.mark.parametrize("name", [*BILINEAR, "resample"])
+def test_gradients_are_the_same_bits_every_time(name: str) -> None:
+    """From run to run, and whatever the number of threads."""
+    if name == "resample":
+        rows, cols = interpolation_taps("bicubic", 23, 46, 3), interpolation_taps("bicubic", 31, 62, 3)
+        inputs: tuple[Tensor, ...] = (random(2, 23, 31, 37),)
+    else:
+        inputs = arguments(name, 2, (23, 31), (7, 7), (1, 1), 37)
+
+    def function(*leaves: Tensor) -> Tensor:
+        if name == "resample":
+            return resample(*leaves, rows, cols, "cpu")
+        return BILINEAR[name](*leaves, (1, 1), "cpu")
+
+    first = gradients(function, *inputs)
+    for threads in (numba.config.NUMBA_NUM_THREADS, numba.config.NUMBA_NUM_THREADS, 1):
+        numba.set_num_threads(threads)
+        for before, again in zip(first, gradients(function, *inputs), strict=True):
+            assert torch.equal(before, again), f"{threads} threads"
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("name", [*BILINEAR, "resample"])
+def test_empty_batch(name: str, backend: Backend) -> None:
+    if name == "resample":
+        rows, cols = TABLES["bicubic-up"]
+        found = gradients(lambda s: resample(s, rows, cols, backend), torch.empty(0, 6, 5, 3))
+        shapes = [(0, 19, 16, 3), (0, 6, 5, 3)]
+    else:
+        inputs = [torch.empty(0, *one.shape[1:]) for one in arguments(name, 1, (4, 5), (3, 2), (1, 2), 6)]
+        found = gradients(lambda *leaves: BILINEAR[name](*leaves, (1, 2), backend), *inputs)
+        full = BILINEAR[name](*arguments(name, 1, (4, 5), (3, 2), (1, 2), 6), (1, 2), "naive")
+        shapes = [(0, *full.shape[1:]), *(tuple(one.shape) for one in inputs)]
+    assert [tuple(one.shape) for one in found] == shapes
+
+
+@bilinear
+def test_cpu_refuses_second_derivatives(name: str) -> None:
+    first, second = arguments(name, 1, (2, 3), (3, 3), (1, 1), 2)
+    leaf = first.detach().requires_grad_()
+    (grad,) = torch.autograd.grad(BILINEAR[name](leaf, second, (1, 1), "cpu").square().sum(), leaf, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        torch.autograd.backward(grad.sum())
 
 
 Operator = Callable[[Tensor, Backend], Tensor]
 OPERATORS: dict[str, Operator] = {
     "adaptive_conv": lambda t, backend: adaptive_conv(t, torch.ones(1, 2, 3, 3, 3, dtype=t.dtype), backend=backend),
-    "window_correlation": lambda t, backend: window_correlation(t[:, 1:-1, 1:-1], t, backend),
+    "adaptive_conv_transpose": lambda t, backend: adaptive_conv_transpose(
+        t, torch.ones(1, 4, 5, 3, 3, dtype=t.dtype), backend=backend
+    ),
+    "window_correlation": lambda t, backend: window_correlation(t[:, 1:-1, 1:-1], t, backend=backend),
     "resample": lambda t, backend: resample(
         t, interpolation_taps("bicubic", 4, 7), interpolation_taps("bicubic", 5, 9), backend
     ),
@@ -223,21 +423,40 @@ operators = pytest.mark.parametrize("name", OPERATORS)
 
 @operators
 def test_cpu_backend_refuses_what_it_cannot_do(name: str) -> None:
-    with pytest.raises(BackendError, match=rf"{name}: the cpu backend takes float32 .* got torch\.float64 on cpu"):
-        OPERATORS[name](random(1, 4, 5, 2).double(), "cpu")
+    for dtype in (torch.float16, torch.bfloat16, torch.int64):
+        with pytest.raises(
+            BackendError, match=rf"{name}: the cpu backend takes CPU tensors, all .* got {dtype} on cpu"
+        ):
+            OPERATORS[name](random(1, 4, 5, 2).to(dtype), "cpu")
+    with pytest.raises(BackendError, match=rf"{name}: .* got torch.float32 on meta.*move or cast them"):
+        OPERATORS[name](random(1, 4, 5, 2).to("meta"), "cpu")
+
+
+@bilinear
+def test_cpu_backend_refuses_mixed_types(name: str) -> None:
+    first, second = arguments(name, 1, (2, 3), (3, 3), (1, 1), 2)
+    with pytest.raises(BackendError, match=rf"{name}: .* all float32 or all float64, got torch.float32 on cpu, torch"):
+        BILINEAR[name](first, second.double(), (1, 1), "cpu")
+
+
+@operators
+def test_auto_is_the_cpu_backend_with_and_without_gradient(name: str) -> None:
     leaf = random(1, 4, 5, 2).requires_grad_()
-    with pytest.raises(BackendError, match=rf"{name}: .* on cpu with gradient.*torch\.no_grad\(\)"):
-        OPERATORS[name](leaf, "cpu")
+    with_gradient = OPERATORS[name](leaf, "auto")
+    assert with_gradient.grad_fn is not None
+    named_backend = OPERATORS[name](leaf, "cpu")
+    assert type(with_gradient.grad_fn) is type(named_backend.grad_fn)
+    assert torch.equal(with_gradient, named_backend)
     with torch.no_grad():
-        assert OPERATORS[name](leaf, "cpu").isfinite().all()
+        without = OPERATORS[name](leaf, "auto")
+    assert without.grad_fn is None
+    assert torch.equal(without, with_gradient)
 
 
 @operators
 def test_auto_serves_what_cpu_refuses(name: str) -> None:
-    leaf = random(1, 4, 5, 2).requires_grad_()
-    assert OPERATORS[name](leaf, "auto").requires_grad
     for dtype in (torch.float64, torch.float16, torch.bfloat16):
-        assert OPERATORS[name](leaf.detach().to(dtype), "auto").dtype == dtype
+        assert OPERATORS[name](random(1, 4, 5, 2).to(dtype), "auto").dtype == dtype
 
 
 @operators
@@ -299,7 +518,33 @@ def test_adaptive_conv_refuses_out(out: Tensor, backend: Backend) -> None:
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_window_correlation_refuses_shapes(query: tuple[int, ...], key: tuple[int, ...], backend: Backend) -> None:
     with pytest.raises(GeometryError, match=r"window_correlation: .*(needs keys of|need a query) \["):
-        window_correlation(random(*query), random(*key), backend)
+        window_correlation(random(*query), random(*key), backend=backend)
+
+
+@pytest.mark.parametrize("key", [(1, 6, 9, 2), (1, 7, 8, 2)], ids=["height", "width"])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_window_correlation_refuses_keys_short_of_the_stride(key: tuple[int, ...], backend: Backend) -> None:
+    with pytest.raises(GeometryError, match=r"with stride \(2, 2\) needs keys of \[1, >=7, >=9, 2\], got \("):
+        window_correlation(random(1, 4, 5, 2), random(*key), (2, 2), backend)
+
+
+@pytest.mark.parametrize(
+    ("values", "filters"),
+    [
+        ((1, 4, 5, 2), (1, 3, 5, 3, 3)),
+        ((1, 4, 5, 2), (1, 4, 6, 3, 3)),
+        ((2, 4, 5, 2), (1, 4, 5, 3, 3)),
+        ((4, 5, 2), (1, 4, 5, 3, 3)),
+        ((1, 4, 5, 2), (4, 5, 3, 3)),
+    ],
+    ids=["height", "width", "batch", "no-batch", "filters-without-batch"],
+)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_adaptive_conv_transpose_refuses_shapes(
+    values: tuple[int, ...], filters: tuple[int, ...], backend: Backend
+) -> None:
+    with pytest.raises(GeometryError, match=r"adaptive_conv_transpose: need values \[.* of one batch and size, got \("):
+        adaptive_conv_transpose(random(*values), random(*filters), backend=backend)
 
 
 @pytest.mark.parametrize("shape", [(1, 3, 5, 2), (1, 4, 6, 2), (4, 5, 2)], ids=["height", "width", "no-batch"])

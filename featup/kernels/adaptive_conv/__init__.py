@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from featup.errors import GeometryError
-from featup.kernels import Backend, choose_backend
+from featup.kernels import Backend, choose_backend, wants_gradient
 from featup.kernels.adaptive_conv import naive
 
 __all__ = ["adaptive_conv"]
@@ -28,7 +28,8 @@ def adaptive_conv(
         source: ``[B, Hs, Ws, C]``, already padded: ``Hs = (H - 1) * stride[0] + K`` and likewise for the width.
         filters: ``[B, H, W, K, L]``: taps by row and column of the window, not flipped.
         stride: (height, width) step of the window in source positions.
-        out: Where to put the result, contiguous ``[B, H, W, C]`` of the source's type; not differentiable.
+        out: Where to put the result, contiguous ``[B, H, W, C]`` of the source's type; what stands in it has
+            no gradient.
 
     Returns:
         ``[B, H, W, C]``.
@@ -59,20 +60,17 @@ def adaptive_conv(
         case "naive":
             result = naive.adaptive_conv(source, filters, stride)
         case "cpu":
-            from featup.kernels.adaptive_conv import cpu
+            if out is None and wants_gradient(source, filters):
+                from featup.kernels.gradients import AdaptiveConv
 
-            out = torch.empty(shape) if out is None else out
-            cpu.adaptive_conv(
-                source.detach().numpy(),
-                filters.detach().contiguous().numpy(),
-                out.numpy(),
-                stride[0],
-                stride[1],
-            )
-            return out
+                result = AdaptiveConv.apply(source, filters, stride)  # type: ignore[no-untyped-call]
+            else:
+                from featup.kernels.adaptive_conv import cpu
+
+                return cpu.adaptive_conv(source, filters, stride, out)
         case _:
             result = _shifted(source, filters, stride)
-    return result if out is None else out.copy_(result)
+    return result if out is None else out.copy_(result.detach())
 
 
 def _shifted(source: Tensor, filters: Tensor, stride: tuple[int, int]) -> Tensor:

@@ -1,15 +1,31 @@
 """Numba loops over channels-last data: the channel loop is innermost, contiguous and vectorised."""
 
-import numba
-import numpy as np
-from numpy.typing import NDArray
+from typing import Any
 
-Array = NDArray[np.float32]
+import numba
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+Array = NDArray[Any]
+
+
+def adaptive_conv(source: Tensor, filters: Tensor, stride: tuple[int, int], out: Tensor | None = None) -> Tensor:
+    """``[B, Hs, Ws, C]`` and ``[B, H, W, K, L]`` to ``[B, H, W, C]``, into a contiguous ``out`` if given."""
+    if out is None:
+        out = torch.empty(*filters.shape[:3], source.shape[3], dtype=source.dtype)
+    _adaptive_conv(
+        source.detach().contiguous().numpy(),
+        filters.detach().contiguous().numpy(),
+        out.numpy(),
+        stride[0],
+        stride[1],
+    )
+    return out
 
 
 @numba.njit(parallel=True, fastmath=True, cache=True, nogil=True)  # type: ignore[untyped-decorator]
-def adaptive_conv(source: Array, filters: Array, out: Array, stride_y: int, stride_x: int) -> None:
-    """``out [B, H, W, C]`` from ``source [B, Hs, Ws, C]`` and ``filters [B, H, W, K, L]``."""
+def _adaptive_conv(source: Array, filters: Array, out: Array, stride_y: int, stride_x: int) -> None:
     batch, height, width, kernel_h, kernel_w = filters.shape
     channels = source.shape[3]
     for line in numba.prange(batch * height):

@@ -8,14 +8,14 @@ upsampler makes the padded, interpolated band it needs straight from the coarse 
 """
 
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import Literal
 
 import torch
 from torch import Tensor
 
 from featup.errors import GeometryError
-from featup.kernels import Backend, choose_backend
+from featup.kernels import Backend, choose_backend, wants_gradient
 from featup.kernels.resample import naive
 
 __all__ = ["Interpolation", "Taps", "interpolation_taps", "resample"]
@@ -29,7 +29,8 @@ _BICUBIC_A = -0.75  # the constant of torch.nn.functional.interpolate, which the
 class Taps:
     """Which source positions each output position along one axis reads, and with what weight.
 
-    ``index`` int64 ``[N, T]``, ``weight`` float32 ``[N, T]``; ``size`` is the length of the axis they read.
+    ``index`` int64 ``[N, T]``, ``weight`` float32 ``[N, T]``; ``size`` is the length of the axis they read. Any
+    order, repetitions and positions that nobody reads are allowed. No gradient reaches the weights.
     """
 
     index: Tensor
@@ -45,6 +46,29 @@ class Taps:
     def to(self, like: Tensor) -> "Taps":
         """The same taps on the device and in the floating type of ``like``."""
         return Taps(self.index.to(like.device), self.weight.to(like.device, like.dtype), self.size)
+
+    def transposed(self) -> "Taps":
+        """Taps by which each source position reads the output positions that read it; made once and kept.
+
+        ``[size, T']``, with as many taps as the most read position has readers; the others' rows end in taps of weight
+        zero at position 0. Resampling by them takes the gradient of the output to that of the source.
+        """
+        return self._transposed
+
+    @cached_property
+    def _transposed(self) -> "Taps":
+        count = len(self)
+        pairs, place = torch.unique(self.index * count + torch.arange(count)[:, None], return_inverse=True)
+        # A tap that reads one position twice, as taps clamped at a border do, becomes one.
+        total = self.weight.new_zeros(len(pairs)).index_add_(0, place.flatten(), self.weight.detach().flatten())
+        source, reader = pairs // count, pairs % count
+        readers = source.bincount(minlength=self.size)
+        slot = torch.arange(len(pairs)) - (readers.cumsum(0) - readers)[source]
+        shape = (self.size, max(1, int(readers.max())))
+        index, weight = self.index.new_zeros(shape), self.weight.new_zeros(shape)
+        index[source, slot] = reader
+        weight[source, slot] = total
+        return Taps(index, weight, count)
 
 
 @lru_cache(maxsize=256)
@@ -111,16 +135,10 @@ def resample(source: Tensor, rows: Taps, cols: Taps, backend: Backend = "auto") 
         case "cpu":
             from featup.kernels.resample import cpu
 
-            out = torch.empty(source.shape[0], len(rows), len(cols), source.shape[3])
-            cpu.resample(
-                source.detach().contiguous().numpy(),
-                rows.index.numpy(),
-                rows.weight.numpy(),
-                cols.index.numpy(),
-                cols.weight.numpy(),
-                out.numpy(),
-            )
-            return out
+            if wants_gradient(source):
+                result: Tensor = cpu.Resample.apply(source, rows, cols)  # type: ignore[no-untyped-call]
+                return result
+            return cpu.resample(source, rows, cols)
         case _:
             return _along(_along(source, rows.to(source), 1), cols.to(source), 2)
 

@@ -1,15 +1,56 @@
 """Numba loops: each output row first blends its source rows, then walks along the blended row."""
 
+from typing import TYPE_CHECKING, Any
+
 import numba
 import numpy as np
+import torch
 from numpy.typing import NDArray
+from torch import Tensor
+from torch.autograd import Function
+from torch.autograd.function import once_differentiable
 
-Floats = NDArray[np.float32]
+if TYPE_CHECKING:
+    from featup.kernels.resample import Taps
+
+Floats = NDArray[Any]
 Ints = NDArray[np.int64]
 
 
+class Resample(Function):
+    """``apply(source, rows, cols)``: the gradient is resampled by the transposed taps."""
+
+    @staticmethod
+    def forward(ctx: Any, source: Tensor, rows: "Taps", cols: "Taps") -> Tensor:
+        """``[B, h, w, C]`` to ``[B, len(rows), len(cols), C]``."""
+        ctx.taps = rows, cols
+        return resample(source, rows, cols)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        """Gradient of the source."""
+        rows, cols = ctx.taps
+        return resample(grad, rows.transposed(), cols.transposed()), None, None
+
+
+def resample(source: Tensor, rows: "Taps", cols: "Taps") -> Tensor:
+    """``[B, h, w, C]`` to ``[B, len(rows), len(cols), C]``."""
+    rows, cols = rows.to(source), cols.to(source)
+    out = torch.empty(source.shape[0], len(rows), len(cols), source.shape[3], dtype=source.dtype)
+    _resample(
+        source.detach().contiguous().numpy(),
+        rows.index.numpy(),
+        rows.weight.detach().numpy(),
+        cols.index.numpy(),
+        cols.weight.detach().numpy(),
+        out.numpy(),
+    )
+    return out
+
+
 @numba.njit(parallel=True, fastmath=True, cache=True, nogil=True)  # type: ignore[untyped-decorator]
-def resample(
+def _resample(
     source: Floats, row_index: Ints, row_weight: Floats, col_index: Ints, col_weight: Floats, out: Floats
 ) -> None:
     """``out [B, H, W, C]`` from ``source [B, h, w, C]`` by taps ``[H, S]`` and ``[W, T]``."""
@@ -20,7 +61,7 @@ def resample(
     for line in numba.prange(batch * height):
         b = line // height
         y = line % height
-        blended = np.empty((source_width, channels), dtype=np.float32)
+        blended = np.empty((source_width, channels), dtype=source.dtype)
         for s in range(row_taps):
             row = source[b, row_index[y, s]]
             weight = row_weight[y, s]
