@@ -5,13 +5,30 @@ from typing import Literal, get_args
 
 from featup.errors import GeometryError
 from featup.upsamplers.base import ChannelMap, Upsampler
+from featup.upsamplers.baselines import CARAFE, IFA, SAPA, DeepImagePrior, ResizeConv
 from featup.upsamplers.bilateral import Bilateral
 from featup.upsamplers.interpolate import Interpolate
 from featup.upsamplers.jbu import JBU
 
-__all__ = ["JBU", "Bilateral", "ChannelMap", "Interpolate", "Upsampler", "UpsamplerName", "create_upsampler"]
+__all__ = [
+    "CARAFE",
+    "IFA",
+    "JBU",
+    "SAPA",
+    "Bilateral",
+    "ChannelMap",
+    "DeepImagePrior",
+    "Interpolate",
+    "ResizeConv",
+    "TrainableName",
+    "Upsampler",
+    "UpsamplerName",
+    "create_trainable",
+    "create_upsampler",
+]
 
 UpsamplerName = Literal["nearest", "bilinear", "bicubic", "bilateral", "jbu"]
+TrainableName = Literal["jbu", "resize_conv", "carafe", "sapa", "ifa"]
 
 
 def create_upsampler(
@@ -51,3 +68,27 @@ def create_upsampler(
         case _:
             raise GeometryError(f"unknown upsampler {name!r}; there are {', '.join(get_args(UpsamplerName))}")
     return upsampler.eval().requires_grad_(False)
+
+
+def create_trainable(name: TrainableName, channels: int) -> Upsampler:
+    """An upsampler with fresh weights from torch's global generator, in training mode.
+
+    Args:
+        channels: Of the backbone's features.
+
+    Raises:
+        GeometryError: an unknown name.
+    """
+    match name:
+        case "jbu":
+            return JBU(channels)
+        case "resize_conv":
+            return ResizeConv(channels)
+        case "carafe":
+            return CARAFE(channels)
+        case "sapa":
+            return SAPA(channels)
+        case "ifa":
+            return IFA(channels)
+        case _:
+            raise GeometryError(f"no upsampler {name!r} to train; there are {', '.join(get_args(TrainableName))}")

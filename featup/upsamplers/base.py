@@ -38,7 +38,7 @@ class Upsampler(nn.Module):
 
     ``guidance`` is the image, uint8 or floating in [0, 1]. Sub-classes that are linear over space, with the same
     operator for every channel, implement :meth:`bands` (and :meth:`mixing` if they end in a map of channels). Those
-    that are not override :meth:`forward`.
+    whose operator depends on all the channels, or is not linear, override :meth:`mapped_bands`.
     """
 
     name: str
@@ -96,15 +96,9 @@ class Upsampler(nn.Module):
         images = []
         for index in range(len(features)):
             one = slice(index, index + 1)
-            low = features[one]
-            if total is not None:
-                # Image by image like the rest: a product over the whole batch rounds by the batch's size.
-                low = torch.nn.functional.linear(low, total.weight)
             bands = []
-            for rows, linear in self.bands(low, guidance[one], size):
-                band = linear
-                if total is not None:
-                    band = linear + total.bias if differentiable else linear.add_(total.bias)
+            # A copy, at the allocator's own alignment: matrix products round by the address of their input.
+            for rows, band in self.mapped_bands(features[one].clone(), guidance[one], size, total):
                 if out is None:
                     bands.append(band)
                 else:
@@ -116,6 +110,29 @@ class Upsampler(nn.Module):
     def mixing(self, channels: int) -> ChannelMap | None:
         """The channel map the upsampler itself ends in, for ``channels`` input channels; ``None`` if it has none."""
         return None
+
+    def mapped_bands(
+        self, features: Tensor, guidance: Tensor, size: tuple[int, int], total: ChannelMap | None
+    ) -> Iterator[tuple[slice, Tensor]]:
+        """Some rows of the upsampled and then mapped features at a time, for one image.
+
+        Here the map runs at low resolution and :meth:`bands` on what comes out. Sub-classes that need the features
+        themselves, to predict kernels from them for instance, override this and map only what is upsampled.
+
+        Args:
+            features, guidance, size: ``[1, h, w, C]``, ``[1, H, W, 3]`` and the result's (height, width).
+            total: Channel map to ``K`` channels, :meth:`mixing` included; ``None`` for none.
+
+        Yields:
+            The rows, from the top, and what stands in them: ``[1, rows, W', K]``, a tensor nobody else holds.
+        """
+        if total is None:
+            yield from self.bands(features, guidance, size)
+            return
+        # Image by image like the rest: a product over the whole batch rounds by the batch's size.
+        low = torch.nn.functional.linear(features, total.weight)
+        for rows, linear in self.bands(low, guidance, size):
+            yield rows, linear + total.bias if torch.is_grad_enabled() else linear.add_(total.bias)
 
     def bands(self, features: Tensor, guidance: Tensor, size: tuple[int, int]) -> Iterator[tuple[slice, Tensor]]:
         """The linear operator over space, for one image, some rows of the result at a time.
