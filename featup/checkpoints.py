@@ -4,6 +4,7 @@ Also reads the JBU stack out of official FeatUp ``.ckpt`` files.
 """
 
 import json
+import os
 import re
 from collections.abc import Sequence
 from math import isqrt
@@ -13,16 +14,38 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
-from torch import Tensor
+from torch import Tensor, nn
 
+from featup.backbones import Backbone
 from featup.errors import WeightsError
+from featup.probes import Probe
 from featup.projection import PCA
+from featup.upsamplers.base import ChannelMap, Upsampler
+from featup.upsamplers.baselines import CARAFE, IFA, SAPA, ResizeConv
 from featup.upsamplers.jbu import JBU
 from featup.weights import load_state_dict, load_strict
 
-__all__ = ["load_jbu", "load_pca", "pca_bytes", "save_jbu"]
+__all__ = [
+    "check_backbone",
+    "load_jbu",
+    "load_pca",
+    "load_probe",
+    "load_upsampler",
+    "pca_bytes",
+    "probe_bytes",
+    "save_jbu",
+    "upsampler_bytes",
+]
 
 _FORMAT = "featup-datasets/1"
+# What can be trained, and the arguments it is made with; as attributes, ``stages`` are the stages themselves.
+_TRAINABLE: dict[str, tuple[type[Upsampler], tuple[str, ...]]] = {
+    "jbu": (JBU, ("channels", "stages", "key_dim", "radius", "guidance_mean", "guidance_std")),
+    "resize_conv": (ResizeConv, ("channels", "stages", "width")),
+    "carafe": (CARAFE, ("channels", "stages", "width")),
+    "sapa": (SAPA, ("channels", "stages", "width", "key_dim")),
+    "ifa": (IFA, ("channels", "width")),
+}
 _OFFICIAL_STAGE = {
     "range_proj.0": "range_in",
     "range_proj.3": "range_out",
@@ -79,18 +102,99 @@ def load_pca(path: str | Path) -> PCA:
     return PCA(**tensors, explained=description["explained"], count=description["count"])
 
 
-def save_jbu(jbu: JBU, path: str | Path, **provenance: Any) -> None:
-    """Save a JBU stack; the keyword arguments (backbone, layer, data, steps ...) go into its description."""
+def probe_bytes(probe: Probe, **provenance: Any) -> bytes:
+    """A probe as the content of a safetensors file; the keyword arguments go into its description.
+
+    Args:
+        probe: Fitted.
+        provenance: ``backbone`` as for :func:`upsampler_bytes`, the seed, where the features come from.
+    """
     description = {
-        "channels": jbu.channels,
-        "stages": len(jbu.stages),
-        "key_dim": jbu.key_dim,
-        "radius": jbu.radius,
-        "guidance_mean": jbu.guidance_mean,
-        "guidance_std": jbu.guidance_std,
+        "label": probe.kind,
+        "channels": probe.channel_map.weight.shape[1],
+        "outputs": len(probe.channel_map.bias),
+        "weight_decay": probe.weight_decay,
+        "held_out": list(probe.held_out.items()),
+        "vectors": probe.vectors,
         "provenance": provenance,
     }
-    Path(path).write_bytes(_pack("jbu", description, jbu.state_dict()))
+    return _pack("probe", description, {"weight": probe.channel_map.weight, "bias": probe.channel_map.bias})
+
+
+def load_probe(path: str | Path) -> Probe:
+    """Read what :func:`probe_bytes` made.
+
+    Raises:
+        WeightsError: the file is damaged or holds something else.
+    """
+    description, tensors = _unpack(Path(path), "probe", ("label", "weight_decay", "held_out", "vectors"))
+    return Probe(
+        kind=description["label"],
+        channel_map=ChannelMap(**tensors),
+        weight_decay=description["weight_decay"],
+        held_out={decay: loss for decay, loss in description["held_out"]},
+        vectors=description["vectors"],
+    )
+
+
+def upsampler_bytes(upsampler: Upsampler, **provenance: Any) -> bytes:
+    """A trained upsampler as the content of a safetensors file.
+
+    Args:
+        upsampler: One of those that :func:`featup.upsamplers.create_trainable` makes.
+        provenance: Goes into the description. ``backbone``, a dictionary of the ``name``, ``layer`` and ``digest`` of
+            the backbone it was trained for, is what :func:`check_backbone` compares.
+    """
+    description: dict[str, Any] = {"provenance": provenance}
+    for name in _TRAINABLE[upsampler.name][1]:
+        value = getattr(upsampler, name)
+        description[name] = len(value) if isinstance(value, nn.ModuleList) else value
+    return _pack(upsampler.name, description, upsampler.state_dict())
+
+
+def save_jbu(jbu: JBU, path: str | Path, **provenance: Any) -> None:
+    """Save a JBU stack, whole or not at all; the keyword arguments go into its description."""
+    temporary = Path(f"{path}.part")
+    temporary.write_bytes(upsampler_bytes(jbu, **provenance))
+    os.replace(temporary, path)
+
+
+def load_upsampler(path: str | Path, name: str) -> Upsampler:
+    """The upsampler ``name`` out of what :func:`upsampler_bytes` made, or a ``jbu`` out of an official ``.ckpt``.
+
+    Raises:
+        WeightsError: the file is damaged, holds something else, or its shapes do not fit together.
+    """
+    path = Path(path)
+    if name == "jbu" and path.suffix != ".safetensors":
+        return load_jbu(path)
+    kind, names = _TRAINABLE[name]
+    description, tensors = _unpack(path, name, names)
+    upsampler = kind(**{name: description[name] for name in names})
+    load_strict(upsampler, tensors, str(path))
+    return upsampler.eval().requires_grad_(False)
+
+
+def check_backbone(path: str | Path, backbone: Backbone) -> None:
+    """Refuse a checkpoint that says it was trained for another backbone; files that do not say so pass.
+
+    Raises:
+        WeightsError: its weights or its layer are others; the text names both.
+    """
+    path = Path(path)
+    if path.suffix != ".safetensors":
+        return
+    with safe_open(path, framework="pt") as file:
+        provenance = json.loads((file.metadata() or {})["featup"]).get("provenance", {})
+    trained = provenance.get("backbone")
+    if not isinstance(trained, dict):
+        return
+    if (trained["digest"], trained["layer"]) != (backbone.digest, backbone.layer):
+        raise WeightsError(
+            f"{path} was trained for {trained['name']}, layer {trained['layer']}, with weights "
+            f"{trained['digest'][:12]}...; the backbone is {backbone.name}, layer {backbone.layer}, with weights "
+            f"{backbone.digest[:12]}.... Give the backbone it was trained for, or train an upsampler for this one"
+        )
 
 
 def load_jbu(path: str | Path) -> JBU:
@@ -104,24 +208,23 @@ def load_jbu(path: str | Path) -> JBU:
     """
     path = Path(path)
     if path.suffix == ".safetensors":
-        names = ("channels", "stages", "key_dim", "radius", "guidance_mean", "guidance_std")
-        description, tensors = _unpack(path, "jbu", names)
-        jbu = JBU(**{name: description[name] for name in names})
-    else:
-        tensors = _from_official(load_state_dict(path), path)
-        taps = tensors["stages.0.fixup_out.bias"].numel()
-        window = isqrt(taps)
-        if window**2 != taps or window < 3 or window % 2 == 0:
-            raise WeightsError(
-                f"{path}: its first stage corrects {taps} taps, which is no square window with an odd side of at "
-                "least 3; give an official FeatUp JBU checkpoint or one that this project trained"
-            )
-        jbu = JBU(
-            channels=tensors["fixup.bias"].numel(),
-            stages=1 + max(int(name.split(".")[1]) for name in tensors if name.startswith("stages.")),
-            key_dim=tensors["stages.0.range_in.bias"].numel(),
-            radius=window // 2,
+        loaded = load_upsampler(path, "jbu")
+        assert isinstance(loaded, JBU)
+        return loaded
+    tensors = _from_official(load_state_dict(path), path)
+    taps = tensors["stages.0.fixup_out.bias"].numel()
+    window = isqrt(taps)
+    if window**2 != taps or window < 3 or window % 2 == 0:
+        raise WeightsError(
+            f"{path}: its first stage corrects {taps} taps, which is no square window with an odd side of at "
+            "least 3; give an official FeatUp JBU checkpoint or one that this project trained"
         )
+    jbu = JBU(
+        channels=tensors["fixup.bias"].numel(),
+        stages=1 + max(int(name.split(".")[1]) for name in tensors if name.startswith("stages.")),
+        key_dim=tensors["stages.0.range_in.bias"].numel(),
+        radius=window // 2,
+    )
     load_strict(jbu, tensors, str(path))
     return jbu.eval().requires_grad_(False)
 

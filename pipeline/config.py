@@ -7,18 +7,30 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields, replace
 from difflib import get_close_matches
-from typing import Any, Literal, NamedTuple, NoReturn, TypeVar, get_args, get_origin, get_type_hints
+from typing import Any, ClassVar, Literal, NamedTuple, NoReturn, Self, TypeVar, get_args, get_origin, get_type_hints
 
 import jsonargparse
 from jsonargparse.typing import register_type
 
-from featup.upsamplers import UpsamplerName
+from featup.upsamplers import TrainableName, UpsamplerName
 from pipeline import storage
 from pipeline.decode import IMAGE_EXTS
 from pipeline.errors import ConfigError
 from pipeline.geometry import Geometry
 
-__all__ = ["LabelKind", "PrecomputeConfig", "Size", "describe", "parse_args", "read_config"]
+__all__ = [
+    "BackboneConfig",
+    "EvaluateConfig",
+    "InputConfig",
+    "LabelKind",
+    "PrecomputeConfig",
+    "ProbeConfig",
+    "Size",
+    "TrainConfig",
+    "describe",
+    "parse_args",
+    "read_config",
+]
 
 LabelKind = Literal["seg", "depth", "cls"]
 Precision = Literal["float32", "bfloat16", "float16"]
@@ -58,33 +70,34 @@ def _option(default: Any, text: str, *, run: bool = False) -> Any:
 
 
 @dataclass(frozen=True, kw_only=True)
-class PrecomputeConfig:
-    """Options of ``jobs.precompute``: shards of images in, a store of features out."""
+class _Checked:
+    """Options that are checked on construction."""
 
-    shards: tuple[str, ...] = _option(
-        MISSING,
-        "tar shards in WebDataset format: paths or fsspec URLs, with {0000..0099} braces and * globs",
-        run=True,
+    def __post_init__(self) -> None:
+        problems = [text for broken, text in self._checks() if broken]
+        if problems:
+            raise ConfigError("; ".join(problems))
+
+    def _checks(self) -> Sequence[tuple[bool, str]]:
+        """What may be wrong: whether it is, and the text that says so."""
+        return []
+
+
+@dataclass(frozen=True, kw_only=True)
+class BackboneConfig(_Checked):
+    """What every job that runs a backbone has: where its results go, the image and the backbone."""
+
+    out: str = _option(
+        MISSING, "what the job makes: a folder or an fsspec URL that every worker can write to", run=True
     )
-    out: str = _option(MISSING, "the store: a folder or an fsspec URL that every worker can write to", run=True)
 
     image_exts: tuple[str, ...] = _option(IMAGE_EXTS, "extensions an image may have, the first present wins")
-    labels: tuple[LabelKind, ...] = _option((), "labels to store beside the features: seg, depth, cls")
     size: Size = _option(Size(224, 224), "size of the image given to the backbone, HEIGHTxWIDTH")
     geometry: Geometry = _option(
         "squash",
         "how an image gets that size: squash, center_crop, or pad (keeps the aspect, with a valid mask)",
     )
     max_pixels: int = _option(100_000_000, "images with more pixels than this are not decoded")
-    seg_dtype: Literal["uint8", "uint16"] = _option(
-        "uint8", "type of the stored class ids; its largest value is 'none'"
-    )
-    label_orientation: Literal["displayed", "stored"] = _option(
-        "displayed", "the pixel grid labels are in when EXIF turns the image and sizes cannot tell"
-    )
-    depth_png_scale: float = _option(0.001, "metres per unit of depth.png")
-    depth_npy_scale: float = _option(1.0, "metres per unit of depth.npy")
-    limit: int | None = _option(None, "use only the first so many samples")
 
     backbone: str = _option("vit_small_patch14_dinov2.lvd142m", "name of a timm model")
     weights: str | None = _option(None, "local .safetensors or .pth file with the backbone's weights", run=True)
@@ -102,8 +115,107 @@ class PrecomputeConfig:
     std: tuple[float, float, float] | None = _option(None, "image standard deviation; by default the model's own")
     precision: Precision = _option("float32", "of the backbone; float16 and bfloat16 are for GPUs")
 
-    upsampler: UpsamplerName = _option("bilateral", "nearest, bilinear, bicubic, bilateral (training-free) or jbu")
-    checkpoint: str | None = _option(None, "for jbu: our .safetensors or an official FeatUp .ckpt", run=True)
+    threads: int | None = _option(
+        None, "threads of each actor or worker; by default the machine's cores shared among them", run=True
+    )
+    max_failed_fraction: float = _option(0.01, "more failed samples than this fraction fail the job", run=True)
+
+    def _checks(self) -> Sequence[tuple[bool, str]]:
+        return [
+            (not self.out, "out is empty; give the folder or URL of the store, or of what is trained"),
+            (
+                self.stride is not None and self.layer != -1,
+                f"stride={self.stride} and layer={self.layer} both choose the feature map; give one of them",
+            ),
+            (
+                any(values is not None and len(values) != 3 for values in (self.mean, self.std)),
+                f"mean={self.mean}, std={self.std}: three numbers each, for red, green and blue",
+            ),
+            (
+                not 0 <= self.max_failed_fraction <= 1,
+                f"max_failed_fraction={self.max_failed_fraction} must be between 0 and 1",
+            ),
+            (self.threads is not None and self.threads < 1, f"threads={self.threads} must be at least 1"),
+        ]
+
+
+@dataclass(frozen=True, kw_only=True)
+class InputConfig(BackboneConfig):
+    """What every job on Ray that runs a backbone over shards has."""
+
+    # Options that name a place, and must mean the same in every process.
+    _places: ClassVar[tuple[str, ...]] = ("shards", "out", "weights")
+
+    shards: tuple[str, ...] = _option(
+        MISSING,
+        "tar shards in WebDataset format: paths or fsspec URLs, with {0000..0099} braces and * globs",
+        run=True,
+    )
+    limit: int | None = _option(None, "use only the first so many samples")
+    object_store_mb: int = _option(512, "memory of Ray's object store when the job starts its own Ray", run=True)
+
+    def _checks(self) -> Sequence[tuple[bool, str]]:
+        return [
+            (not self.shards, "shards is empty; give at least one tar"),
+            *super()._checks(),
+            (self.limit is not None and self.limit < 1, f"limit={self.limit} must be at least 1"),
+        ]
+
+    def absolute(self, on_cluster: bool) -> Self:
+        """The same config with local paths made absolute, as workers may have another working folder.
+
+        Raises:
+            ConfigError: ``on_cluster`` and a path is relative: it would lead into the job's own short-lived copy of
+                the project.
+        """
+        relative: list[str] = []
+
+        def whole(name: str) -> str:
+            if not storage.is_local(name) or os.path.isabs(storage.local_path(name)):
+                return name
+            relative.append(name)
+            return os.path.abspath(storage.local_path(name))
+
+        changed: dict[str, Any] = {}
+        for option in self._places:
+            value = getattr(self, option)
+            changed[option] = tuple(map(whole, value)) if isinstance(value, tuple) else whole(value) if value else None
+        if on_cluster and relative:
+            raise ConfigError(
+                f"relative paths on a cluster: {relative[:5]}; a job runs in a copy of the working folder that is "
+                "removed afterwards, so give absolute paths or URLs that every node sees"
+            )
+        return replace(self, **changed)
+
+    def identity(self) -> dict[str, Any]:
+        """The options that decide what is made: work is resumed only where these are the same."""
+        values = describe(self)
+        return {one.name: values[one.name] for one in fields(self) if not one.metadata["run"]}
+
+
+@dataclass(frozen=True, kw_only=True)
+class PrecomputeConfig(InputConfig):
+    """Options of ``jobs.precompute``: shards of images in, a store of features out."""
+
+    _places: ClassVar[tuple[str, ...]] = (*InputConfig._places, "checkpoint")
+
+    labels: tuple[LabelKind, ...] = _option((), "labels to store beside the features: seg, depth, cls")
+    seg_dtype: Literal["uint8", "uint16"] = _option(
+        "uint8", "type of the stored class ids; its largest value is 'none'"
+    )
+    label_orientation: Literal["displayed", "stored"] = _option(
+        "displayed", "the pixel grid labels are in when EXIF turns the image and sizes cannot tell"
+    )
+    depth_png_scale: float = _option(0.001, "metres per unit of depth.png")
+    depth_npy_scale: float = _option(1.0, "metres per unit of depth.npy")
+
+    upsampler: UpsamplerName = _option(
+        "bilateral",
+        "nearest, bilinear, bicubic, bilateral (training-free), or trained: jbu, resize_conv, carafe, sapa, ifa",
+    )
+    checkpoint: str | None = _option(
+        None, "for those that are trained: our .safetensors, or for jbu an official FeatUp .ckpt", run=True
+    )
     output_size: Size | None = _option(None, "size of the stored features, HEIGHTxWIDTH; by default that of the image")
     sigma_space: float = _option(1.0, "bilateral: in pixels of a stage")
     sigma_colour: float = _option(0.2, "bilateral: on RGB in [-1, 1]")
@@ -119,40 +231,22 @@ class PrecomputeConfig:
     gpus_per_actor: float | None = _option(None, "by default 1 where the cluster has GPUs, else 0", run=True)
     cpus_per_actor: float = _option(1.0, "CPU cores Ray sets aside for each of them", run=True)
     loader_cpus: float = _option(0.5, "CPU cores Ray sets aside for each reading and decoding task", run=True)
-    threads: int | None = _option(None, "threads of each actor; by default the machine's cores / actors", run=True)
     batch_size: int = _option(8, "images in one forward pass", run=True)
-    max_failed_fraction: float = _option(0.01, "more failed samples than this fraction fail the job", run=True)
     unit_attempts: int = _option(2, "how often a unit is tried before it counts as failed", run=True)
-    object_store_mb: int = _option(512, "memory of Ray's object store when the job starts its own Ray", run=True)
-
-    def __post_init__(self) -> None:
-        problems = [text for broken, text in self._checks() if broken]
-        if problems:
-            raise ConfigError("; ".join(problems))
 
     def _checks(self) -> Sequence[tuple[bool, str]]:
         target = self.target_size
         return [
-            (not self.shards, "shards is empty; give at least one tar"),
-            (not self.out, "out is empty; give the folder or URL of the store"),
+            *super()._checks(),
             (
                 min(*self.size, *target) < 1,
                 f"size={self.size}, output_size={target}: both sides must be at least 1",
             ),
             (len(set(self.labels)) != len(self.labels), f"labels={self.labels}: one is named twice"),
-            (self.limit is not None and self.limit < 1, f"limit={self.limit} must be at least 1"),
             (
-                self.stride is not None and self.layer != -1,
-                f"stride={self.stride} and layer={self.layer} both choose the feature map; give one of them",
-            ),
-            (
-                any(values is not None and len(values) != 3 for values in (self.mean, self.std)),
-                f"mean={self.mean}, std={self.std}: three numbers each, for red, green and blue",
-            ),
-            (
-                (self.upsampler == "jbu") != (self.checkpoint is not None),
-                f"upsampler={self.upsampler!r} with checkpoint={self.checkpoint!r}: jbu needs a trained checkpoint, "
-                "the others take none",
+                (self.upsampler in get_args(TrainableName)) != (self.checkpoint is not None),
+                f"upsampler={self.upsampler!r} with checkpoint={self.checkpoint!r}: those that are trained "
+                f"({', '.join(get_args(TrainableName))}) need a checkpoint, the others take none",
             ),
             (
                 self.sigma_space <= 0 or self.sigma_colour <= 0,
@@ -177,11 +271,6 @@ class PrecomputeConfig:
             (self.batch_size < 1, f"batch_size={self.batch_size} must be at least 1"),
             (self.unit_attempts < 1, f"unit_attempts={self.unit_attempts} must be at least 1"),
             (
-                not 0 <= self.max_failed_fraction <= 1,
-                f"max_failed_fraction={self.max_failed_fraction} must be between 0 and 1",
-            ),
-            (self.threads is not None and self.threads < 1, f"threads={self.threads} must be at least 1"),
-            (
                 self.cpus_per_actor == self.loader_cpus and not self.gpus_per_actor,
                 f"cpus_per_actor and loader_cpus are both {self.loader_cpus}: Ray would then run reading and decoding "
                 "inside the actors, one after the other; make them differ",
@@ -193,36 +282,169 @@ class PrecomputeConfig:
         """(height, width) of the stored features."""
         return self.output_size or self.size
 
-    def absolute(self, on_cluster: bool) -> "PrecomputeConfig":
-        """The same config with local paths made absolute, as workers may have another working folder.
 
-        Raises:
-            ConfigError: ``on_cluster`` and a path is relative: it would lead into the job's own short-lived copy of
-                the project.
-        """
-        names = [*self.shards, self.out, *(one for one in (self.weights, self.checkpoint) if one)]
-        relative = [name for name in names if storage.is_local(name) and not os.path.isabs(storage.local_path(name))]
-        if on_cluster and relative:
-            raise ConfigError(
-                f"relative paths on a cluster: {relative[:5]}; a job runs in a copy of the working folder that is "
-                "removed afterwards, so give absolute paths or URLs that every node sees"
-            )
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig(InputConfig):
+    """Options of ``jobs.train_jbu``: shards of images in, a trained upsampler out."""
 
-        def whole(name: str) -> str:
-            return os.path.abspath(storage.local_path(name)) if name in relative else name
+    upsampler: TrainableName = _option("jbu", "what is trained: jbu, resize_conv, carafe, sapa or ifa")
+    downsampler: Literal["attention", "blur"] = _option(
+        "attention", "the model of the backbone's patch that is trained with it: attention or blur"
+    )
+    jitters: int = _option(3, "jittered views of an image that its features must explain, new ones in every step")
+    max_pad: int = _option(20, "jitter: pixels of reflected border, and so the largest shift")
+    max_zoom: float = _option(1.8, "jitter: the largest zoom, 1 for none")
+    projections: int | None = _option(30, "random channels that are compared in a step; null for all channels")
+    crf: float = _option(0.0, "weight of the sampled CRF, 0 for none")
+    total_variation: float = _option(0.0, "weight of the total variation, 0 for none")
+    magnitude: float = _option(0.0, "weight of the vectors' lengths, 0 for none")
 
-        return replace(
-            self,
-            shards=tuple(map(whole, self.shards)),
-            out=whole(self.out),
-            weights=whole(self.weights) if self.weights else None,
-            checkpoint=whole(self.checkpoint) if self.checkpoint else None,
-        )
+    steps: int = _option(2000, "updates of the weights")
+    batch_size: int = _option(2, "images in one step, over all workers")
+    optimiser: Literal["nadam", "adamw"] = _option("nadam", "nadam or adamw")
+    lr: float = _option(1e-3, "learning rate")
+    schedule: Literal["constant", "cosine"] = _option("constant", "of the learning rate: constant, or cosine down to 0")
+    seed: int = _option(0, "of the first weights, the order of the samples, views, projections and dropout")
+    holdout: int = _option(32, "samples, spread over the data set, that are evaluated on and never trained on")
+    evaluate_every: int = _option(200, "steps from one evaluation to the next; the best one is kept")
 
-    def identity(self) -> dict[str, Any]:
-        """The options that decide what is written: a store is resumed only where these are the same."""
-        values = describe(self)
-        return {one.name: values[one.name] for one in fields(self) if not one.metadata["run"]}
+    workers: int = _option(1, "processes that train, each with its share of the batch", run=True)
+    gpus_per_worker: float | None = _option(None, "by default 1 where the cluster has GPUs, else 0", run=True)
+    cpus_per_worker: float = _option(1.0, "CPU cores Ray sets aside for each of them", run=True)
+    worker_attempts: int = _option(3, "how often the workers are started before the job fails", run=True)
+    checkpoint_every: int = _option(100, "steps from one checkpoint to the next; a run goes on from the last", run=True)
+    tensorboard: bool = _option(False, "also write TensorBoard event files, into OUT/tensorboard", run=True)
+
+    def _checks(self) -> Sequence[tuple[bool, str]]:
+        counts = ["steps", "jitters", "batch_size", "holdout", "evaluate_every"]
+        counts += ["workers", "worker_attempts", "checkpoint_every"]
+        return [
+            *super()._checks(),
+            (min(self.size) < 1, f"size={self.size}: both sides must be at least 1"),
+            *((getattr(self, name) < 1, f"{name}={getattr(self, name)} must be at least 1") for name in counts),
+            (
+                self.projections is not None and self.projections < 1,
+                f"projections={self.projections} must be at least 1, or null for all channels",
+            ),
+            (self.max_pad < 0, f"max_pad={self.max_pad} must be 0 pixels or more"),
+            (not self.max_zoom >= 1, f"max_zoom={self.max_zoom} must be at least 1"),
+            (not self.lr > 0, f"lr={self.lr} must be positive"),
+            (self.seed < 0, f"seed={self.seed} must be 0 or more"),
+            (
+                not min(self.crf, self.total_variation, self.magnitude) >= 0,
+                f"crf={self.crf}, total_variation={self.total_variation}, magnitude={self.magnitude}: weights cannot "
+                "be negative",
+            ),
+            (
+                self.batch_size % max(1, self.workers) != 0,
+                f"batch_size={self.batch_size} is that of all {self.workers} workers and must divide among them, or "
+                "some images would count for more than others",
+            ),
+            (
+                self.tensorboard and not storage.is_local(self.out),
+                f"tensorboard with out={self.out!r}: event files are written to local folders only; leave it away, "
+                "log.jsonl holds the same numbers",
+            ),
+        ]
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateConfig(BackboneConfig):
+    """Options of ``jobs.evaluate``: shards of labelled images in, a table of upsamplers out."""
+
+    train: tuple[str, ...] = _option((), "segmentation: tar shards with seg.png to fit probes on")
+    val: tuple[str, ...] = _option((), "segmentation: tar shards with seg.png to evaluate on")
+    classes: int | None = _option(None, "segmentation: how many classes there are")
+    ignore_index: int = _option(255, "segmentation: the class id of pixels without a label")
+    depth_train: tuple[str, ...] = _option((), "depth: tar shards with depth.png or depth.npy to fit probes on")
+    depth_val: tuple[str, ...] = _option((), "depth: tar shards with depth.png or depth.npy to evaluate on")
+    depth_png_scale: float = _option(0.001, "metres per unit of depth.png")
+    depth_npy_scale: float = _option(1.0, "metres per unit of depth.npy")
+    cam_shards: tuple[str, ...] = _option((), "class activation maps: tar shards with images, labels are not read")
+    limit: int | None = _option(None, "evaluate on the first so many images of each set")
+    train_limit: int | None = _option(None, "fit on the first so many images of each set")
+
+    rows: tuple[str, ...] = _option(
+        ("nearest", "bilinear", "bicubic", "strided", "large_image", "bilateral"),
+        "of the table: nearest, bilinear, bicubic, bilateral, strided, large_image, or NAME=FILE for those that are "
+        "trained: jbu, resize_conv, carafe, sapa, ifa",
+    )
+    factor: int = _option(2, "strided and large_image: how many times finer their features are")
+    sigma_space: float = _option(1.0, "bilateral: in pixels of a stage")
+    sigma_colour: float = _option(0.2, "bilateral: on RGB in [-1, 1]")
+    retrained: bool = _option(True, "also fit probes on each row's own upsampled features")
+    pixels: int = _option(100, "retrained: pixels of every training image that the probe is fitted on")
+    seeds: int = _option(1, "retrained: how many probes, each on other pixels")
+    max_vectors: int = _option(200_000, "fit a probe on no more feature vectors than this, drawn by a seed")
+    resamples: int = _option(200, "of the images, for the intervals of differences")
+    pictures: int = _option(6, "images of each set to make pictures of")
+    batch_size: int = _option(8, "images upsampled at once", run=True)
+
+    def _checks(self) -> Sequence[tuple[bool, str]]:
+        counts = ("limit", "train_limit", "classes", "factor", "pixels", "seeds", "max_vectors", "resamples")
+        return [
+            *super()._checks(),
+            (min(self.size) < 1, f"size={self.size}: both sides must be at least 1"),
+            (
+                bool(self.train) != bool(self.val) or bool(self.depth_train) != bool(self.depth_val),
+                f"train={self.train} with val={self.val}, depth_train={self.depth_train} with "
+                f"depth_val={self.depth_val}: a probe is fitted on one and evaluated on the other, give both",
+            ),
+            (
+                not (self.train or self.depth_train or self.cam_shards),
+                "nothing to evaluate on; give train and val, depth_train and depth_val, or cam_shards",
+            ),
+            (
+                bool(self.train) != (self.classes is not None),
+                f"train={self.train} with classes={self.classes}: segmentation needs both",
+            ),
+            (not self.rows, "rows is empty; name at least one upsampler"),
+            (len(set(self.rows)) != len(self.rows), f"rows={self.rows}: one is named twice"),
+            *(
+                (
+                    getattr(self, name) is not None and getattr(self, name) < 1,
+                    f"{name}={getattr(self, name)} must be at least 1",
+                )
+                for name in (*counts, "batch_size")
+            ),
+            (self.pictures < 0, f"pictures={self.pictures} must be 0 or more"),
+        ]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProbeConfig(_Checked):
+    """Options of ``jobs.train_probe``: a store of features and labels in, a linear probe out."""
+
+    store: str = _option(MISSING, "the feature store to fit on: what was --out of jobs.precompute")
+    val_store: str | None = _option(None, "another store, to evaluate on")
+    out: str = _option(MISSING, "the probe: a .safetensors file")
+    label: Literal["seg", "depth"] = _option("seg", "which of the store's labels: seg or depth")
+    classes: int | None = _option(None, "seg: how many classes there are")
+    ignore_index: int = _option(255, "seg: the class id of pixels without a label")
+    pixels: int = _option(200, "pixels of every image that the probe is fitted on, fewer where there are many images")
+    max_vectors: int = _option(400_000, "pixels in all that the probe is fitted on, at most")
+    seed: int = _option(0, "of the pixels that are drawn")
+    workers: int = _option(2, "processes that read the store", run=True)
+    batch_size: int = _option(8, "images read at once by each of them", run=True)
+    threads: int | None = _option(None, "threads of the fit; by default the machine's cores", run=True)
+
+    def _checks(self) -> Sequence[tuple[bool, str]]:
+        counts = ("pixels", "max_vectors", "batch_size", "threads", "classes")
+        return [
+            (
+                (self.label == "seg") != (self.classes is not None),
+                f"label={self.label!r} with classes={self.classes}: seg needs the number of classes, depth has none",
+            ),
+            (not self.out.endswith(".safetensors"), f"out={self.out!r} must end in .safetensors"),
+            *(
+                (
+                    getattr(self, name) is not None and getattr(self, name) < 1,
+                    f"{name}={getattr(self, name)} must be at least 1",
+                )
+                for name in counts
+            ),
+            (self.workers < 0 or self.seed < 0, f"workers={self.workers} and seed={self.seed} must be 0 or more"),
+        ]
 
 
 def describe(config: Any) -> dict[str, Any]:

@@ -18,20 +18,20 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from featup.backbones import Backbone, create_backbone
-from featup.checkpoints import load_pca, pca_bytes
+from featup.checkpoints import check_backbone, load_pca, pca_bytes
 from featup.errors import FeatupError
 from featup.projection import PCA, PCAFit
 from featup.upsamplers import ChannelMap, Upsampler, create_upsampler
 from featup.weights import file_digest
 from pipeline import storage
-from pipeline.config import PrecomputeConfig
+from pipeline.config import BackboneConfig, PrecomputeConfig
 from pipeline.errors import ConfigError, PipelineError, Reason, SampleError, StoreError
 from pipeline.ledger import Ledger, Receipt, SampleRecord
 from pipeline.load import LoadedUnit, decode_options, failed_unit, load_sample, unpack
 from pipeline.plan import Plan, UnitKey
 from pipeline.store import FAILED, NOTHING, OK, Layout, StoreWriter, round_mantissa, row_checksum
 
-__all__ = ["Extractor", "Featurizer", "Setup", "UnitProcessor", "fit_pca", "save_pca", "set_threads"]
+__all__ = ["Extractor", "Featurizer", "Setup", "UnitProcessor", "fit_pca", "make_backbone", "save_pca", "set_threads"]
 
 
 @dataclass(frozen=True)
@@ -60,6 +60,26 @@ def set_threads(count: int | None, actors: int) -> int:
     return threads
 
 
+def make_backbone(config: BackboneConfig) -> Backbone:
+    """The backbone that the options name, on the CPU.
+
+    Raises:
+        FeatupError: a model, layer, size or weights that do not fit.
+    """
+    return create_backbone(
+        config.backbone,
+        weights=storage.local_copy(config.weights) if config.weights else None,
+        pretrained=config.pretrained and config.weights is None,
+        layer=config.layer,
+        stride=config.stride,
+        norm=config.norm,
+        image_size=config.size,
+        kwargs=config.backbone_kwargs,
+        mean=config.mean,
+        std=config.std,
+    )
+
+
 class Extractor:
     """Backbone, upsampler and projection of one config on one device."""
 
@@ -70,18 +90,7 @@ class Extractor:
         """
         self.config = config
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        self.backbone: Backbone = create_backbone(
-            config.backbone,
-            weights=storage.local_copy(config.weights) if config.weights else None,
-            pretrained=config.pretrained and config.weights is None,
-            layer=config.layer,
-            stride=config.stride,
-            norm=config.norm,
-            image_size=config.size,
-            kwargs=config.backbone_kwargs,
-            mean=config.mean,
-            std=config.std,
-        ).to(self.device)
+        self.backbone: Backbone = make_backbone(config).to(self.device)
         self.grid = self.backbone.grid(config.size)
         checkpoint = storage.local_copy(config.checkpoint) if config.checkpoint else None
         self.upsampler: Upsampler = create_upsampler(
@@ -93,6 +102,7 @@ class Extractor:
         ).to(self.device)
         self.digests = {"backbone": self.backbone.digest}
         if checkpoint:
+            check_backbone(checkpoint, self.backbone)
             self.digests["checkpoint"] = file_digest(checkpoint)
         self.projection: ChannelMap | None = pca.as_channel_map() if pca else None
         self.channels = len(pca.components) if pca else self.backbone.channels

@@ -20,13 +20,14 @@ from pipeline.read import read_samples
 from pipeline.tarindex import IndexedSample, ShardIndex
 
 if TYPE_CHECKING:
-    from pipeline.config import PrecomputeConfig, Size
+    from pipeline.config import BackboneConfig, PrecomputeConfig, Size
 
 __all__ = [
     "LoadedUnit",
     "decode_options",
     "empty_blocks",
     "failed_unit",
+    "image_options",
     "image_size",
     "load_row",
     "load_sample",
@@ -56,17 +57,25 @@ def image_size(config: "PrecomputeConfig") -> "Size":
     return config.size if inside else target
 
 
-def decode_options(config: "PrecomputeConfig", mean: tuple[float, float, float]) -> DecodeOptions:
-    """The decoder's options; padding has the colour that the backbone's normalisation makes zero."""
+def image_options(config: "BackboneConfig", mean: tuple[float, float, float]) -> DecodeOptions:
+    """The decoder's options for images alone; padding has the colour that the backbone's normalisation makes zero."""
     red, green, blue = (round(255 * value) for value in mean)
     return DecodeOptions(
-        size=image_size(config),
-        label_size=config.target_size,
+        size=config.size,
         geometry=config.geometry,
-        labels=config.labels,
         image_exts=config.image_exts,
         max_pixels=config.max_pixels,
         fill=(red, green, blue),
+    )
+
+
+def decode_options(config: "PrecomputeConfig", mean: tuple[float, float, float]) -> DecodeOptions:
+    """The decoder's options, for the image and its labels."""
+    return replace(
+        image_options(config, mean),
+        size=image_size(config),
+        label_size=config.target_size,
+        labels=config.labels,
         seg_dtype=config.seg_dtype,
         depth_png_scale=config.depth_png_scale,
         depth_npy_scale=config.depth_npy_scale,

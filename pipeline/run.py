@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from featup.errors import FeatupError
 from pipeline import storage
-from pipeline.config import PrecomputeConfig, describe
+from pipeline.config import InputConfig, PrecomputeConfig, describe
 from pipeline.errors import JobFailedError, PipelineError, StoreError, StoreMismatchError
 from pipeline.featurize import Extractor, Featurizer, Setup, fit_pca, save_pca, set_threads
 from pipeline.index import Summary, write_index
@@ -36,29 +36,38 @@ __all__ = [
     "complete_plan",
     "connect",
     "create_all",
+    "default_gpus",
+    "index_on_ray",
     "layout_of",
     "plan_input",
     "precompute",
     "prepare",
     "stages",
     "verify",
+    "versions",
 ]
 
 _PARALLEL_INDEXING = 32
 _MOST_BLOCKS = 10_000
 
 
-def connect(object_store_mb: int) -> None:
-    """Join the cluster that ``RAY_ADDRESS`` or ``ray job submit`` names, or start Ray on this machine."""
+def connect(object_store_mb: int, logs: ray.LoggingConfig | None = None) -> None:
+    """Join the cluster that ``RAY_ADDRESS`` or ``ray job submit`` names, or start Ray on this machine.
+
+    Args:
+        object_store_mb: memory of Ray's object store where it is started here.
+        logs: what the loggers of all processes are set to; by default as Ray does.
+    """
     if not ray.is_initialized():
         if os.environ.get("RAY_ADDRESS"):
-            ray.init(logging_level=logging.WARNING)
+            ray.init(logging_level=logging.WARNING, logging_config=logs)
         else:
             ray.init(
                 address="local",
                 object_store_memory=object_store_mb << 20,
                 include_dashboard=False,
                 logging_level=logging.WARNING,
+                logging_config=logs,
             )
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
@@ -83,8 +92,8 @@ def precompute(config: PrecomputeConfig) -> Summary:
     config = config.absolute(on_cluster=bool(os.environ.get("RAY_ADDRESS")))
     _check_options(config)
     connect(config.object_store_mb)
-    shards = plan_input(config, index_all=_index_on_ray)
-    gpus = _gpus_per_actor(config)
+    shards = plan_input(config, index_all=index_on_ray)
+    gpus = default_gpus(config.gpus_per_actor)
     try:
         setup: Setup = ray.get(_prepare_remotely.options(num_cpus=1, num_gpus=gpus).remote(config, shards))
     except ray.exceptions.RayTaskError as error:
@@ -143,7 +152,7 @@ def _judge(config: PrecomputeConfig, summary: Summary) -> None:
         )
 
 
-def plan_input(config: PrecomputeConfig, index_all: Any = None) -> tuple[PlannedShard, ...]:
+def plan_input(config: InputConfig, index_all: Any = None) -> tuple[PlannedShard, ...]:
     """Index the input shards; the indices are kept in ``OUT/plan/index``."""
     index_dir = storage.join(config.out, "plan", "index")
     storage.make_dirs(index_dir)
@@ -216,12 +225,11 @@ def create_all(config: PrecomputeConfig, plan: Plan, layout: Layout, setup: Setu
     place = storage.join(config.out, "plan", "plan.json")
     identity = config.identity() | {f"{name} digest": value for name, value in setup.digests.items()}
     identity |= {"input shards": len(plan.shards), "input samples": plan.samples, "input digest": plan.digest}
-    packages = ("torch", "timm", "ray", "zarr", "numpy", "numba", "pillow", "simplejpeg", "featup-datasets")
     provenance = {
         "identity": identity,
         "config": describe(config),
         "setup": asdict(setup),
-        "versions": {"python": sys.version.split()[0], **{name: version(name) for name in packages}},
+        "versions": versions(),
     }
     try:
         create_store(config.out, layout, provenance)
@@ -243,13 +251,21 @@ def create_all(config: PrecomputeConfig, plan: Plan, layout: Layout, setup: Setu
     )
 
 
-def _gpus_per_actor(config: PrecomputeConfig) -> float:
-    if config.gpus_per_actor is not None:
-        return config.gpus_per_actor
+def default_gpus(wanted: float | None) -> float:
+    """GPUs of one process: as many as wanted, by default 1 where the cluster has any."""
+    if wanted is not None:
+        return wanted
     return 1.0 if ray.cluster_resources().get("GPU", 0) >= 1 else 0.0
 
 
-def _index_on_ray(urls: list[str], index_dir: str) -> Iterator[PlannedShard]:
+def versions() -> dict[str, str]:
+    """Of Python and the packages that decide what comes out."""
+    packages = ("torch", "timm", "ray", "zarr", "numpy", "numba", "pillow", "simplejpeg", "featup-datasets")
+    return {"python": sys.version.split()[0], **{name: version(name) for name in packages}}
+
+
+def index_on_ray(urls: list[str], index_dir: str) -> Iterator[PlannedShard]:
+    """Index the shards, on the cluster where they are many: ``index_all`` of :func:`plan_input`."""
     if len(urls) < _PARALLEL_INDEXING:
         yield from (plan_shard(url, index_dir) for url in urls)
         return

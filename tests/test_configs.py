@@ -7,19 +7,23 @@ import torch
 
 from featup._timm import timm
 from featup.backbones import create_backbone
-from pipeline.config import PrecomputeConfig, parse_args
+from pipeline.config import InputConfig, PrecomputeConfig, TrainConfig, parse_args
 
 RECIPES = sorted((Path(__file__).resolve().parent.parent / "configs").glob("*.yaml"))
 
 
-def config_of(path: Path) -> PrecomputeConfig:
+def kind_of(path: Path) -> type[InputConfig]:
+    return TrainConfig if path.stem.startswith("train_") else PrecomputeConfig
+
+
+def config_of(path: Path) -> InputConfig:
     argv = ["--config", str(path), "--shards", "a.tar", "b.tar", "--out", "out"]
-    config, _ = parse_args(PrecomputeConfig, argv, description="")
+    config, _ = parse_args(kind_of(path), argv, description="")
     return config
 
 
 def test_the_recipes_are_there() -> None:
-    assert [path.name for path in RECIPES] == ["clip_b16.yaml", "dinov2_s14.yaml", "resnet50.yaml"]
+    assert [path.name for path in RECIPES] == ["clip_b16.yaml", "dinov2_s14.yaml", "resnet50.yaml", "train_jbu.yaml"]
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
@@ -28,7 +32,7 @@ def test_a_recipe_says_what_it_is_and_leaves_shards_and_out_to_the_command_line(
     assert first.startswith("# ")
     config = config_of(path)
     assert (config.shards, config.out) == (("a.tar", "b.tar"), "out")
-    assert config != PrecomputeConfig(shards=("a.tar", "b.tar"), out="out"), "a recipe that says nothing"
+    assert config != kind_of(path)(shards=("a.tar", "b.tar"), out="out"), "a recipe that says nothing"
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
@@ -40,7 +44,12 @@ def test_timm_has_its_model_with_trained_weights(path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("recipe", "grid", "channels"),
-    [("dinov2_s14", (16, 16), 384), ("clip_b16", (14, 14), 768), ("resnet50", (14, 14), 1024)],
+    [
+        ("dinov2_s14", (16, 16), 384),
+        ("clip_b16", (14, 14), 768),
+        ("resnet50", (14, 14), 1024),
+        ("train_jbu", (16, 16), 384),
+    ],
 )
 def test_its_features_have_the_size_the_comment_says(recipe: str, grid: tuple[int, int], channels: int) -> None:
     (path,) = [path for path in RECIPES if path.stem == recipe]
@@ -52,5 +61,6 @@ def test_its_features_have_the_size_the_comment_says(recipe: str, grid: tuple[in
         features = backbone(torch.zeros(1, *config.size, 3, dtype=torch.uint8))
     assert features.shape == (1, *grid, channels)
     assert f"{grid[0]}x{grid[1]}" in path.read_text().splitlines()[0]
-    assert config.pca is not None
-    assert config.pca <= channels
+    if isinstance(config, PrecomputeConfig):
+        assert config.pca is not None
+        assert config.pca <= channels

@@ -27,7 +27,7 @@ __all__ = [
     "create_upsampler",
 ]
 
-UpsamplerName = Literal["nearest", "bilinear", "bicubic", "bilateral", "jbu"]
+UpsamplerName = Literal["nearest", "bilinear", "bicubic", "bilateral", "jbu", "resize_conv", "carafe", "sapa", "ifa"]
 TrainableName = Literal["jbu", "resize_conv", "carafe", "sapa", "ifa"]
 
 
@@ -43,11 +43,11 @@ def create_upsampler(
 
     Args:
         channels: Of the backbone's features.
-        checkpoint: For ``jbu``: our safetensors file or an official FeatUp ``.ckpt``.
+        checkpoint: Of those that are trained: our safetensors file, or for ``jbu`` an official FeatUp ``.ckpt``.
         sigma_space, sigma_colour: For ``bilateral``; see :class:`Bilateral`.
 
     Raises:
-        GeometryError: an unknown name, ``jbu`` without a checkpoint, or a checkpoint for another number of channels.
+        GeometryError: an unknown name, no checkpoint where one is needed, or one for another number of channels.
         WeightsError: a checkpoint that cannot be read.
     """
     match name:
@@ -55,15 +55,15 @@ def create_upsampler(
             upsampler: Upsampler = Interpolate(name)
         case "bilateral":
             upsampler = Bilateral(sigma_space, sigma_colour)
-        case "jbu":
+        case "jbu" | "resize_conv" | "carafe" | "sapa" | "ifa":
             if checkpoint is None:
                 raise GeometryError(
-                    "jbu needs a trained checkpoint and none was given; there is none for most backbones: give one by "
-                    "its file, or use 'bilateral', which needs no training"
+                    f"{name} needs a trained checkpoint and none was given; there is none for most backbones: train "
+                    "one, give one by its file, or use 'bilateral', which needs no training"
                 )
-            from featup.checkpoints import load_jbu
+            from featup.checkpoints import load_upsampler
 
-            upsampler = load_jbu(checkpoint)
+            upsampler = load_upsampler(checkpoint, name)
             upsampler.mixing(channels)
         case _:
             raise GeometryError(f"unknown upsampler {name!r}; there are {', '.join(get_args(UpsamplerName))}")

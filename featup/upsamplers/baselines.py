@@ -91,6 +91,7 @@ class ResizeConv(_Learned):
             tile_pixels: Most output positions in the works at once, by default chosen for the device.
         """
         super().__init__(channels, tile_pixels)
+        self.width = width
         self.compress = nn.Linear(channels, width)
         self.stages = nn.ModuleList(_ResizeStage(width) for _ in range(stages))
         self.expand = nn.Linear(width, channels)
@@ -134,6 +135,7 @@ class _Reassembly(_Learned):
 
     def __init__(self, channels: int, width: int, tile_pixels: int | None) -> None:
         super().__init__(channels, tile_pixels)
+        self.width = width
         self.compress = nn.Linear(channels, width)
         self.stages: nn.ModuleList
 
@@ -274,6 +276,7 @@ class SAPA(_Reassembly):
             tile_pixels: Most output positions whose kernels are held at once, by default chosen for the device.
         """
         super().__init__(channels, width, tile_pixels)
+        self.key_dim = key_dim
         self.stages = nn.ModuleList(_SAPAStage(width, key_dim) for _ in range(stages))
 
 
@@ -298,6 +301,7 @@ class IFA(_Learned):
             tile_pixels: Most output positions in the works at once, by default chosen for the device.
         """
         super().__init__(channels, tile_pixels)
+        self.width = width
         self.from_features = nn.Linear(channels, width)
         self.from_offset = nn.ModuleList(nn.Linear(1 + 2 * self.frequencies, width, bias=False) for _ in range(2))
         self.hidden = nn.Linear(width, width)

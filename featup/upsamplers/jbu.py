@@ -21,9 +21,10 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 class JBUStage(nn.Module):
     """Filters of one stage: a learned range kernel times a Gaussian, plus a small learned correction."""
 
-    def __init__(self, key_dim: int = 32, radius: int = 3) -> None:
+    def __init__(self, key_dim: int = 32, radius: int = 3, dropout: float = 0.1) -> None:
         super().__init__()
         self.radius = radius
+        self.dropout = dropout
         taps = (2 * radius + 1) ** 2
         self.range_temp = nn.Parameter(torch.tensor(0.0))
         self.sigma_spatial = nn.Parameter(torch.tensor(1.0))
@@ -39,15 +40,18 @@ class JBUStage(nn.Module):
         """
         radius = self.radius
         inside = (slice(None), slice(radius, -radius), slice(radius, -radius))
-        keys = self.range_out(functional.gelu(self.range_in(padded_guidance)))
+        keys = self.range_out(self._hidden(self.range_in(padded_guidance)))
         temperature = self.range_temp.exp().clamp(1e-4, 1e4)
         correlation = window_correlation(keys[inside] * temperature, keys)
         kernel = correlation.flatten(-2).softmax(-1) * self._gaussian()
         kernel = kernel / kernel.sum(-1, keepdim=True).clamp_min(1e-7)
         correction = torch.cat([kernel, padded_guidance[inside]], -1)
-        correction = self.fixup_out(functional.gelu(self.fixup_in(correction)))
+        correction = self.fixup_out(self._hidden(self.fixup_in(correction)))
         filters: Tensor = kernel + 0.1 * correction
         return filters.view(correlation.shape)
+
+    def _hidden(self, values: Tensor) -> Tensor:
+        return functional.dropout(functional.gelu(values), self.dropout, self.training)
 
     def _gaussian(self) -> Tensor:
         """``[(2r + 1)^2]`` on offsets scaled to [-1, 1], as the official weights expect."""
@@ -74,6 +78,8 @@ class JBU(JointUpsampler):
         guidance_mean: Sequence[float] = IMAGENET_MEAN,
         guidance_std: Sequence[float] = IMAGENET_STD,
         tile_pixels: int | None = None,
+        dropout: float = 0.1,
+        end_dropout: float = 0.2,
     ) -> None:
         """
         Args:
@@ -82,13 +88,21 @@ class JBU(JointUpsampler):
             key_dim: Width of the range kernel's projection.
             guidance_mean, guidance_std: Normalisation of the image inside the upsampler, on [0, 1] RGB.
             radius, tile_pixels: See :class:`JointUpsampler`.
+            dropout: Probability that a hidden unit of the filters' two small networks is left out, in training only.
+            end_dropout: Likewise for a channel on its way into the map of channels at the end.
+
+        Raises:
+            GeometryError: a radius below one, or a dropout outside [0, 1).
         """
         super().__init__(radius, tile_pixels)
+        if not (0 <= dropout < 1 and 0 <= end_dropout < 1):
+            raise GeometryError(f"jbu: dropout={dropout} and end_dropout={end_dropout} must be at least 0 and below 1")
         self.channels = channels
         self.key_dim = key_dim
         self.guidance_mean = tuple(guidance_mean)
         self.guidance_std = tuple(guidance_std)
-        self.stages = nn.ModuleList(JBUStage(key_dim, radius) for _ in range(stages))
+        self.end_dropout = end_dropout
+        self.stages = nn.ModuleList(JBUStage(key_dim, radius, dropout) for _ in range(stages))
         self.fixup = nn.Linear(channels, channels)
 
     def mixing(self, channels: int) -> ChannelMap:
@@ -98,8 +112,12 @@ class JBU(JointUpsampler):
                 f"jbu: made for {self.channels} channels, got features of {channels}; "
                 "use a checkpoint trained for this backbone and layer"
             )
-        identity = torch.eye(channels, device=self.fixup.weight.device, dtype=self.fixup.weight.dtype)
-        return ChannelMap(identity + 0.1 * self.fixup.weight, 0.1 * self.fixup.bias)
+        weight = self.fixup.weight
+        # In training a channel is left out for the whole batch. One drawn anew at every position would not commute
+        # with the operator over space, and all channels would have to be made at high resolution.
+        kept = functional.dropout(weight.new_ones(channels), self.end_dropout, self.training)
+        identity = torch.eye(channels, device=weight.device, dtype=weight.dtype)
+        return ChannelMap(identity + 0.1 * weight * kept, 0.1 * self.fixup.bias)
 
     def check_stages(self, count: int, low: tuple[int, int], high: tuple[int, int]) -> None:
         """See :meth:`JointUpsampler.check_stages`."""

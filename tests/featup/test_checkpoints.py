@@ -10,10 +10,19 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from featup.checkpoints import load_jbu, load_pca, pca_bytes, save_jbu
-from featup.errors import WeightsError
+from featup.backbones import create_backbone
+from featup.checkpoints import (
+    check_backbone,
+    load_jbu,
+    load_pca,
+    load_upsampler,
+    pca_bytes,
+    save_jbu,
+    upsampler_bytes,
+)
+from featup.errors import GeometryError, WeightsError
 from featup.projection import PCA, PCAFit
-from featup.upsamplers import JBU
+from featup.upsamplers import CARAFE, IFA, JBU, SAPA, ResizeConv, Upsampler, create_upsampler
 
 CHANNELS = 6
 PARTS = {
@@ -262,3 +271,53 @@ def test_descriptions_that_are_none(tmp_path: Path, kind: str, text: str, error:
     load: Callable[[Path], object] = load_jbu if kind == "jbu" else load_pca
     with pytest.raises(WeightsError, match=rf"file\.safetensors: {error}"):
         load(path)
+
+
+@pytest.mark.parametrize(
+    "upsampler",
+    [
+        ResizeConv(CHANNELS, stages=3, width=5),
+        CARAFE(CHANNELS, stages=2, width=5),
+        SAPA(CHANNELS, stages=3, width=4, key_dim=7),
+        IFA(CHANNELS, width=5),
+        JBU(CHANNELS, stages=3, key_dim=7, radius=2, dropout=0.5),
+    ],
+    ids=lambda upsampler: upsampler.name,
+)
+def test_everything_that_can_be_trained_comes_back(tmp_path: Path, upsampler: Upsampler) -> None:
+    with torch.no_grad():
+        for place, parameter in enumerate(upsampler.parameters()):
+            parameter.copy_(0.5 * random(*parameter.shape, seed=place))
+    path = tmp_path / "trained.safetensors"
+    path.write_bytes(upsampler_bytes(upsampler, steps=3))
+    found = create_upsampler(upsampler.name, channels=CHANNELS, checkpoint=path)  # type: ignore[arg-type]
+    assert not found.training
+    image = torch.randint(0, 256, (1, 11, 15, 3), generator=torch.Generator().manual_seed(1), dtype=torch.uint8)
+    features = random(1, 3, 4, CHANNELS)
+    upsampler.eval()
+    with torch.no_grad():
+        assert torch.equal(found(features, image, (11, 15)), upsampler(features, image, (11, 15)))
+    other = "ifa" if upsampler.name != "ifa" else "sapa"
+    with pytest.raises(WeightsError, match=rf"expected a {other} in format .*, found kind='{upsampler.name}'"):
+        load_upsampler(path, other)
+    with pytest.raises(GeometryError, match=f"{upsampler.name}: made for {CHANNELS} channels, got features of 7"):
+        create_upsampler(upsampler.name, channels=7, checkpoint=path)  # type: ignore[arg-type]
+    with pytest.raises(GeometryError, match=f"{upsampler.name} needs a trained checkpoint"):
+        create_upsampler(upsampler.name, channels=CHANNELS)  # type: ignore[arg-type]
+
+
+def test_a_checkpoint_for_another_backbone_is_refused(tmp_path: Path) -> None:
+    backbone = create_backbone("test_vit", stride=16, image_size=(32, 48))
+    path = tmp_path / "jbu.safetensors"
+    known = {"name": "test_vit", "layer": backbone.layer, "digest": backbone.digest}
+    for fitting in ({"backbone": known}, {"backbone": "vit"}, {}):
+        save_jbu(random_jbu(), path, **fitting)
+        check_backbone(path, backbone)
+    check_backbone(tmp_path / "official.ckpt", backbone)
+    for other in ({"digest": "0123456789abcdef"}, {"layer": 1}):
+        save_jbu(random_jbu(), path, backbone={**known, "name": "resnet", **other})
+        with pytest.raises(
+            WeightsError, match=r"was trained for resnet, layer \d+, with .*; the backbone is test_vit, l"
+        ):
+            check_backbone(path, backbone)
+    assert [one.name for one in tmp_path.iterdir()] == ["jbu.safetensors"]

@@ -1,0 +1,166 @@
+"""What an evaluation measures: segmentation, depth, class activation maps, and how sure a difference is.
+
+Every measure of a set is computed from statistics that add up over its images, kept image by image: so that a batch's
+size makes no difference, and images can be drawn again for a bootstrap.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from featup.errors import GeometryError
+
+__all__ = [
+    "Interval",
+    "average_drop",
+    "average_increase",
+    "bootstrap_difference",
+    "class_counts",
+    "depth_accuracy",
+    "depth_rmse",
+    "depth_sums",
+    "mean_iou",
+    "pixel_accuracy",
+]
+
+
+def class_counts(prediction: Tensor, target: Tensor, classes: int) -> Tensor:
+    """The diagonal and the margins of every image's confusion matrix: all that IoU and accuracy need.
+
+    Args:
+        prediction: Class ids from 0 to ``classes - 1``, ``[B, H, W]``.
+        target: Class ids ``[B, H, W]``. Pixels whose id is not one of the classes have no label and do not count,
+            whatever is predicted there.
+        classes: K.
+
+    Returns:
+        int64 ``[B, 3, K]``: pixels where prediction and target are the class, where the prediction is, and where the
+        target is.
+
+    Raises:
+        GeometryError: shapes that differ.
+    """
+    if prediction.shape != target.shape:
+        raise GeometryError(
+            f"metrics: predictions {list(prediction.shape)} and labels {list(target.shape)} must have one shape; "
+            "upsample to the size of the labels"
+        )
+    counts = []
+    for ours, truth in zip(prediction, target.long(), strict=True):
+        known = (truth >= 0) & (truth < classes)
+        right = truth[known & (ours == truth)]
+        counts.append(
+            torch.stack([torch.bincount(ids, minlength=classes) for ids in (right, ours[known], truth[known])])
+        )
+    return torch.stack(counts)
+
+
+def mean_iou(counts: Tensor) -> float:
+    """Mean intersection over union of the classes that occur in the labels, in percent.
+
+    Args:
+        counts: ``[..., 3, K]`` of :func:`class_counts`, summed here over all images; NaN where no pixel has a label.
+    """
+    both, ours, truth = counts.reshape(-1, *counts.shape[-2:]).sum(0).double()
+    occurs = truth > 0
+    return float(100 * (both / (ours + truth - both))[occurs].mean())
+
+
+def pixel_accuracy(counts: Tensor) -> float:
+    """Share of labelled pixels that are predicted right, in percent; ``counts`` as :func:`mean_iou` takes them."""
+    both, _, truth = counts.reshape(-1, *counts.shape[-2:]).sum(0).double().sum(-1)
+    return float(100 * both / truth)
+
+
+def depth_sums(prediction: Tensor, target: Tensor, minimum: float = 1e-3) -> Tensor:
+    """What :func:`depth_rmse` and :func:`depth_accuracy` of a set are made of.
+
+    Args:
+        prediction: Metres, ``[B, H, W]``; less than ``minimum`` counts as ``minimum``, as no depth is negative.
+        target: Metres, ``[B, H, W]``; what is not finite and positive is unknown and does not count.
+        minimum: Metres.
+
+    Returns:
+        float64 ``[B, 3]``: the sum of squared errors, the pixels within a factor of 1.25, the pixels known.
+
+    Raises:
+        GeometryError: shapes that differ.
+    """
+    if prediction.shape != target.shape:
+        raise GeometryError(
+            f"metrics: depths {list(prediction.shape)} and labels {list(target.shape)} must have one shape; upsample "
+            "to the size of the labels"
+        )
+    ours, truth = prediction.double().clamp_min(minimum), target.double()
+    known = truth.isfinite() & (truth > 0)
+    truth = truth.where(known, 1.0)
+    error = torch.where(known, (ours - truth).square(), 0.0)
+    close = known & (torch.maximum(ours / truth, truth / ours) < 1.25)
+    return torch.stack([error.sum((1, 2)), close.sum((1, 2)).double(), known.sum((1, 2)).double()], 1)
+
+
+def depth_rmse(sums: Tensor) -> float:
+    """Root of the mean squared error over all known pixels, in metres; ``sums`` ``[..., 3]`` of :func:`depth_sums`."""
+    error, _, known = sums.reshape(-1, 3).sum(0)
+    return float((error / known).sqrt())
+
+
+def depth_accuracy(sums: Tensor) -> float:
+    """Share of known pixels within a factor of 1.25 of the truth, in percent; ``sums`` as :func:`depth_rmse`."""
+    _, close, known = sums.reshape(-1, 3).sum(0)
+    return float(100 * close / known)
+
+
+def average_drop(scores: Tensor, explained: Tensor) -> float:
+    """Average drop of Grad-CAM++ (Chattopadhyay et al., WACV 2018, section 5.1), in percent; less is better.
+
+    The mean of ``max(0, Y - O) / Y``: how much of a class's probability is lost when only what its activation map
+    shows is left of the image.
+
+    Args:
+        scores: ``Y``, probabilities of the class for the image, ``[N]``.
+        explained: ``O``, for the image multiplied with the map, ``[N]``.
+    """
+    return 100 * ((scores - explained).clamp_min(0) / scores).double().mean().item()
+
+
+def average_increase(scores: Tensor, explained: Tensor) -> float:
+    """Average increase of Grad-CAM++, in percent; more is better: the share of images whose probability grows.
+
+    Arguments as for :func:`average_drop`.
+    """
+    return 100 * (explained > scores).double().mean().item()
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A difference: its mean over the resamples, and the bounds that hold 95% of them."""
+
+    mean: float
+    low: float
+    high: float
+
+
+def bootstrap_difference(
+    measure: Callable[[Tensor], float], ours: Tensor, baseline: Tensor, resamples: int = 200, seed: int = 0
+) -> Interval:
+    """How a measure of a set differs from a baseline's, when the set's images are drawn anew with replacement.
+
+    Both are evaluated on the same draws, so that what is hard for both does not widen the interval.
+
+    Args:
+        measure: Of statistics of images, such as :func:`mean_iou`.
+        ours, baseline: Statistics of the same images in the same order, ``[N, ...]``.
+        resamples: How many draws.
+        seed: The only source of chance.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    differences = []
+    for _ in range(resamples):
+        drawn = torch.randint(len(ours), (len(ours),), generator=generator)
+        differences.append(measure(ours[drawn]) - measure(baseline[drawn]))
+    found = torch.tensor(differences, dtype=torch.float64)
+    low, high = found.quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
+    return Interval(found.mean().item(), low, high)

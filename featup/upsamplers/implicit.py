@@ -1,0 +1,402 @@
+"""The implicit upsampler: a small network fitted to each image from jittered views of it (FeatUp, section 3.3).
+
+The network maps a position and its colour to a feature. It is fitted until the mean of its features over the patches
+of a view's tokens, weighted by a learned attention, gives what the backbone says of that view. Like a NeRF samples
+rays, a step samples tokens of all views and a few positions in each one's patch: its cost does not depend on the
+image's size, the patch's or the number of views.
+
+What is fitted is a residual over a feed-forward upsampler's map, so a fit starts where that one ends. Features live in
+the space of a PCA of the whole data set: those of different images can train one probe.
+
+Images are fitted side by side, each with weights, views and samples of its own, drawn from its own generator: what
+comes out for an image does not depend on its batch mates.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from math import log
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from featup.backbones import Backbone
+from featup.errors import GeometryError
+from featup.kernels.resample import interpolation_taps, resample
+from featup.losses import explained_variance
+from featup.projection import PCA
+from featup.upsamplers.base import ChannelMap, Upsampler, as_guidance, row_bands
+from featup.views import Jitter, View, reflect, warp
+
+__all__ = ["Fit", "FitOptions", "Implicit", "ImplicitNetwork", "view_consistency"]
+
+_VIEW_BATCH = 16
+
+
+@dataclass(frozen=True)
+class FitOptions:
+    """How an image is fitted.
+
+    ``views`` are fitted to and ``held_out`` more are kept to judge the fit by. ``steps`` of Adam see ``tokens`` tokens
+    each and ``positions`` positions in the patch of each. ``width`` is that of the network's hidden layers,
+    ``frequencies`` how many per coordinate are spread between ``exp(-2)`` and ``exp(highest)`` radians on coordinates
+    scaled to [-0.5, 0.5]. ``magnitude`` and ``blur`` weigh the residual: its mean square, and the square of its mean
+    over a token of the image itself, which pins the coarse features.
+
+    Raises:
+        GeometryError: a number that leaves nothing to fit.
+    """
+
+    steps: int = 300
+    tokens: int = 256
+    positions: int = 16
+    views: int = 56
+    held_out: int = 8
+    jitter: Jitter = field(default_factory=lambda: Jitter(max_pad=20, zoom=(1.0, 1.2)))
+    lr: float = 3e-3
+    width: int = 128
+    frequencies: int = 12
+    highest: float = 5.0
+    magnitude: float = 0.02
+    blur: float = 0.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        whole = {name: getattr(self, name) for name in ("tokens", "positions", "views", "held_out", "width")}
+        if min(*whole.values(), self.frequencies) < 1 or self.steps < 0 or self.lr <= 0:
+            raise GeometryError(
+                f"implicit: {whole}, frequencies={self.frequencies}, steps={self.steps}, lr={self.lr}: the first six "
+                "must be at least 1, steps at least 0 and lr positive"
+            )
+
+
+class ImplicitNetwork(nn.Module):
+    """Fourier features of position and colour through a normalised MLP; a stack of them, one for each image.
+
+    Every coordinate is multiplied by each frequency and shifted by a learned bias before its sine and its cosine are
+    taken; the colour itself follows. Each hidden layer is preceded by a layer normalisation and followed by a ReLU,
+    but for the last, which is linear.
+    """
+
+    def __init__(
+        self, channels: int, images: int = 1, width: int = 128, frequencies: int = 12, highest: float = 5.0
+    ) -> None:
+        """
+        Args:
+            channels: K of the features.
+            images: How many networks there are.
+            width: Of the two hidden layers.
+            frequencies, highest: See :class:`FitOptions`.
+        """
+        super().__init__()
+        inputs = 10 * frequencies + 3
+        self.register_buffer("frequencies", torch.linspace(-2, highest, frequencies).exp(), persistent=False)
+        self.frequencies: Tensor
+        self.biases = nn.Parameter(torch.zeros(images, 2, frequencies, 5))
+        self.scale_in = nn.Parameter(torch.ones(images, 1, inputs))
+        self.shift_in = nn.Parameter(torch.zeros(images, 1, inputs))
+        self.scale_hidden = nn.Parameter(torch.ones(images, 1, width))
+        self.shift_hidden = nn.Parameter(torch.zeros(images, 1, width))
+        sizes = ((inputs, width), (width, width), (width, channels))
+        self.weights = nn.ParameterList(nn.Parameter(torch.zeros(images, *size)) for size in sizes)
+        self.offsets = nn.ParameterList(nn.Parameter(torch.zeros(images, 1, size)) for _, size in sizes)
+
+    def draw(self, image: int, generator: torch.Generator) -> None:
+        """New weights for one image: Gaussian biases of the frequencies, fan-in scaled layers, the last one zero."""
+        with torch.no_grad():
+            drawn = torch.randn(self.biases.shape[1:], generator=generator)
+            self.biases[image] = drawn.to(self.biases)
+            for weight, offset in zip(list(self.weights)[:-1], list(self.offsets)[:-1], strict=True):
+                bound = weight.shape[1] ** -0.5
+                for parameter in (weight, offset):
+                    uniform = torch.rand(parameter.shape[1:], generator=generator) * 2 - 1
+                    parameter[image] = (uniform * bound).to(parameter)
+
+    def forward(self, positions: Tensor, colours: Tensor) -> Tensor:
+        """Positions ``[G, N, 2]`` (row, column) and colours ``[G, N, 3]``, scaled to [-0.5, 0.5] over the image.
+
+        Returns:
+            Features ``[G, N, K]``.
+        """
+        at = torch.cat([positions, colours], -1)[:, :, None, :] * self.frequencies[:, None]
+        waves = [(at + self.biases[:, part, None]).flatten(2) for part in (0, 1)]
+        hidden = torch.cat([waves[0].sin(), waves[1].cos(), colours], -1)
+        hidden = functional.layer_norm(hidden, hidden.shape[-1:]) * self.scale_in + self.shift_in
+        hidden = torch.baddbmm(self.offsets[0], hidden, self.weights[0]).relu()
+        hidden = functional.layer_norm(hidden, hidden.shape[-1:]) * self.scale_hidden + self.shift_hidden
+        hidden = torch.baddbmm(self.offsets[1], hidden, self.weights[1]).relu()
+        features: Tensor = torch.baddbmm(self.offsets[2], hidden, self.weights[2])
+        return features
+
+
+@dataclass(frozen=True, eq=False)
+class Fit:
+    """One image's fitted network, to be asked at any resolution.
+
+    Attributes:
+        explained_variance: Share of the variance of held-out views' features that the fit explains; 1 at best.
+        before: The same for the map the fit started from.
+    """
+
+    explained_variance: float
+    before: float
+    _network: ImplicitNetwork
+    _features: Tensor
+    _image: Tensor
+    _base: Upsampler
+    _scale: Tensor
+
+    @torch.no_grad()
+    def query(self, size: tuple[int, int], window: tuple[int, int, int, int] | None = None) -> Tensor:
+        """Features at a resolution.
+
+        Args:
+            size: (height, width) of the whole map.
+            window: (top, left, height, width) of the part wanted, in positions of that map; by default all of it.
+
+        Returns:
+            ``[height, width, K]`` in the space of the PCA.
+
+        Raises:
+            GeometryError: a window that reaches beyond the map.
+        """
+        top, left, height, width = window or (0, 0, *size)
+        if min(top, left) < 0 or min(height, width) < 1 or top + height > size[0] or left + width > size[1]:
+            raise GeometryError(f"implicit: window {window} (top, left, height, width) reaches beyond a map of {size}")
+        base: Tensor = self._base(self._features, self._image, size)
+        out = base[0, top : top + height, left : left + width].clone()
+        image = as_guidance(self._image, torch.float32)
+        rows, cols = (interpolation_taps("bilinear", image.shape[axis + 1], size[axis]) for axis in (0, 1))
+        colours = _scaled_colours(image)
+        across = _coordinates(size[1], image.device)[left : left + width]
+        down = _coordinates(size[0], image.device)[top : top + height]
+        for band in row_bands((height, width), 1 << 14, image.device):
+            part = resample(colours, rows[band.start + top : band.stop + top], cols[left : left + width])
+            grid = torch.stack(torch.meshgrid(down[band], across, indexing="ij"), -1)
+            residual = self._network(grid.reshape(1, -1, 2), part.reshape(1, -1, 3))
+            out[band] += (residual * self._scale).view(-1, width, out.shape[-1])
+        return out
+
+
+class Implicit(Upsampler):
+    """Fits every image it is given, and answers with the fitted features; see the module.
+
+    After a call, :attr:`fits` holds the fits of its images.
+    """
+
+    name = "implicit"
+
+    def __init__(self, backbone: Backbone, pca: PCA, base: Upsampler, options: FitOptions | None = None) -> None:
+        """
+        Args:
+            backbone: Whose features these are; it is asked for those of the views.
+            pca: Of the data set: the space that is fitted.
+            base: The feed-forward upsampler whose map the residual is added to.
+            options: See :class:`FitOptions`.
+        """
+        super().__init__()
+        self.backbone = backbone
+        self.pca = pca
+        self.base = base
+        self.options = options or FitOptions()
+        self.fits: list[Fit] = []
+
+    def forward(
+        self,
+        features: Tensor,
+        guidance: Tensor,
+        size: tuple[int, int],
+        projection: ChannelMap | None = None,
+        out: Tensor | None = None,
+    ) -> Tensor:
+        """See :meth:`Upsampler.forward`. The guidance is the uint8 image; what the PCA dropped is not in the result."""
+        self.fits = self.fit(features, guidance)
+        back = ChannelMap(self.pca.components.T, self.pca.mean)
+        total = (back if projection is None else projection.to(self.pca.mean).after(back)).to(features)
+        maps = (functional.linear(fit.query(size), total.weight, total.bias) for fit in self.fits)
+        if out is None:
+            out = features.new_empty(len(features), *size, len(total.bias))
+        for row, one in zip(out, maps, strict=True):
+            row.copy_(one)
+        return out
+
+    def fit(self, features: Tensor, images: Tensor) -> list[Fit]:
+        """Fit images.
+
+        Args:
+            features: Their coarse features ``[B, h, w, C]``.
+            images: uint8 ``[B, H, W, 3]``, of the size the features were made from.
+
+        Returns:
+            A fit for each.
+
+        Raises:
+            GeometryError: images that are not uint8, or whose features have another grid.
+        """
+        grid = self.backbone.grid((images.shape[1], images.shape[2]))
+        if images.dtype != torch.uint8 or tuple(features.shape[1:3]) != grid or len(features) != len(images):
+            raise GeometryError(
+                f"implicit: need uint8 images [B, H, W, 3] and their features [B, {grid[0]}, {grid[1]}, C], got "
+                f"{images.dtype} {tuple(images.shape)} and {tuple(features.shape)}; the views are views of that image"
+            )
+        # On a CPU a stack of networks saves nothing; and products of matrices round by the shape of the stack.
+        group = len(images) if images.device.type == "cuda" else 1
+        fits: list[Fit] = []
+        with torch.inference_mode(False), torch.enable_grad():
+            for start in range(0, len(images), max(1, group)):
+                part = slice(start, start + group)
+                fits += _fit(self, features[part].clone(), images[part].clone(), grid)
+        return fits
+
+
+def view_consistency(maps: Tensor, views: Sequence[View], targets: Tensor, jitter: Jitter) -> Tensor:
+    """How much of the backbone's features of views a high-resolution map explains, each token the mean of its patch.
+
+    Args:
+        maps: ``[H, W, K]``, at the image's size.
+        views: ``V`` views of the image.
+        targets: Their coarse features ``[V, h, w, K]``.
+        jitter: What the views were drawn from.
+
+    Returns:
+        The share of variance explained; see :func:`featup.losses.explained_variance`.
+    """
+    grid = (targets.shape[1], targets.shape[2])
+    seen = [functional.adaptive_avg_pool2d(warp(maps[None], [one], jitter.max_pad).permute(0, 3, 1, 2), grid)
+            for one in views]  # fmt: skip
+    return explained_variance(torch.cat(seen).permute(0, 2, 3, 1).double(), targets.double())
+
+
+def _fit(upsampler: Implicit, features: Tensor, images: Tensor, grid: tuple[int, int]) -> list[Fit]:
+    options, backbone, pca = upsampler.options, upsampler.backbone, upsampler.pca
+    device, size = images.device, (images.shape[1], images.shape[2])
+    stride, count, jitter = backbone.stride, len(images), options.jitter
+    generators = [_generator(options.seed, image) for image in images]
+    views = [jitter.sample(options.views + options.held_out, size, generator) for generator in generators]
+    coarse = pca.project(features)
+    # [G, V, h, w, K]
+    targets = torch.stack([_view_features(backbone, pca, *pair, jitter) for pair in zip(images, views, strict=True)])
+    with torch.no_grad():
+        base = upsampler.base(coarse, images, size)
+    scale = targets.flatten(0, -2).std(0).mean() if count == 1 else targets.flatten(1, -2).std(1).mean(-1)
+    scale = scale.reshape(-1, 1, 1).clamp_min(1e-6)
+    network = ImplicitNetwork(coarse.shape[-1], count, options.width, options.frequencies, options.highest).to(device)
+    for number, generator in enumerate(generators):
+        network.draw(number, generator)
+    attention = nn.Parameter(torch.zeros(count, coarse.shape[-1], 1, device=device))
+    taps = nn.Parameter(torch.zeros(count, stride[0] * stride[1], device=device))
+    optimiser = torch.optim.Adam([*network.parameters(), attention, taps], options.lr)
+    colours = _scaled_colours(as_guidance(images, torch.float32)).flatten(1, 2)
+    base_rows = base.flatten(1, 2)
+    origins = [_Origins(one[: options.views], size, jitter.max_pad) for one in views]
+    held = options.tokens * options.positions
+    for step in range(options.steps):
+        for group in optimiser.param_groups:
+            group["lr"] = options.lr * (1 - step / options.steps)
+        drawn = [_draw(options, grid, stride, generator) for generator in generators]
+        rows, cols = (torch.stack(one) for one in zip(*(o(*d[:4]) for o, d in zip(origins, drawn, strict=True)),
+                                                      strict=True))  # fmt: skip
+        rows, cols = rows.to(device), cols.to(device)
+        at = (rows * size[1] + cols).view(count, held)
+        positions = torch.stack([(rows + 0.5) / size[0] - 0.5, (cols + 0.5) / size[1] - 0.5], -1).view(count, held, 2)
+        colour = colours.gather(1, at[..., None].expand(-1, -1, 3))
+        residual = network(positions.float(), colour)
+        values = base_rows.gather(1, at[..., None].expand(-1, -1, base_rows.shape[-1])) / scale + residual
+        offsets = torch.stack([one[4] for one in drawn]).to(device).view(count, held)
+        logits = (values @ attention).squeeze(-1) + taps.gather(1, offsets)
+        weights = logits.view(count, options.tokens, options.positions, 1).softmax(2)
+        seen = (values.view(count, options.tokens, options.positions, -1) * weights).sum(2)
+        token = torch.stack([one[5] for one in drawn]).to(device)
+        wanted = targets[:, : options.views].flatten(1, 3).gather(1, token[..., None].expand(-1, -1, seen.shape[-1]))
+        # Each image's own loss, added: what one contributes to its weights' gradient is its own.
+        loss = (seen - wanted / scale).square().mean((1, 2)) + options.magnitude * residual.square().mean((1, 2))
+        if options.blur:
+            patches = residual.view(count, options.tokens, options.positions, -1).mean(2)
+            loss = loss + options.blur * patches.square().mean((1, 2))
+        optimiser.zero_grad(set_to_none=True)
+        loss.sum().backward()
+        optimiser.step()
+    fits = []
+    for number in range(count):
+        alone = _one(network, number)
+        held_views, held_targets = views[number][options.views :], targets[number, options.views :]
+        fit = Fit(0.0, 0.0, alone, coarse[number : number + 1], images[number : number + 1], upsampler.base,
+                  scale[number : number + 1])  # fmt: skip
+        with torch.no_grad():
+            before = view_consistency(base[number], held_views, held_targets, jitter)
+            after = view_consistency(fit.query(size), held_views, held_targets, jitter)
+        fits.append(Fit(float(after), float(before), fit._network, fit._features, fit._image, fit._base, fit._scale))
+    return fits
+
+
+class _Origins:
+    """Positions in the patches of many views, to pixels of the image."""
+
+    def __init__(self, views: Sequence[View], size: tuple[int, int], max_pad: int) -> None:
+        self.zoom = torch.tensor([view.zoom for view in views], dtype=torch.float64)
+        self.top = torch.tensor([view.top for view in views])
+        self.left = torch.tensor([view.left for view in views])
+        self.flip = torch.tensor([view.flip for view in views])
+        self.size, self.pad = size, max_pad
+
+    def __call__(self, view: Tensor, rows: Tensor, cols: Tensor, _: Tensor) -> tuple[Tensor, Tensor]:
+        cols = torch.where(self.flip[view], self.size[1] - 1 - cols, cols)
+        return self._axis(rows, view, self.top, 0), self._axis(cols, view, self.left, 1)
+
+    def _axis(self, at: Tensor, view: Tensor, begin: Tensor, axis: int) -> Tensor:
+        side = self.size[axis]
+        padded = ((at + begin[view] + 0.5) / self.zoom[view] - 0.5).clamp(0, side + 2 * self.pad - 1)
+        return reflect(padded - self.pad, side).round().long()
+
+
+def _draw(
+    options: FitOptions, grid: tuple[int, int], stride: tuple[int, int], generator: torch.Generator
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Tokens and positions of one step: view, row, column, tap ``[T, P]`` twice, and the token's number ``[T]``."""
+    cells = grid[0] * grid[1]
+    token = torch.randint(options.views * cells, (options.tokens,), generator=generator)
+    tap = torch.randint(stride[0] * stride[1], (options.tokens, options.positions), generator=generator)
+    cell = (token % cells)[:, None]
+    rows = cell // grid[1] * stride[0] + tap // stride[1]
+    cols = cell % grid[1] * stride[1] + tap % stride[1]
+    return (token // cells)[:, None].expand_as(tap), rows, cols, tap, tap, token
+
+
+@torch.no_grad()
+def _view_features(backbone: Backbone, pca: PCA, image: Tensor, views: Sequence[View], jitter: Jitter) -> Tensor:
+    """``[V, h, w, K]``: the backbone's features of the views of one image, projected."""
+    normalised = backbone.normalise(image[None]).permute(0, 2, 3, 1)
+    found = []
+    for start in range(0, len(views), _VIEW_BATCH):
+        some = views[start : start + _VIEW_BATCH]
+        shown = warp(normalised.expand(len(some), -1, -1, -1), some, jitter.max_pad)
+        found.append(pca.project(backbone.features(shown.permute(0, 3, 1, 2))))
+    return torch.cat(found)
+
+
+def _generator(seed: int, image: Tensor) -> torch.Generator:
+    """Numbers for one image, by its pixels: its place in a batch or a data set makes no difference."""
+    pixels = image.cpu().numpy()
+    key = np.frombuffer(pixels.tobytes()[: pixels.size // 8 * 8], np.uint64)
+    (state,) = np.random.SeedSequence([seed, int(np.bitwise_xor.reduce(key))]).generate_state(1, np.uint64)
+    return torch.Generator().manual_seed(int(state))
+
+
+def _scaled_colours(image: Tensor) -> Tensor:
+    """``[B, H, W, 3]`` scaled per image and channel to [-0.5, 0.5]."""
+    least, most = image.amin((1, 2), keepdim=True), image.amax((1, 2), keepdim=True)
+    return (image - least) / (most - least).clamp_min(1e-4) - 0.5
+
+
+def _coordinates(count: int, device: torch.device) -> Tensor:
+    """Centres of ``count`` positions along an axis scaled to [-0.5, 0.5]."""
+    return (torch.arange(count, device=device) + 0.5) / count - 0.5
+
+
+def _one(network: ImplicitNetwork, image: int) -> ImplicitNetwork:
+    """The network of one image of the stack."""
+    channels, width = network.weights[2].shape[2], network.weights[2].shape[1]
+    alone = ImplicitNetwork(channels, 1, width, len(network.frequencies), log(float(network.frequencies[-1])))
+    alone.load_state_dict({name: value[image : image + 1] for name, value in network.state_dict().items()})
+    return alone.to(network.biases.device).requires_grad_(False)

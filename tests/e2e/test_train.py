@@ -1,0 +1,202 @@
+"""Training as a user runs it: whole, killed and run again, by several workers, and what becomes of the checkpoint."""
+
+import json
+import shutil
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import torch
+import yaml
+from safetensors import safe_open
+from tensorboardX.proto.event_pb2 import Event
+
+from featup.checkpoints import load_upsampler
+from pipeline.config import TrainConfig, read_config
+from tests.e2e import support
+
+BACKBONE = ("--backbone", "test_vit", "--pretrained", "false", "--stride", 16, "--size", "48x64")
+# Enough of them that a run is killed in their midst.
+STEPS = 36
+OPTIONS = (*BACKBONE, "--object-store-mb", 100, "--steps", STEPS, "--batch-size", 2, "--jitters", 2, "--holdout", 3)
+OPTIONS = (*OPTIONS, "--evaluate-every", 10, "--checkpoint-every", 3, "--max-failed-fraction", 0.5)
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """13 samples; the sixth is no image."""
+    folder = tmp_path_factory.mktemp("shards")
+    for tar, count in enumerate((7, 6)):
+        samples = [support.good_sample(f"img{tar}{n:02d}", 10 * tar + n) for n in range(count)]
+        if tar == 0:
+            samples[5] = [("img005.jpg", b"no image")]
+        support.write_tar(folder / f"train-{tar:04d}.tar", [member for sample in samples for member in sample])
+    return folder / "train-{0000..0001}.tar"
+
+
+@pytest.fixture(scope="module")
+def whole(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """A run that nothing interrupted, and what it said."""
+    out = tmp_path_factory.mktemp("whole") / "out"
+    return out, support.run("train_jbu", "--shards", shards, "--out", out, *OPTIONS, "--tensorboard", "true")
+
+
+def log(out: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+
+
+def untimed(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [{name: value for name, value in line.items() if name != "seconds"} for line in lines]
+
+
+def tensors(path: Path) -> dict[str, torch.Tensor]:
+    with safe_open(path, framework="pt") as file:
+        return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
+
+
+def same_result(out: Path, expected: Path) -> None:
+    assert untimed(log(out)) == untimed(log(expected))
+    for name in ("last.safetensors", "best.safetensors"):
+        found, wanted = tensors(out / name), tensors(expected / name)
+        assert found.keys() == wanted.keys()
+        assert [key for key in wanted if not torch.equal(found[key], wanted[key])] == [], name
+
+
+@pytest.mark.ray
+def test_what_a_run_leaves(whole: tuple[Path, str]) -> None:
+    out, text = whole
+    assert "10 samples to train on and 3 held out; jbu for test_vit, 3x4 to 48x64, 64 channels; 36 steps" in text
+    lines = log(out)
+    assert [line["step"] for line in lines] == list(range(STEPS + 1))
+    assert [line["step"] for line in lines if "explained_variance" in line] == [0, 10, 20, 30, 36]
+    assert all(line["loss"] == line["reconstruction"] > 0 and line["seconds"] > 0 for line in lines[1:])
+    scores = {line["step"]: line["explained_variance"] for line in lines[1:] if "explained_variance" in line}
+    best = max(scores, key=scores.__getitem__)
+    assert f"{scores[best]:.4f} at step {best}, {scores[STEPS]:.4f} at the end, {lines[0]['bilinear']:.4f} by" in text
+    config = read_config(TrainConfig, yaml.safe_load((out / "config.yaml").read_text()))
+    assert (config.steps, config.out) == (STEPS, str(out))
+    assert (out / "loss.png").read_bytes().startswith(b"\x89PNG")
+    for name, step in (("last", STEPS), ("best", best)):
+        with safe_open(out / f"{name}.safetensors", framework="pt") as file:
+            description = json.loads(file.metadata()["featup"])
+        provenance = description["provenance"]
+        assert (description["kind"], description["channels"]) == ("jbu", 64)
+        assert provenance["log"]["step"] == step
+        assert provenance["log"]["explained_variance"] == scores[step]
+        assert provenance["identity"]["input samples"] == 13
+        assert provenance["identity"]["backbone digest"] == provenance["backbone"]["digest"]
+        assert provenance["versions"]["torch"] == torch.__version__
+    assert not load_upsampler(out / "last.safetensors", "jbu").training
+
+
+@pytest.mark.ray
+def test_every_draw_is_accounted_for(whole: tuple[Path, str]) -> None:
+    """72 draws of 10 samples, one of which is no image and comes once in an epoch."""
+    text = whole[1]
+    account = text.split("drawn ")[1].split(", the next")[0]
+    drawn, used, failed = (int(word) for word in account.replace("=", " ").replace("+", " ").split() if word.isdigit())
+    assert (drawn, failed) in ((72, 7), (72, 8))
+    assert drawn == used + failed
+    assert "input 13 = train 10 + held out 3" in text
+    assert "1 samples cannot be decoded" in text
+    assert "img005 of" in text
+
+
+@pytest.mark.ray
+def test_event_files_hold_the_log(whole: tuple[Path, str]) -> None:
+    out = whole[0]
+    (path,) = (out / "tensorboard").iterdir()
+    data, at, found = path.read_bytes(), 0, []
+    while at < len(data):
+        size = int.from_bytes(data[at : at + 8], "little")
+        event = Event.FromString(data[at + 12 : at + 12 + size])
+        found += [(event.step, value.tag, value.simple_value) for value in event.summary.value]
+        at += 16 + size
+    losses = [value for _, tag, value in sorted(found) if tag == "loss"]
+    assert losses == pytest.approx([line["loss"] for line in log(out)[1:]])
+    assert {step for step, tag, _ in found if tag == "explained_variance"} == {10, 20, 30, 36}
+
+
+@pytest.mark.ray
+def test_the_same_command_goes_on_after_the_death_of_the_driver(
+    shards: Path, whole: tuple[Path, str], tmp_path: Path
+) -> None:
+    """Killed, moreover, while Ray Train wrote its list of checkpoints: half of it is there."""
+    out = tmp_path / "out"
+    command = ("--shards", shards, "--out", out, *OPTIONS)
+    job = support.start("train_jbu", *command, log=tmp_path / "log")
+    support.wait_for(lambda: (out / "plan" / "snapshot.json").exists() or job.poll() is not None, "two checkpoints")
+    # All at once, as by a power cut: left alone, Ray's workers go on until they notice.
+    tree = [*psutil.Process(job.pid).children(recursive=True), psutil.Process(job.pid)]
+    for process in tree:
+        with suppress(psutil.NoSuchProcess):
+            process.kill()
+    job.wait(timeout=60)
+    psutil.wait_procs(tree, timeout=60)
+    before = log(out)
+    assert 6 <= len(before) - 1 < STEPS, (tmp_path / "log").read_text()[-3000:]
+    snapshot = out / "checkpoints" / "checkpoint_manager_snapshot.json"
+    snapshot.write_bytes(snapshot.read_bytes()[:100])
+    text = support.run("train_jbu", *command)
+    step = int(text.split("going on after step ")[1].split(",")[0])
+    assert 3 <= step < STEPS
+    same_result(out, whole[0])
+    assert log(out)[: step + 1] == before[: step + 1], "steps were done again, by their seconds"
+
+
+@pytest.mark.ray
+def test_the_job_survives_the_death_of_a_worker(shards: Path, whole: tuple[Path, str], tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    job = support.start("train_jbu", "--shards", shards, "--out", out, *OPTIONS, log=tmp_path / "log")
+    support.wait_for(lambda: list(out.glob("checkpoints/*.json")) or job.poll() is not None, "a checkpoint")
+    children = psutil.Process(job.pid).children(recursive=True)
+    workers = [one for one in children if "RayTrainWorker" in " ".join(one.cmdline())]
+    assert len(workers) == 1, [one.cmdline() for one in children]
+    workers[0].kill()
+    assert job.wait(timeout=200) == 0, (tmp_path / "log").read_text()[-5000:]
+    assert "going on after step" in (tmp_path / "log").read_text()
+    same_result(out, whole[0])
+
+
+@pytest.mark.ray
+def test_other_options_are_refused(whole: tuple[Path, str], shards: Path) -> None:
+    command = ("--shards", shards, "--out", whole[0], *OPTIONS)
+    text = support.run("train_jbu", *command, "--lr", 0.01, "--size", "64x64", status=1)
+    assert "lr: the store has 0.001, this run has 0.01" in text
+    assert "size: the store has '48x64', this run has '64x64'" in text
+
+
+@pytest.mark.ray
+def test_two_workers_do_what_one_does(shards: Path, tmp_path: Path) -> None:
+    """Stride 8 takes three of four stages: the other gets no gradient in any worker."""
+    options = ("--backbone", "mobilenetv1_100", "--pretrained", "false", "--stride", 8, "--size", "64x64")
+    options = (*options, "--upsampler", "carafe", "--steps", 3, "--holdout", 2, "--object-store-mb", 100)
+    options = (*options, "--crf", 0.001, "--max-failed-fraction", 0.5)
+    for workers in (1, 2):
+        out = tmp_path / str(workers)
+        support.run("train_jbu", "--shards", shards, "--out", out, *options, "--workers", workers)
+    one, two = log(tmp_path / "1"), log(tmp_path / "2")
+    assert [line.keys() for line in one] == [line.keys() for line in two]
+    for line, other in zip(untimed(one), untimed(two), strict=True):
+        assert other == pytest.approx(line, rel=1e-4)
+    wanted, found = (tensors(tmp_path / name / "last.safetensors") for name in ("1", "2"))
+    for name, tensor in wanted.items():
+        torch.testing.assert_close(found[name], tensor, rtol=0, atol=2e-4, msg=lambda text, name=name: name + text)
+
+
+@pytest.mark.ray
+def test_what_is_trained_is_for_precompute(whole: tuple[Path, str], shards: Path, tmp_path: Path) -> None:
+    checkpoint = shutil.copy(whole[0] / "best.safetensors", tmp_path / "jbu.safetensors")
+    command = ("--shards", shards, "--upsampler", "jbu", "--checkpoint", checkpoint, "--object-store-mb", 100)
+    out = tmp_path / "store"
+    text = support.run("precompute", *command, "--out", out, *BACKBONE, "--max-failed-fraction", 0.5)
+    assert "3x4 to 48x64 by jbu" in text
+    assert "input 13 = ok 12 + failed 1" in text
+    assert "clean: " in support.run("verify", out)
+    # Another backbone of as many channels.
+    other = ("--backbone", "test_vit", "--pretrained", "false", "--layer", 2, "--size", "48x64")
+    text = support.run("precompute", *command, "--out", tmp_path / "other", *other, status=1)
+    assert "was trained for test_vit, layer 5, with weights" in text
+    assert "the backbone is test_vit, layer 2, with weights" in text
