@@ -13,7 +13,7 @@ from featup.backbones import Backbone
 from featup.errors import GeometryError
 from featup.kernels.resample import Taps, resample
 
-__all__ = ["large_image_features", "strided_features"]
+__all__ = ["large_image_features", "resize_images", "strided_features"]
 
 
 def strided_features(backbone: Backbone, images: Tensor, factor: int) -> Tensor:
@@ -69,10 +69,25 @@ def large_image_features(backbone: Backbone, images: Tensor, factor: int) -> Ten
         )
     size = (images.shape[1] * factor, images.shape[2] * factor)
     backbone.grid(size)
+    return backbone(resize_images(images, size))  # type: ignore[no-any-return]
+
+
+def resize_images(images: Tensor, size: tuple[int, int]) -> Tensor:
+    """Images at another size, by antialiased bicubic interpolation.
+
+    Args:
+        images: uint8 ``[B, H, W, 3]``.
+        size: (height, width) of the result.
+
+    Returns:
+        uint8 ``[B, height, width, 3]``; the images themselves where they are of that size.
+    """
+    if tuple(images.shape[1:3]) == tuple(size):
+        return images
     planes = images.permute(0, 3, 1, 2).float()
-    planes = functional.interpolate(planes, size, mode="bicubic", align_corners=False, antialias=True)
+    planes = functional.interpolate(planes, tuple(size), mode="bicubic", align_corners=False, antialias=True)
     # Bicubic goes beyond the pixels it interpolates.
-    return backbone(planes.round().clamp(0, 255).byte().permute(0, 2, 3, 1))  # type: ignore[no-any-return]
+    return planes.round().clamp(0, 255).byte().permute(0, 2, 3, 1)
 
 
 def _check_factor(factor: int, most: int | None) -> None:

@@ -12,7 +12,7 @@ from typing import Any, ClassVar, Literal, NamedTuple, NoReturn, Self, TypeVar, 
 import jsonargparse
 from jsonargparse.typing import register_type
 
-from featup.upsamplers import TrainableName, UpsamplerName
+from featup.upsamplers import RangeKernel, TrainableName, UpsamplerName
 from pipeline import storage
 from pipeline.decode import IMAGE_EXTS
 from pipeline.errors import ConfigError
@@ -209,9 +209,10 @@ class PrecomputeConfig(InputConfig):
     depth_png_scale: float = _option(0.001, "metres per unit of depth.png")
     depth_npy_scale: float = _option(1.0, "metres per unit of depth.npy")
 
-    upsampler: UpsamplerName = _option(
+    upsampler: UpsamplerName | Literal["implicit"] = _option(
         "bilateral",
-        "nearest, bilinear, bicubic, bilateral (training-free), or trained: jbu, resize_conv, carafe, sapa, ifa",
+        "nearest, bilinear, bicubic, bilateral (training-free), trained: jbu, resize_conv, carafe, sapa, ifa, or "
+        "implicit: fitted to every image, seconds each",
     )
     checkpoint: str | None = _option(
         None, "for those that are trained: our .safetensors, or for jbu an official FeatUp .ckpt", run=True
@@ -219,6 +220,13 @@ class PrecomputeConfig(InputConfig):
     output_size: Size | None = _option(None, "size of the stored features, HEIGHTxWIDTH; by default that of the image")
     sigma_space: float = _option(1.0, "bilateral: in pixels of a stage")
     sigma_colour: float = _option(0.2, "bilateral: on RGB in [-1, 1]")
+
+    fit_base: Literal["bilinear", "bilateral", "jbu"] = _option(
+        "bilateral", "implicit: what a fit starts from and adds to: bilinear, bilateral, or jbu with its checkpoint"
+    )
+    fit_steps: int = _option(150, "implicit: steps of a fit")
+    fit_views: int = _option(56, "implicit: jittered views of an image that its fit is made from")
+    fit_seed: int = _option(0, "implicit: of views, samples and first weights")
 
     pca: int | None = _option(None, "store so many principal components instead of all channels")
     pca_images: int = _option(256, "images the PCA is fitted on, spread over the data set")
@@ -244,9 +252,19 @@ class PrecomputeConfig(InputConfig):
             ),
             (len(set(self.labels)) != len(self.labels), f"labels={self.labels}: one is named twice"),
             (
-                (self.upsampler in get_args(TrainableName)) != (self.checkpoint is not None),
+                (self._feed_forward in get_args(TrainableName)) != (self.checkpoint is not None),
                 f"upsampler={self.upsampler!r} with checkpoint={self.checkpoint!r}: those that are trained "
-                f"({', '.join(get_args(TrainableName))}) need a checkpoint, the others take none",
+                f"({', '.join(get_args(TrainableName))}; implicit with fit_base=jbu) need a checkpoint, the others "
+                "take none",
+            ),
+            (
+                self.upsampler == "implicit" and self.pca is None,
+                "upsampler='implicit' fits in the space of a PCA; give --pca, 128 for instance",
+            ),
+            (
+                min(self.fit_steps, self.fit_views) < 1 or self.fit_seed < 0,
+                f"fit_steps={self.fit_steps} and fit_views={self.fit_views} must be at least 1, "
+                f"fit_seed={self.fit_seed} at least 0",
             ),
             (
                 self.sigma_space <= 0 or self.sigma_colour <= 0,
@@ -278,6 +296,10 @@ class PrecomputeConfig(InputConfig):
         ]
 
     @property
+    def _feed_forward(self) -> str:
+        return self.fit_base if self.upsampler == "implicit" else self.upsampler
+
+    @property
     def target_size(self) -> Size:
         """(height, width) of the stored features."""
         return self.output_size or self.size
@@ -288,6 +310,9 @@ class TrainConfig(InputConfig):
     """Options of ``jobs.train_jbu``: shards of images in, a trained upsampler out."""
 
     upsampler: TrainableName = _option("jbu", "what is trained: jbu, resize_conv, carafe, sapa or ifa")
+    kernel: RangeKernel = _option(
+        "distance", "jbu: the range kernel, distance (starts as a bilateral filter) or projection (the paper's)"
+    )
     downsampler: Literal["attention", "blur"] = _option(
         "attention", "the model of the backbone's patch that is trained with it: attention or blur"
     )

@@ -97,7 +97,7 @@ def _time_handful(
     if config.pca is not None:
         few = min(config.pca_images, _HANDFUL)
         pca = fit_pca(extractor, plan, config.pca, max(few, -(-2 * config.pca // max(1, int(np.prod(extractor.grid))))))
-        extractor.projection = pca.as_channel_map()
+        extractor.project(pca)
     channels = config.pca or extractor.backbone.channels
     batch = torch.from_numpy(np.stack(images[: config.batch_size]))
     size = config.target_size

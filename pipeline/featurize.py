@@ -20,8 +20,10 @@ from torch import Tensor
 from featup.backbones import Backbone, create_backbone
 from featup.checkpoints import check_backbone, load_pca, pca_bytes
 from featup.errors import FeatupError
+from featup.inference import resize_images
 from featup.projection import PCA, PCAFit
 from featup.upsamplers import ChannelMap, Upsampler, create_upsampler
+from featup.upsamplers.implicit import Fit, FitOptions, Implicit
 from featup.weights import file_digest
 from pipeline import storage
 from pipeline.config import BackboneConfig, PrecomputeConfig
@@ -93,8 +95,10 @@ class Extractor:
         self.backbone: Backbone = make_backbone(config).to(self.device)
         self.grid = self.backbone.grid(config.size)
         checkpoint = storage.local_copy(config.checkpoint) if config.checkpoint else None
+        # Of implicit fitting this is what a fit starts from.
+        name = config.fit_base if config.upsampler == "implicit" else config.upsampler
         self.upsampler: Upsampler = create_upsampler(
-            config.upsampler,
+            name,
             channels=self.backbone.channels,
             checkpoint=checkpoint,
             sigma_space=config.sigma_space,
@@ -104,8 +108,18 @@ class Extractor:
         if checkpoint:
             check_backbone(checkpoint, self.backbone)
             self.digests["checkpoint"] = file_digest(checkpoint)
-        self.projection: ChannelMap | None = pca.as_channel_map() if pca else None
-        self.channels = len(pca.components) if pca else self.backbone.channels
+        self.projection: ChannelMap | None = None
+        self.channels = self.backbone.channels
+        if pca is not None:
+            self.project(pca)
+
+    def project(self, pca: PCA) -> None:
+        """From now on give principal components in place of the channels."""
+        self.projection = pca.as_channel_map()
+        self.channels = len(pca.components)
+        if self.config.upsampler == "implicit":
+            options = FitOptions(steps=self.config.fit_steps, views=self.config.fit_views, seed=self.config.fit_seed)
+            self.upsampler = Implicit(self.backbone, pca, self.upsampler, options, self.config.size)
 
     def setup(self) -> Setup:
         """The facts every actor must agree on."""
@@ -125,21 +139,21 @@ class Extractor:
     @torch.inference_mode()
     def features(self, images: Tensor) -> Tensor:
         """Images uint8 ``[B, H, W, 3]`` to coarse features float32 ``[B, h, w, C]``."""
-        images = images.to(self.device)
-        size = self.config.size
-        if (images.shape[1], images.shape[2]) != size:
-            planes = images.permute(0, 3, 1, 2).float()
-            planes = torch.nn.functional.interpolate(planes, size, mode="bicubic", antialias=True)
-            images = planes.round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1)
+        images = resize_images(images.to(self.device), self.config.size)
         dtype = getattr(torch, self.config.precision)
         with torch.autocast(self.device.type, dtype, enabled=dtype != torch.float32):
             features: Tensor = self.backbone(images)
         return features.float()
 
     @torch.inference_mode()
-    def upsample(self, features: Tensor, images: Tensor, out: Tensor) -> None:
-        """Coarse features and their images into ``out`` float16 ``[B, H', W', K]``, projected."""
+    def upsample(self, features: Tensor, images: Tensor, out: Tensor) -> list[Fit]:
+        """Coarse features and their images into ``out`` float16 ``[B, H', W', K]``, projected.
+
+        Returns:
+            The images' fits where they are fitted, else nothing.
+        """
         self.upsampler(features, images.to(self.device), self.config.target_size, self.projection, out)
+        return self.upsampler.fits if isinstance(self.upsampler, Implicit) else []
 
 
 def fit_pca(extractor: Extractor, plan: Plan, components: int, images: int) -> PCA:
@@ -287,7 +301,7 @@ class UnitProcessor:
                     place = (
                         block[rows[0] : rows[-1] + 1] if together else np.empty((len(rows), *shape[1:]), block.dtype)
                     )
-                    self.extractor.upsample(features, images, torch.from_numpy(place))
+                    fits = self.extractor.upsample(features, images, torch.from_numpy(place))
                     if not together:
                         block[rows] = place
             except torch.cuda.OutOfMemoryError:
@@ -295,6 +309,10 @@ class UnitProcessor:
                     raise
                 good, batch_size = rows + good, max(1, batch_size // 2)
                 continue
+            for row, fit in zip(rows, fits, strict=False):
+                records[row] = replace(records[row], explained_variance=fit.explained_variance)
+                if not fit.explained_variance > fit.before:
+                    records[row] = replace(records[row], flags=(*records[row].flags, "fit_no_better"))
             for row, one in zip(rows, place, strict=True):
                 # float16 ends at 65504: what does not fit is infinite, and would poison a probe.
                 if bool(((torch.from_numpy(one.view(np.int16)) & 0x7C00) == 0x7C00).any()):

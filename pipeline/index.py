@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
@@ -34,9 +35,12 @@ SCHEMA = pa.schema(
         ("orientation", pa.int8()),
         ("decoder", pa.dictionary(pa.int8(), pa.string())),
         ("sha256", pa.string()),
+        ("explained_variance", pa.float32()),
     ]
 )
 _ROWS_AT_ONCE = 50_000
+# Robust standard deviations below the median.
+_OUTLIER = 3.0
 
 
 @dataclass
@@ -113,6 +117,7 @@ def write_index(out: str, plan: Plan, ledger: Ledger, failures: Mapping[int, Rec
                     writer.write_table(pa.Table.from_pylist(rows, SCHEMA))
                     rows = []
             writer.write_table(pa.Table.from_pylist(rows, SCHEMA))
+        _flag_outliers(path)
         with open(path, "rb") as file:
             storage.write_atomic(storage.join(out, "index.parquet"), file.read())
     finally:
@@ -123,6 +128,24 @@ def write_index(out: str, plan: Plan, ledger: Ledger, failures: Mapping[int, Rec
             f"{summary.failed} failed; this is a fault of the program"
         )
     return summary
+
+
+def _flag_outliers(path: str) -> None:
+    """Add the flag ``fit_outlier`` to images whose fit explains far less than those of the data set mostly do."""
+    explained = pq.read_table(path, columns=["explained_variance"])["explained_variance"].to_numpy()
+    known = explained[np.isfinite(explained)]
+    if not len(known):
+        return
+    median = np.median(known)
+    # What a normal distribution's standard deviation is to its median absolute deviation.
+    spread = 1.4826 * np.median(np.abs(known - median))
+    (outliers,) = np.nonzero(~(explained >= median - _OUTLIER * spread) & np.isfinite(explained))
+    table = pq.read_table(path)
+    flags = table["flags"].to_pylist()
+    for row in outliers:
+        flags[row] = f"{flags[row]} fit_outlier".strip()
+    place = table.schema.get_field_index("flags")
+    pq.write_table(table.set_column(place, "flags", pa.array(flags, pa.string())), path, compression="zstd")
 
 
 def _row(record: SampleRecord, shard: str, unit: int) -> dict[str, object]:
@@ -142,6 +165,7 @@ def _row(record: SampleRecord, shard: str, unit: int) -> dict[str, object]:
         "orientation": record.orientation,
         "decoder": record.decoder,
         "sha256": record.sha256,
+        "explained_variance": record.explained_variance,
     }
 
 

@@ -19,7 +19,10 @@ __all__ = ["Ledger", "Receipt", "SampleRecord"]
 
 @dataclass(frozen=True)
 class SampleRecord:
-    """What became of one sample. ``status`` is ``"ok"`` or ``"failed"``; a failed one has a ``reason``."""
+    """What became of one sample. ``status`` is ``"ok"`` or ``"failed"``; a failed one has a ``reason``.
+
+    ``explained_variance``, of images that are fitted, is the share of held-out views' variance that the fit explains.
+    """
 
     key: str
     row: int
@@ -32,6 +35,7 @@ class SampleRecord:
     orientation: int = 1
     decoder: str = ""
     sha256: str = ""
+    explained_variance: float | None = None
 
 
 @dataclass(frozen=True)

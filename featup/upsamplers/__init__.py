@@ -8,7 +8,7 @@ from featup.upsamplers.base import ChannelMap, Upsampler
 from featup.upsamplers.baselines import CARAFE, IFA, SAPA, DeepImagePrior, ResizeConv
 from featup.upsamplers.bilateral import Bilateral
 from featup.upsamplers.interpolate import Interpolate
-from featup.upsamplers.jbu import JBU
+from featup.upsamplers.jbu import JBU, RangeKernel
 
 __all__ = [
     "CARAFE",
@@ -19,6 +19,7 @@ __all__ = [
     "ChannelMap",
     "DeepImagePrior",
     "Interpolate",
+    "RangeKernel",
     "ResizeConv",
     "TrainableName",
     "Upsampler",
@@ -70,17 +71,20 @@ def create_upsampler(
     return upsampler.eval().requires_grad_(False)
 
 
-def create_trainable(name: TrainableName, channels: int) -> Upsampler:
+def create_trainable(name: TrainableName, channels: int, kernel: RangeKernel = "distance") -> Upsampler:
     """An upsampler with fresh weights from torch's global generator, in training mode.
 
     Args:
         channels: Of the backbone's features.
+        kernel: For ``jbu``; see :class:`featup.upsamplers.jbu.JBUStage`.
 
     Raises:
         GeometryError: an unknown name.
     """
     match name:
         case "jbu":
+            if kernel == "distance":
+                return JBU(channels, kernel=kernel, guidance_mean=(0.5,) * 3, guidance_std=(0.5,) * 3)
             return JBU(channels)
         case "resize_conv":
             return ResizeConv(channels)

@@ -13,7 +13,7 @@ comes out for an image does not depend on its batch mates.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from math import log
 
 import numpy as np
@@ -23,6 +23,7 @@ from torch.nn import functional
 
 from featup.backbones import Backbone
 from featup.errors import GeometryError
+from featup.inference import resize_images
 from featup.kernels.resample import interpolation_taps, resample
 from featup.losses import explained_variance
 from featup.projection import PCA
@@ -48,13 +49,13 @@ class FitOptions:
         GeometryError: a number that leaves nothing to fit.
     """
 
-    steps: int = 300
+    steps: int = 150
     tokens: int = 256
     positions: int = 16
     views: int = 56
     held_out: int = 8
-    jitter: Jitter = field(default_factory=lambda: Jitter(max_pad=20, zoom=(1.0, 1.2)))
-    lr: float = 3e-3
+    jitter: Jitter = field(default_factory=lambda: Jitter(max_pad=20, zoom=(1.0, 1.0)))
+    lr: float = 1e-3
     width: int = 128
     frequencies: int = 12
     highest: float = 5.0
@@ -141,22 +142,30 @@ class Fit:
 
     explained_variance: float
     before: float
+    _upsampler: "Implicit"
     _network: ImplicitNetwork
     _features: Tensor
     _image: Tensor
-    _base: Upsampler
     _scale: Tensor
 
     @torch.no_grad()
-    def query(self, size: tuple[int, int], window: tuple[int, int, int, int] | None = None) -> Tensor:
+    def query(
+        self,
+        size: tuple[int, int],
+        window: tuple[int, int, int, int] | None = None,
+        projection: ChannelMap | None = None,
+        out: Tensor | None = None,
+    ) -> Tensor:
         """Features at a resolution.
 
         Args:
             size: (height, width) of the whole map.
             window: (top, left, height, width) of the part wanted, in positions of that map; by default all of it.
+            projection: From the backbone's channels to ``K``; by default to the space of the PCA.
+            out: ``[height, width, K]`` to write into.
 
         Returns:
-            ``[height, width, K]`` in the space of the PCA.
+            ``[height, width, K]``.
 
         Raises:
             GeometryError: a window that reaches beyond the map.
@@ -164,18 +173,24 @@ class Fit:
         top, left, height, width = window or (0, 0, *size)
         if min(top, left) < 0 or min(height, width) < 1 or top + height > size[0] or left + width > size[1]:
             raise GeometryError(f"implicit: window {window} (top, left, height, width) reaches beyond a map of {size}")
-        base: Tensor = self._base(self._features, self._image, size)
-        out = base[0, top : top + height, left : left + width].clone()
+        pca = self._upsampler.pca
+        total = (pca.as_channel_map() if projection is None else projection).to(self._features)
+        base: Tensor = self._upsampler.base(self._features, self._image, size, total)
+        base = base[0, top : top + height, left : left + width]
+        # The residual has the unit of the features only here; what the PCA drops, the base alone gives.
+        mixing = self._scale[0] * (total.weight @ pca.components.to(total.weight).T).T
         image = as_guidance(self._image, torch.float32)
         rows, cols = (interpolation_taps("bilinear", image.shape[axis + 1], size[axis]) for axis in (0, 1))
         colours = _scaled_colours(image)
         across = _coordinates(size[1], image.device)[left : left + width]
         down = _coordinates(size[0], image.device)[top : top + height]
+        if out is None:
+            out = torch.empty_like(base)
         for band in row_bands((height, width), 1 << 14, image.device):
             part = resample(colours, rows[band.start + top : band.stop + top], cols[left : left + width])
             grid = torch.stack(torch.meshgrid(down[band], across, indexing="ij"), -1)
-            residual = self._network(grid.reshape(1, -1, 2), part.reshape(1, -1, 3))
-            out[band] += (residual * self._scale).view(-1, width, out.shape[-1])
+            residual = self._network(grid.reshape(1, -1, 2), part.reshape(1, -1, 3))[0] @ mixing
+            out[band].copy_(base[band] + residual.view(-1, width, base.shape[-1]))
         return out
 
 
@@ -187,15 +202,24 @@ class Implicit(Upsampler):
 
     name = "implicit"
 
-    def __init__(self, backbone: Backbone, pca: PCA, base: Upsampler, options: FitOptions | None = None) -> None:
+    def __init__(
+        self,
+        backbone: Backbone,
+        pca: PCA,
+        base: Upsampler,
+        options: FitOptions | None = None,
+        size: tuple[int, int] | None = None,
+    ) -> None:
         """
         Args:
             backbone: Whose features these are; it is asked for those of the views.
             pca: Of the data set: the space that is fitted.
             base: The feed-forward upsampler whose map the residual is added to.
             options: See :class:`FitOptions`.
+            size: (height, width) of the images that the backbone is given; by default that of the guidance.
         """
         super().__init__()
+        self.size = size
         self.backbone = backbone
         self.pca = pca
         self.base = base
@@ -210,23 +234,24 @@ class Implicit(Upsampler):
         projection: ChannelMap | None = None,
         out: Tensor | None = None,
     ) -> Tensor:
-        """See :meth:`Upsampler.forward`. The guidance is the uint8 image; what the PCA dropped is not in the result."""
+        """See :meth:`Upsampler.forward`. The guidance is the uint8 image the features were made from,
+        or that image at a larger size."""
         self.fits = self.fit(features, guidance)
-        back = ChannelMap(self.pca.components.T, self.pca.mean)
-        total = (back if projection is None else projection.to(self.pca.mean).after(back)).to(features)
-        maps = (functional.linear(fit.query(size), total.weight, total.bias) for fit in self.fits)
+        channels = features.shape[-1]
+        if projection is None:
+            projection = ChannelMap(torch.eye(channels).to(features), features.new_zeros(channels))
         if out is None:
-            out = features.new_empty(len(features), *size, len(total.bias))
-        for row, one in zip(out, maps, strict=True):
-            row.copy_(one)
+            out = features.new_empty(len(features), *size, len(projection.bias))
+        for row, fit in zip(out, self.fits, strict=True):
+            fit.query(size, projection=projection, out=row)
         return out
 
-    def fit(self, features: Tensor, images: Tensor) -> list[Fit]:
+    def fit(self, features: Tensor, guidance: Tensor) -> list[Fit]:
         """Fit images.
 
         Args:
             features: Their coarse features ``[B, h, w, C]``.
-            images: uint8 ``[B, H, W, 3]``, of the size the features were made from.
+            guidance: The images, uint8 ``[B, H, W, 3]``, at the size the features were made from or a larger one.
 
         Returns:
             A fit for each.
@@ -234,19 +259,21 @@ class Implicit(Upsampler):
         Raises:
             GeometryError: images that are not uint8, or whose features have another grid.
         """
-        grid = self.backbone.grid((images.shape[1], images.shape[2]))
-        if images.dtype != torch.uint8 or tuple(features.shape[1:3]) != grid or len(features) != len(images):
+        size = self.size or (guidance.shape[1], guidance.shape[2])
+        grid = self.backbone.grid(size)
+        if guidance.dtype != torch.uint8 or tuple(features.shape[1:3]) != grid or len(features) != len(guidance):
             raise GeometryError(
                 f"implicit: need uint8 images [B, H, W, 3] and their features [B, {grid[0]}, {grid[1]}, C], got "
-                f"{images.dtype} {tuple(images.shape)} and {tuple(features.shape)}; the views are views of that image"
+                f"{guidance.dtype} {tuple(guidance.shape)} and {tuple(features.shape)}; views are made of the image at "
+                f"{size} (height, width), the size that the backbone is given"
             )
         # On a CPU a stack of networks saves nothing; and products of matrices round by the shape of the stack.
-        group = len(images) if images.device.type == "cuda" else 1
+        group = len(guidance) if guidance.device.type == "cuda" else 1
         fits: list[Fit] = []
         with torch.inference_mode(False), torch.enable_grad():
-            for start in range(0, len(images), max(1, group)):
+            for start in range(0, len(guidance), max(1, group)):
                 part = slice(start, start + group)
-                fits += _fit(self, features[part].clone(), images[part].clone(), grid)
+                fits += _fit(self, features[part].clone(), guidance[part].clone(), size)
         return fits
 
 
@@ -268,10 +295,11 @@ def view_consistency(maps: Tensor, views: Sequence[View], targets: Tensor, jitte
     return explained_variance(torch.cat(seen).permute(0, 2, 3, 1).double(), targets.double())
 
 
-def _fit(upsampler: Implicit, features: Tensor, images: Tensor, grid: tuple[int, int]) -> list[Fit]:
+def _fit(upsampler: Implicit, features: Tensor, guidance: Tensor, size: tuple[int, int]) -> list[Fit]:
     options, backbone, pca = upsampler.options, upsampler.backbone, upsampler.pca
-    device, size = images.device, (images.shape[1], images.shape[2])
-    stride, count, jitter = backbone.stride, len(images), options.jitter
+    images = resize_images(guidance, size)
+    device, stride, count, jitter = images.device, backbone.stride, len(images), options.jitter
+    grid = (features.shape[1], features.shape[2])
     generators = [_generator(options.seed, image) for image in images]
     views = [jitter.sample(options.views + options.held_out, size, generator) for generator in generators]
     coarse = pca.project(features)
@@ -279,8 +307,7 @@ def _fit(upsampler: Implicit, features: Tensor, images: Tensor, grid: tuple[int,
     targets = torch.stack([_view_features(backbone, pca, *pair, jitter) for pair in zip(images, views, strict=True)])
     with torch.no_grad():
         base = upsampler.base(coarse, images, size)
-    scale = targets.flatten(0, -2).std(0).mean() if count == 1 else targets.flatten(1, -2).std(1).mean(-1)
-    scale = scale.reshape(-1, 1, 1).clamp_min(1e-6)
+    scale = targets.flatten(1, -2).std(1).mean(-1).view(-1, 1, 1).clamp_min(1e-6)
     network = ImplicitNetwork(coarse.shape[-1], count, options.width, options.frequencies, options.highest).to(device)
     for number, generator in enumerate(generators):
         network.draw(number, generator)
@@ -319,14 +346,13 @@ def _fit(upsampler: Implicit, features: Tensor, images: Tensor, grid: tuple[int,
         optimiser.step()
     fits = []
     for number in range(count):
-        alone = _one(network, number)
         held_views, held_targets = views[number][options.views :], targets[number, options.views :]
-        fit = Fit(0.0, 0.0, alone, coarse[number : number + 1], images[number : number + 1], upsampler.base,
-                  scale[number : number + 1])  # fmt: skip
+        one = slice(number, number + 1)
+        fit = Fit(0.0, 0.0, upsampler, _one(network, number), features[one], guidance[one], scale[one])
         with torch.no_grad():
             before = view_consistency(base[number], held_views, held_targets, jitter)
             after = view_consistency(fit.query(size), held_views, held_targets, jitter)
-        fits.append(Fit(float(after), float(before), fit._network, fit._features, fit._image, fit._base, fit._scale))
+        fits.append(replace(fit, explained_variance=float(after), before=float(before)))
     return fits
 
 

@@ -1,6 +1,7 @@
 """The learned stack of joint bilateral upsamplers (FeatUp, section 3.2, equations 5 to 7)."""
 
 from collections.abc import Sequence
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -11,18 +12,31 @@ from featup.kernels.window_correlation import window_correlation
 from featup.upsamplers.base import ChannelMap
 from featup.upsamplers.joint import JointUpsampler
 
-__all__ = ["IMAGENET_MEAN", "IMAGENET_STD", "JBU", "JBUStage"]
+__all__ = ["IMAGENET_MEAN", "IMAGENET_STD", "JBU", "JBUStage", "RangeKernel"]
 
 # What the official checkpoints' guidance is normalised with, whatever the backbone wants.
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
+# What a stage with the distance kernel starts as: pixels of the stage, and colours as the guidance is normalised.
+_SIGMA_SPACE, _SIGMA_COLOUR = 2.0, 0.1
+
+RangeKernel = Literal["projection", "distance"]
 
 
 class JBUStage(nn.Module):
-    """Filters of one stage: a learned range kernel times a Gaussian, plus a small learned correction."""
+    """Filters of one stage: a learned range kernel times a Gaussian, plus a small learned correction.
 
-    def __init__(self, key_dim: int = 32, radius: int = 3, dropout: float = 0.1) -> None:
+    The range kernel compares keys that are made from colours. With ``projection``, the paper's, by their product, so
+    that the key with the largest product wins, not the most similar one. With ``distance`` by minus half their squared
+    distance, so that nothing is more similar to a position than itself; such a stage starts as a bilateral filter of
+    2 pixels and 0.1 in colour, and what is learned is added to that.
+    """
+
+    def __init__(
+        self, key_dim: int = 32, radius: int = 3, dropout: float = 0.1, kernel: RangeKernel = "projection"
+    ) -> None:
         super().__init__()
+        self.kernel = kernel
         self.radius = radius
         self.dropout = dropout
         taps = (2 * radius + 1) ** 2
@@ -32,6 +46,14 @@ class JBUStage(nn.Module):
         self.range_out = nn.Linear(key_dim, key_dim)
         self.fixup_in = nn.Linear(taps + 3, taps)
         self.fixup_out = nn.Linear(taps, taps)
+        if kernel == "distance":
+            self.range_skip = nn.Linear(3, key_dim, bias=False)
+            with torch.no_grad():
+                self.range_skip.weight.copy_(torch.eye(key_dim, 3) / _SIGMA_COLOUR)
+                self.sigma_spatial.fill_(_SIGMA_SPACE / radius)
+            for layer in (self.range_out, self.fixup_out):
+                nn.init.zeros_(layer.weight)
+                nn.init.zeros_(layer.bias)
 
     def forward(self, padded_guidance: Tensor) -> Tensor:
         """``[B, H + 2r, W + 2r, 3]``, normalised, to filters ``[B, H, W, 2r + 1, 2r + 1]``.
@@ -42,7 +64,13 @@ class JBUStage(nn.Module):
         inside = (slice(None), slice(radius, -radius), slice(radius, -radius))
         keys = self.range_out(self._hidden(self.range_in(padded_guidance)))
         temperature = self.range_temp.exp().clamp(1e-4, 1e4)
-        correlation = window_correlation(keys[inside] * temperature, keys)
+        query = keys[inside]
+        if self.kernel == "distance":
+            keys = keys + self.range_skip(padded_guidance)
+            query = torch.cat([keys[inside], torch.ones_like(keys[inside][..., :1])], -1)
+            # The query's own square is the same over its window: the softmax cancels it.
+            keys = torch.cat([keys, -0.5 * keys.square().sum(-1, keepdim=True)], -1)
+        correlation = window_correlation(query * temperature, keys)
         kernel = correlation.flatten(-2).softmax(-1) * self._gaussian()
         kernel = kernel / kernel.sum(-1, keepdim=True).clamp_min(1e-7)
         correction = torch.cat([kernel, padded_guidance[inside]], -1)
@@ -80,6 +108,7 @@ class JBU(JointUpsampler):
         tile_pixels: int | None = None,
         dropout: float = 0.1,
         end_dropout: float = 0.2,
+        kernel: RangeKernel = "projection",
     ) -> None:
         """
         Args:
@@ -90,6 +119,8 @@ class JBU(JointUpsampler):
             radius, tile_pixels: See :class:`JointUpsampler`.
             dropout: Probability that a hidden unit of the filters' two small networks is left out, in training only.
             end_dropout: Likewise for a channel on its way into the map of channels at the end.
+            kernel: See :class:`JBUStage`. With ``distance`` the colours it starts from are those of [-1, 1]: give 0.5
+                as mean and standard deviation of the guidance.
 
         Raises:
             GeometryError: a radius below one, or a dropout outside [0, 1).
@@ -102,8 +133,12 @@ class JBU(JointUpsampler):
         self.guidance_mean = tuple(guidance_mean)
         self.guidance_std = tuple(guidance_std)
         self.end_dropout = end_dropout
-        self.stages = nn.ModuleList(JBUStage(key_dim, radius, dropout) for _ in range(stages))
+        self.stages = nn.ModuleList(JBUStage(key_dim, radius, dropout, kernel) for _ in range(stages))
+        self.kernel = kernel
         self.fixup = nn.Linear(channels, channels)
+        if kernel == "distance":
+            nn.init.zeros_(self.fixup.weight)
+            nn.init.zeros_(self.fixup.bias)
 
     def mixing(self, channels: int) -> ChannelMap:
         """``x + 0.1 * fixup(x)`` as one channel map."""

@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from featup.checkpoints import load_jbu, save_jbu
 from featup.errors import GeometryError
-from featup.upsamplers import JBU, Bilateral, ChannelMap, Interpolate, Upsampler, create_upsampler
+from featup.upsamplers import JBU, Bilateral, ChannelMap, Interpolate, Upsampler, create_trainable, create_upsampler
 from featup.upsamplers.base import stage_sizes
 from featup.upsamplers.jbu import JBUStage
 from featup.upsamplers.joint import JointUpsampler, resize_guidance
@@ -660,3 +660,14 @@ def test_stage_gives_what_the_original_gave(golden: Golden) -> None:
         expected = theirs[f"{layers[layer]}.{leaf}" if layer else name]
         assert parameter.grad is not None
         assert relative_error(parameter.grad, expected.view_as(parameter)) <= TOLERANCE, f"gradient of {name}"
+
+
+def test_a_jbu_with_the_distance_kernel_starts_as_a_bilateral_filter() -> None:
+    jbu = create_trainable("jbu", 6, "distance").eval()
+    features, guidance = random(1, 5, 7, 6), picture(1, 37, 50, 3)
+    with torch.no_grad():
+        found, wanted = jbu(features, guidance, (37, 50)), Bilateral(2.0, 0.1)(features, guidance, (37, 50))
+    assert (found - wanted).abs().max() < 1e-5
+    paper = create_trainable("jbu", 6, "projection").eval()
+    with torch.no_grad():
+        assert (paper(features, guidance, (37, 50)) - wanted).abs().max() > 1e-2

@@ -69,7 +69,7 @@ def test_all_that_is_known_of_a_sample_is_kept(out: str) -> None:
     plan = Plan((PlannedShard("a.tar", 1, "", 2, 2, ()),), 2, "")
     full = SampleRecord(
         "schlüssel/0", 0, "failed", "undecodable", "broken at byte 7", (480, 640), {"kind": "pad", "box": [1, 2]},
-        ("exif", "alpha"), 6, "pillow", "ab" * 32,
+        ("exif", "alpha"), 6, "pillow", "ab" * 32, 0.5,
     )  # fmt: skip
     ledger = commit(out, Receipt(plan.unit(0), plan.digest, (full, SampleRecord("k1", 1, "ok"))))
     write_index(out, plan, ledger, {})
@@ -78,10 +78,25 @@ def test_all_that_is_known_of_a_sample_is_kept(out: str) -> None:
     assert first == {
         "row": 0, "key": "schlüssel/0", "shard": "a.tar", "unit": 0, "status": "failed", "reason": "undecodable",
         "detail": "broken at byte 7", "height": 480, "width": 640, "flags": "exif alpha", "orientation": 6,
-        "decoder": "pillow", "sha256": "ab" * 32,
+        "decoder": "pillow", "sha256": "ab" * 32, "explained_variance": 0.5,
     }  # fmt: skip
     assert (second["height"], second["width"], second["transform"], second["flags"]) == (None, None, "", "")
     assert read_index(out, ["key", "status"]).column_names == ["key", "status"]
+
+
+def test_fits_far_below_the_others_are_flagged(out: str) -> None:
+    explained = [0.5, 0.52, 0.48, 0.51, None, 0.1, 0.49, 0.95]
+    plan = Plan((PlannedShard("a.tar", 1, "", len(explained), len(explained), ()),), len(explained), "")
+    records = tuple(
+        SampleRecord(f"k{row}", row, "ok", flags=("exif",), explained_variance=value)
+        for row, value in enumerate(explained)
+    )
+    write_index(out, plan, commit(out, Receipt(plan.unit(0), plan.digest, records)), {})
+    found = read_index(out)
+    flags = found["flags"].to_pylist()
+    assert [row for row, one in enumerate(flags) if "fit_outlier" in one] == [5]
+    assert flags[5] == "exif fit_outlier"
+    assert found["explained_variance"].to_pylist() == pytest.approx(explained)
 
 
 def test_units_that_failed_are_listed_with_their_samples(out: str) -> None:
