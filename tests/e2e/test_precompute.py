@@ -12,7 +12,9 @@ import zarr
 
 from featup.backbones import create_backbone
 from featup.checkpoints import load_pca, save_jbu
+from featup.inference import resize_images
 from featup.upsamplers import JBU, Bilateral
+from featup.upsamplers.implicit import FitOptions, Implicit
 from pipeline.loader import FeatureDataset
 from tests.e2e import support
 
@@ -201,3 +203,31 @@ def test_a_cnn_stage_on_images_that_are_not_square_to_another_size(tmp_path: Pat
     raw = sample["features"].half().numpy().view(np.uint16)
     assert not (raw & 0b111).any()
     assert (raw & 0b1000).any(), "7 of 10 mantissa bits are kept"
+
+
+@pytest.mark.ray
+def test_implicit_fits_go_into_the_store_with_their_quality(shards: Path, tmp_path: Path) -> None:
+    """Whatever batches and units the images come in, a fit is the one the image has alone."""
+    from pipeline.decode import DecodeOptions, prepare_sample
+    from pipeline.read import iterate_tar
+
+    out = tmp_path / "store"
+    options = ("--upsampler", "implicit", "--fit-steps", 20, "--fit-views", 6, "--fit-seed", 5, "--output-size", 96)
+    tar = shards / "train-0001.tar"
+    support.run("precompute", "--shards", tar, "--out", out, *OPTIONS, *options)
+    support.run("verify", out)
+    (sample,) = [one for number, (_, one) in enumerate(iterate_tar(str(tar))) if number == 4]
+    image = prepare_sample(sample, DecodeOptions(size=(96, 96), geometry="squash")).image
+    images = torch.from_numpy(image)[None]
+    backbone = create_backbone("test_vit", stride=16, image_size=(64, 64))
+    pca = load_pca(out / "plan" / "pca.safetensors")
+    implicit = Implicit(backbone, pca, Bilateral(), FitOptions(steps=20, views=6, seed=5), (64, 64))
+    (fit,) = implicit.fit(backbone(resize_images(images, (64, 64))), images)
+    stored = FeatureDataset(str(out), ["features"])[4]["features"]
+    expected = fit.query((96, 96))
+    assert (stored - expected).abs().max() / expected.abs().max() < 2e-3
+    index = pq.read_table(out / "index.parquet")
+    explained = index["explained_variance"].to_pylist()
+    assert explained[4] == pytest.approx(fit.explained_variance, abs=1e-4)
+    assert len(explained) == 6
+    assert all(one is not None and one < 1 for one in explained)

@@ -1,0 +1,201 @@
+"""The implicit network against reference values, and fits of real images by a real (random) backbone."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from featup.backbones import Backbone, create_backbone
+from featup.errors import GeometryError
+from featup.projection import PCA, PCAFit
+from featup.upsamplers import Bilateral, ChannelMap
+from featup.upsamplers.implicit import FitOptions, Implicit, ImplicitNetwork, view_consistency
+from featup.views import Jitter, View, warp
+
+SIZE = (64, 48)
+JITTER = Jitter(max_pad=8, zoom=(1.0, 1.0))
+OPTIONS = FitOptions(steps=40, tokens=48, positions=8, views=10, held_out=3, jitter=JITTER, width=32, lr=5e-3)
+
+
+@pytest.fixture(scope="module")
+def backbone() -> Backbone:
+    torch.manual_seed(0)
+    return create_backbone("test_vit", pretrained=False, stride=16, norm="layer", image_size=SIZE)
+
+
+@pytest.fixture(scope="module")
+def images() -> Tensor:
+    """Blocks of colour that do not lie on the backbone's grid, each with a texture of its own."""
+    generator = torch.Generator().manual_seed(5)
+    coarse = torch.rand(3, 3, 7, 5, generator=generator)
+    smooth = torch.nn.functional.interpolate(coarse, SIZE, mode="nearest")
+    noise = torch.rand(3, 3, *SIZE, generator=generator) * 0.1
+    return ((smooth * 0.9 + noise) * 255).to(torch.uint8).permute(0, 2, 3, 1).contiguous()
+
+
+@pytest.fixture(scope="module")
+def features(backbone: Backbone, images: Tensor) -> Tensor:
+    with torch.no_grad():
+        found: Tensor = backbone(images)
+    return found
+
+
+@pytest.fixture(scope="module")
+def pca(features: Tensor) -> PCA:
+    fit = PCAFit(features.shape[-1])
+    fit.add(features)
+    return fit.solve(6)
+
+
+def make(backbone: Backbone, pca: PCA, options: FitOptions = OPTIONS) -> Implicit:
+    return Implicit(backbone, pca, Bilateral(), options)
+
+
+@pytest.fixture(scope="module")
+def fitted(backbone: Backbone, pca: PCA, features: Tensor, images: Tensor) -> Implicit:
+    implicit = make(backbone, pca)
+    implicit(features, images, SIZE, pca.as_channel_map())
+    return implicit
+
+
+def test_the_network_is_that_of_the_reference(shared: Path) -> None:
+    with np.load(shared / "golden" / "featup_reference.npz") as values:
+        found = {name.removeprefix("implicit/"): values[name] for name in values.files if name.startswith("implicit/")}
+    state = {
+        name.removeprefix("state_dict/"): torch.from_numpy(value)
+        for name, value in found.items()
+        if name.startswith("state_dict/")
+    }
+    image = torch.from_numpy(found["image"])
+    count = int(found["n_freqs"])
+    network = ImplicitNetwork(16, width=16, frequencies=count, highest=10.0)
+    # In the reference's own precision: waves of 22 thousand radians leave no digits for another one to agree on.
+    # The reference keeps one number for each input and frequency, in another order.
+    loaded = {
+        "biases": state["1.biases"].reshape(1, 2, count, 5),
+        "scale_in": state["2.norm.weight"].view(1, 1, -1),
+        "shift_in": state["2.norm.bias"].view(1, 1, -1),
+        "scale_hidden": state["7.norm.weight"].view(1, 1, -1),
+        "shift_hidden": state["7.norm.bias"].view(1, 1, -1),
+    }
+    for number, layer in enumerate(("4", "8", "10")):
+        loaded[f"weights.{number}"] = state[f"{layer}.weight"][:, :, 0, 0].T[None]
+        loaded[f"offsets.{number}"] = state[f"{layer}.bias"].view(1, 1, -1)
+    network.load_state_dict(loaded)
+    height, width = image.shape[2:]
+    axes = [torch.linspace(-1, 1, side) for side in (height, width)]
+    positions = torch.stack(torch.meshgrid(*axes, indexing="ij"), -1).reshape(1, -1, 2)
+    colours = image[0].permute(1, 2, 0)
+    low, high = colours.amin((0, 1)), colours.amax((0, 1))
+    scaled = ((colours - low) / (high - low) - 0.5).reshape(1, -1, 3)
+    output = torch.from_numpy(found["output"])[0].permute(1, 2, 0).reshape(-1, 16)
+    with torch.no_grad():
+        ours = network(positions, scaled)[0]
+    assert (ours - output).norm() / output.norm() < 1e-5
+
+
+def test_the_networks_of_a_stack_are_those_alone() -> None:
+    stack = ImplicitNetwork(5, images=3, width=8, frequencies=4)
+    generators = [torch.Generator().manual_seed(seed) for seed in range(3)]
+    for image, generator in enumerate(generators):
+        stack.draw(image, generator)
+    torch.nn.init.normal_(stack.weights[2])
+    positions, colours = torch.rand(3, 11, 2) - 0.5, torch.rand(3, 11, 3) - 0.5
+    whole = stack(positions, colours)
+    for image in range(3):
+        alone = ImplicitNetwork(5, width=8, frequencies=4)
+        alone.load_state_dict({name: value[image : image + 1] for name, value in stack.state_dict().items()})
+        one = slice(image, image + 1)
+        assert torch.allclose(alone(positions[one], colours[one]), whole[one], atol=1e-5)
+
+
+def test_a_fresh_network_adds_nothing(backbone: Backbone, pca: PCA, features: Tensor, images: Tensor) -> None:
+    implicit = make(backbone, pca, FitOptions(steps=0, views=2, held_out=2, jitter=JITTER))
+    found = implicit(features, images, SIZE)
+    with torch.no_grad():
+        wanted = Bilateral()(features, images, SIZE)
+    assert torch.allclose(found, wanted, atol=1e-5)
+    assert [fit.explained_variance for fit in implicit.fits] == pytest.approx([fit.before for fit in implicit.fits])
+
+
+def test_a_fit_explains_views_it_has_not_seen(fitted: Implicit) -> None:
+    for fit in fitted.fits:
+        assert fit.explained_variance > fit.before + 0.02
+
+
+def test_the_share_explained_is_that_of_the_views(
+    fitted: Implicit, backbone: Backbone, pca: PCA, images: Tensor
+) -> None:
+    """Computed anew, from the map that is handed out."""
+    views = [View(1.0, 3, 12, True), View(1.0, 16, 0, False)]
+    normalised = backbone.normalise(images[:1]).permute(0, 2, 3, 1)
+    shown = warp(normalised.expand(2, -1, -1, -1), views, JITTER.max_pad)
+    with torch.no_grad():
+        targets = pca.project(backbone.features(shown.permute(0, 3, 1, 2)))
+    share = float(view_consistency(fitted.fits[0].query(SIZE), views, targets, JITTER))
+    seen = warp(fitted.fits[0].query(SIZE).expand(2, -1, -1, -1), views, JITTER.max_pad)
+    cells = seen.view(2, targets.shape[1], 16, targets.shape[2], 16, -1).mean((2, 4))
+    wanted = 1 - (cells - targets).square().sum() / (targets - targets.mean((0, 1, 2))).square().sum()
+    assert share == pytest.approx(float(wanted), abs=1e-4)
+
+
+def test_the_same_whoever_shares_the_batch(
+    fitted: Implicit, backbone: Backbone, pca: PCA, features: Tensor, images: Tensor
+) -> None:
+    order = [2, 0]
+    other = make(backbone, pca)
+    other(features[order], images[order], SIZE, pca.as_channel_map())
+    for place, number in enumerate(order):
+        assert torch.equal(other.fits[place].query(SIZE), fitted.fits[number].query(SIZE))
+        assert other.fits[place].explained_variance == fitted.fits[number].explained_variance
+
+
+def test_another_seed_is_another_fit(
+    fitted: Implicit, backbone: Backbone, pca: PCA, features: Tensor, images: Tensor
+) -> None:
+    other = make(backbone, pca, replace(OPTIONS, seed=1)).fit(features[:1], images[:1])[0]
+    assert not torch.equal(other.query(SIZE), fitted.fits[0].query(SIZE))
+
+
+@pytest.mark.parametrize("size", [SIZE, (96, 100)], ids=["the image's", "larger"])
+def test_a_window_is_that_part_of_the_whole(fitted: Implicit, size: tuple[int, int]) -> None:
+    whole = fitted.fits[1].query(size)
+    assert whole.shape == (*size, 6)
+    part = fitted.fits[1].query(size, (10, 7, 20, 31))
+    assert torch.allclose(part, whole[10:30, 7:38], atol=1e-5)
+
+
+@pytest.mark.parametrize("window", [(0, 0, 65, 48), (-1, 0, 4, 4), (0, 40, 4, 9), (0, 0, 0, 4)])
+def test_a_window_beyond_the_map_is_refused(fitted: Implicit, window: tuple[int, int, int, int]) -> None:
+    with pytest.raises(GeometryError, match="reaches beyond a map"):
+        fitted.fits[0].query(SIZE, window)
+
+
+def test_projection_equals_projecting_afterwards(fitted: Implicit, features: Tensor) -> None:
+    projection = ChannelMap(torch.randn(4, features.shape[-1]), torch.randn(4))
+    channels = features.shape[-1]
+    whole = fitted.fits[0].query(SIZE, projection=ChannelMap(torch.eye(channels), torch.zeros(channels)))
+    found = fitted.fits[0].query(SIZE, projection=projection)
+    assert torch.allclose(found, whole @ projection.weight.T + projection.bias, atol=1e-3)
+
+
+def test_larger_guidance_is_fitted_at_the_backbones_size(backbone: Backbone, pca: PCA, features: Tensor) -> None:
+    large = (torch.rand(1, 96, 72, 3, generator=torch.Generator().manual_seed(0)) * 255).to(torch.uint8)
+    implicit = Implicit(backbone, pca, Bilateral(), FitOptions(steps=2, views=2, held_out=1, jitter=JITTER), SIZE)
+    assert implicit(features[:1], large, (96, 72), pca.as_channel_map()).shape == (1, 96, 72, 6)
+
+
+def test_features_of_another_grid_are_refused(backbone: Backbone, pca: PCA, features: Tensor, images: Tensor) -> None:
+    with pytest.raises(GeometryError, match=r"need uint8 images .* and their features \[B, 4, 3, C\]"):
+        make(backbone, pca).fit(features[:, :3], images)
+    with pytest.raises(GeometryError, match="need uint8 images"):
+        make(backbone, pca).fit(features, images.float())
+
+
+@pytest.mark.parametrize("wrong", [{"tokens": 0}, {"views": 0}, {"steps": -1}, {"lr": 0.0}, {"frequencies": 0}])
+def test_options_that_leave_nothing_to_fit(wrong: dict[str, float]) -> None:
+    with pytest.raises(GeometryError, match="at least"):
+        FitOptions(**wrong)  # type: ignore[arg-type]
