@@ -391,9 +391,17 @@ class EvaluateConfig(BackboneConfig):
 
     rows: tuple[str, ...] = _option(
         ("nearest", "bilinear", "bicubic", "strided", "large_image", "bilateral"),
-        "of the table: nearest, bilinear, bicubic, bilateral, strided, large_image, or NAME=FILE for those that are "
-        "trained: jbu, resize_conv, carafe, sapa, ifa",
+        "of the table: nearest, bilinear, bicubic, bilateral, strided, large_image; NAME=FILE for those that are "
+        "trained: jbu, resize_conv, carafe, sapa, ifa; or implicit, which starts from bilateral, or implicit=FILE "
+        "from a jbu",
     )
+    fit_steps: int = _option(150, "implicit: steps of a fit")
+    fit_views: int = _option(56, "implicit: jittered views of an image that its fit is made from")
+    fit_components: int = _option(128, "implicit: principal components of the training images' features to fit in")
+    views: int = _option(
+        0, "also measure the share of variance that each row explains of so many shifted views of an image, 0 for none"
+    )
+    views_images: int = _option(16, "images the views are made of, spread over the set")
     factor: int = _option(2, "strided and large_image: how many times finer their features are")
     sigma_space: float = _option(1.0, "bilateral: in pixels of a stage")
     sigma_colour: float = _option(0.2, "bilateral: on RGB in [-1, 1]")
@@ -406,7 +414,10 @@ class EvaluateConfig(BackboneConfig):
     batch_size: int = _option(8, "images upsampled at once", run=True)
 
     def _checks(self) -> Sequence[tuple[bool, str]]:
-        counts = ("limit", "train_limit", "classes", "factor", "pixels", "seeds", "max_vectors", "resamples")
+        counts = (
+            *("limit", "train_limit", "classes", "factor", "pixels", "seeds", "max_vectors", "resamples"),
+            *("fit_steps", "fit_views", "fit_components", "views_images"),
+        )
         return [
             *super()._checks(),
             (min(self.size) < 1, f"size={self.size}: both sides must be at least 1"),
@@ -432,7 +443,10 @@ class EvaluateConfig(BackboneConfig):
                 )
                 for name in (*counts, "batch_size")
             ),
-            (self.pictures < 0, f"pictures={self.pictures} must be 0 or more"),
+            (
+                min(self.pictures, self.views) < 0,
+                f"pictures={self.pictures} and views={self.views} must be 0 or more",
+            ),
         ]
 
 

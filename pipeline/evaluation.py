@@ -33,7 +33,10 @@ from featup.cam import class_probabilities, explain, grad_cam
 from featup.metrics import average_drop, average_increase, bootstrap_difference
 from featup.pictures import side_by_side
 from featup.probes import Probe
+from featup.training import seeded
 from featup.upsamplers import ChannelMap
+from featup.upsamplers.implicit import view_consistency
+from featup.views import Jitter, warp
 from pipeline import storage
 from pipeline.config import EvaluateConfig, describe
 from pipeline.decode import PreparedSample
@@ -42,7 +45,7 @@ from pipeline.featurize import make_backbone, set_threads
 from pipeline.load import image_options, load_sample
 from pipeline.plan import Plan, make_plan
 from pipeline.probes import DepthTask, PixelDraw, SegmentationTask, Task, describe_probe, draw_rows
-from pipeline.rows import Row, make_rows
+from pipeline.rows import ImplicitRow, Row, make_rows
 from pipeline.run import versions
 
 __all__ = ["ImageSet", "class_colours", "evaluate", "load_set", "table"]
@@ -54,7 +57,9 @@ _CAM_MEASURES: Mapping[str, Callable[[Tensor], float]] = {
     "AD": lambda scores: average_drop(scores[:, 0], scores[:, 1]),
     "AI": lambda scores: average_increase(scores[:, 0], scores[:, 1]),
 }
-_UNITS = {"mIoU": "%", "accuracy": "%", "RMSE": "m", "delta 1.25": "%", "AD": "%", "AI": "%"}
+_VIEWS_MEASURES: Mapping[str, Callable[[Tensor], float]] = {"explained": lambda shares: 100 * float(shares.mean())}
+_JITTER = Jitter(max_pad=20, zoom=(1.0, 1.0))
+_UNITS = {"explained": "%", "mIoU": "%", "accuracy": "%", "RMSE": "m", "delta 1.25": "%", "AD": "%", "AI": "%"}
 
 Pixels = NDArray[np.uint8]
 Panels = dict[str, list[tuple[str, Pixels]]]
@@ -282,8 +287,10 @@ def _evaluate_task(
     statistics: dict[str, dict[str, list[Tensor]]] = {}
     for row in rows:
         started = time.perf_counter()
+        if isinstance(row, ImplicitRow):
+            row.learn(train.features)
         probes = {"drop-in": [drop_in]}
-        if config.retrained:
+        if config.retrained and not isinstance(row, ImplicitRow):
             probes["retrained"] = _fit_pixels(task, row, train, config)
         ready = time.perf_counter()
         statistics[row.name], predictions = _predict(task, row, val, probes, chosen, config)
@@ -300,10 +307,49 @@ def _evaluate_task(
             + ", ".join(f"{name} {task.measures[measure](one[0]):.4g}" for name, one in statistics[row.name].items()),
             started,
         )
+    if config.views:
+        _evaluate_views(config, backbone, rows, val, found, f"{task.kind} views")
     for row in rows:
         for setting, ours in statistics[row.name].items():
             baseline = statistics[found["baseline"]][setting]
             found["rows"][row.name][task.kind][setting] |= _numbers(task.measures, ours, baseline, config)
+
+
+@torch.inference_mode()
+def _evaluate_views(
+    config: EvaluateConfig,
+    backbone: Backbone,
+    rows: Sequence[Row],
+    val: ImageSet,
+    found: dict[str, Any],
+    part: str,
+) -> None:
+    """How much of the backbone's features of shifted views each row explains, for some images.
+
+    A token of a view is the mean over its patch; nothing of that is learned, so that it is the same for all rows.
+    """
+    chosen = _evenly(len(val), config.views_images)
+    explained: dict[str, list[float]] = {row.name: [] for row in rows}
+    seconds = dict.fromkeys(explained, 0.0)
+    for number in chosen:
+        one = slice(number, number + 1)
+        # Keys below 100 belong to training.
+        views = _JITTER.sample(config.views, val.size, seeded(200, number))
+        normalised = backbone.normalise(val.images[one].to(_device(backbone))).permute(0, 2, 3, 1)
+        shown = warp(normalised.expand(len(views), -1, -1, -1), views, _JITTER.max_pad)
+        targets = backbone.features(shown.permute(0, 3, 1, 2)).float()
+        for row in rows:
+            started = time.perf_counter()
+            maps = _predicted(row, val, one, None)[0]
+            seconds[row.name] += time.perf_counter() - started
+            explained[row.name].append(float(view_consistency(maps, views, targets, _JITTER)))
+    statistics = {name: torch.tensor(values) for name, values in explained.items()}
+    found["data"][part] = {"images": len(chosen), "views": config.views}
+    for row in rows:
+        ours, baseline = statistics[row.name], statistics[found["baseline"]]
+        numbers = _numbers(_VIEWS_MEASURES, [ours], [baseline], config)
+        found["rows"][row.name][part] = {"seconds_per_image": seconds[row.name] / len(chosen), **numbers}
+        _tell(f"{part}, {row.name}: {_VIEWS_MEASURES['explained'](ours):.4g} %", time.perf_counter())
 
 
 def _fit_cells(task: Task, train: ImageSet, config: EvaluateConfig) -> Probe:

@@ -1,6 +1,7 @@
 """The rows of an evaluation: ways to bring a backbone's features, or what a linear map makes of them, to a size."""
 
 from collections.abc import Sequence
+from hashlib import sha256
 from pathlib import Path
 from typing import Protocol, get_args
 
@@ -10,13 +11,15 @@ from torch import Tensor
 from featup.backbones import Backbone
 from featup.checkpoints import check_backbone
 from featup.inference import large_image_features, strided_features
+from featup.projection import PCAFit
 from featup.upsamplers import ChannelMap, Interpolate, TrainableName, Upsampler, UpsamplerName, create_upsampler
+from featup.upsamplers.implicit import Fit, FitOptions, Implicit
 from featup.weights import file_digest
 from pipeline import storage
 from pipeline.config import EvaluateConfig
 from pipeline.errors import ConfigError
 
-__all__ = ["LargeImageRow", "Row", "StridedRow", "UpsamplerRow", "make_rows"]
+__all__ = ["ImplicitRow", "LargeImageRow", "Row", "StridedRow", "UpsamplerRow", "make_rows"]
 
 
 class Row(Protocol):
@@ -57,6 +60,54 @@ class UpsamplerRow:
         """See :meth:`Row.predict`."""
         upsampled: Tensor = self.upsampler(features, images, size, projection)
         return upsampled
+
+
+class ImplicitRow:
+    """Fits to every image, each kept for whatever is asked of the image later."""
+
+    name = "implicit"
+
+    def __init__(self, backbone: Backbone, base: Upsampler, config: EvaluateConfig, digests: dict[str, str]) -> None:
+        """
+        Args:
+            backbone: The one to evaluate.
+            base: What fits start from and add to.
+            config: Says how images are fitted.
+            digests: Of the files the base was made from.
+        """
+        self.digests = digests
+        self.backbone = backbone
+        self.base = base
+        self.config = config
+        self.options = FitOptions(steps=config.fit_steps, views=config.fit_views)
+        self._implicit: Implicit | None = None
+        self._fits: dict[bytes, Fit] = {}
+
+    def learn(self, features: Tensor) -> None:
+        """Take the space of the fits from coarse features of a data set ``[N, h, w, C]``; fits made before are left."""
+        fit = PCAFit(features.shape[-1])
+        fit.add(features)
+        pca = fit.solve(min(self.config.fit_components, features.shape[-1]))
+        self._implicit = Implicit(self.backbone, pca, self.base, self.options)
+        self._fits = {}
+
+    def predict(self, images: Tensor, features: Tensor, projection: ChannelMap | None, size: tuple[int, int]) -> Tensor:
+        """See :meth:`Row.predict`."""
+        if self._implicit is None:
+            self.learn(features)
+        assert self._implicit is not None
+        outputs = []
+        for image, feature in zip(images, features, strict=True):
+            key = sha256(image.cpu().numpy().tobytes()).digest()
+            if key not in self._fits:
+                (self._fits[key],) = self._implicit.fit(feature[None], image[None])
+            outputs.append(self._fits[key].query(size, projection=projection or _identity(features)))
+        return torch.stack(outputs)
+
+
+def _identity(features: Tensor) -> ChannelMap:
+    channels = features.shape[-1]
+    return ChannelMap(torch.eye(channels).to(features), features.new_zeros(channels))
 
 
 class _OwnFeaturesRow:
@@ -115,21 +166,28 @@ def make_rows(config: EvaluateConfig, backbone: Backbone, device: torch.device) 
     trained = get_args(TrainableName)
     plain = [name for name in get_args(UpsamplerName) if name not in trained]
     own = {row.name: row for row in (StridedRow, LargeImageRow)}
+    bases = ("bilinear", "bilateral", "jbu")
     rows: list[Row] = []
     for spec, (name, _, file) in zip(config.rows, (spec.partition("=") for spec in config.rows), strict=True):
         if name in own and not file:
             rows.append(own[name](backbone, config.factor))
+        elif name == "implicit" and (file in ("", *bases[:2]) or file.endswith(".safetensors")):
+            base = file if file in bases else "jbu" if file else "bilateral"
+            started_from = _upsampler_row(config, backbone, device, base, file if base == "jbu" else "")
+            rows.append(ImplicitRow(backbone, started_from.upsampler, config, started_from.digests))
         elif (name in plain and not file) or (name in trained and file):
             rows.append(_upsampler_row(config, backbone, device, name, file))
         else:
             raise ConfigError(
                 f"rows: {spec!r} is not one of {', '.join([*plain, *own])}, nor NAME=FILE with one of "
-                f"{', '.join(trained)}"
+                f"{', '.join(trained)}, nor implicit, implicit=bilinear, implicit=bilateral or implicit=FILE of a jbu"
             )
     return rows
 
 
-def _upsampler_row(config: EvaluateConfig, backbone: Backbone, device: torch.device, name: str, file: str) -> Row:
+def _upsampler_row(
+    config: EvaluateConfig, backbone: Backbone, device: torch.device, name: str, file: str
+) -> UpsamplerRow:
     checkpoint = storage.local_copy(file) if file else None
     upsampler = create_upsampler(
         name,  # type: ignore[arg-type]  # make_rows has checked it
@@ -141,7 +199,7 @@ def _upsampler_row(config: EvaluateConfig, backbone: Backbone, device: torch.dev
     if checkpoint is None:
         return UpsamplerRow(name, upsampler)
     check_backbone(checkpoint, backbone)
-    alone = _trained_names(config.rows).count(name) == 1
+    alone = _trained_names(config.rows).count(name) <= 1
     title = name if alone else f"{name} {Path(file).with_suffix('')}"
     return UpsamplerRow(title, upsampler, {"checkpoint": file_digest(checkpoint)})
 

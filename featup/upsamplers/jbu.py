@@ -19,17 +19,19 @@ IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 # What a stage with the distance kernel starts as: pixels of the stage, and colours as the guidance is normalised.
 _SIGMA_SPACE, _SIGMA_COLOUR = 2.0, 0.1
+_LEAST_LOGIT = -20.0
 
 RangeKernel = Literal["projection", "distance"]
 
 
 class JBUStage(nn.Module):
-    """Filters of one stage: a learned range kernel times a Gaussian, plus a small learned correction.
+    """Filters of one stage: a learned range kernel times a Gaussian.
 
     The range kernel compares keys that are made from colours. With ``projection``, the paper's, by their product, so
-    that the key with the largest product wins, not the most similar one. With ``distance`` by minus half their squared
-    distance, so that nothing is more similar to a position than itself; such a stage starts as a bilateral filter of
-    2 pixels and 0.1 in colour, and what is learned is added to that.
+    that the key with the largest product wins, not the most similar one; a small learned correction is added. With
+    ``distance`` by minus half their squared distance, so that nothing is more similar to a position than itself; such a
+    stage starts as a bilateral filter of 2 pixels and 0.1 in colour. It has no correction: its filters stay weighted
+    means, which a linear probe of coarse features takes as it takes these.
     """
 
     def __init__(
@@ -44,21 +46,21 @@ class JBUStage(nn.Module):
         self.sigma_spatial = nn.Parameter(torch.tensor(1.0))
         self.range_in = nn.Linear(3, key_dim)
         self.range_out = nn.Linear(key_dim, key_dim)
-        self.fixup_in = nn.Linear(taps + 3, taps)
-        self.fixup_out = nn.Linear(taps, taps)
-        if kernel == "distance":
-            self.range_skip = nn.Linear(3, key_dim, bias=False)
-            with torch.no_grad():
-                self.range_skip.weight.copy_(torch.eye(key_dim, 3) / _SIGMA_COLOUR)
-                self.sigma_spatial.fill_(_SIGMA_SPACE / radius)
-            for layer in (self.range_out, self.fixup_out):
-                nn.init.zeros_(layer.weight)
-                nn.init.zeros_(layer.bias)
+        if kernel == "projection":
+            self.fixup_in = nn.Linear(taps + 3, taps)
+            self.fixup_out = nn.Linear(taps, taps)
+            return
+        self.range_skip = nn.Linear(3, key_dim, bias=False)
+        nn.init.zeros_(self.range_out.weight)
+        nn.init.zeros_(self.range_out.bias)
+        with torch.no_grad():
+            self.range_skip.weight.copy_(torch.eye(key_dim, 3) / _SIGMA_COLOUR)
+            self.sigma_spatial.fill_(_SIGMA_SPACE / radius)
 
     def forward(self, padded_guidance: Tensor) -> Tensor:
         """``[B, H + 2r, W + 2r, 3]``, normalised, to filters ``[B, H, W, 2r + 1, 2r + 1]``.
 
-        The filters' taps need not sum to one: the correction is added after the normalisation.
+        With a correction the taps need not sum to one: it is added after the normalisation.
         """
         radius = self.radius
         inside = (slice(None), slice(radius, -radius), slice(radius, -radius))
@@ -71,8 +73,15 @@ class JBUStage(nn.Module):
             # The query's own square is the same over its window: the softmax cancels it.
             keys = torch.cat([keys, -0.5 * keys.square().sum(-1, keepdim=True)], -1)
         correlation = window_correlation(query * temperature, keys)
+        if self.kernel == "distance":
+            # No further below the centre than counts: subnormal numbers take a CPU a hundred times as long.
+            centre = correlation[..., self.radius, self.radius, None, None]
+            correlation = (correlation - centre).clamp_min(_LEAST_LOGIT)
         kernel = correlation.flatten(-2).softmax(-1) * self._gaussian()
         kernel = kernel / kernel.sum(-1, keepdim=True).clamp_min(1e-7)
+        if self.kernel == "distance":
+            weights: Tensor = kernel.view(correlation.shape)
+            return weights
         correction = torch.cat([kernel, padded_guidance[inside]], -1)
         correction = self.fixup_out(self._hidden(self.fixup_in(correction)))
         filters: Tensor = kernel + 0.1 * correction
@@ -90,7 +99,7 @@ class JBUStage(nn.Module):
 
 
 class JBU(JointUpsampler):
-    """A stack of learned 2x stages and a small residual map of channels at the end.
+    """A stack of learned 2x stages and, with the paper's kernel, a small residual map of channels at the end.
 
     The last stage that runs ends exactly at the size asked for; a nearer size runs fewer stages.
     """
@@ -135,18 +144,18 @@ class JBU(JointUpsampler):
         self.end_dropout = end_dropout
         self.stages = nn.ModuleList(JBUStage(key_dim, radius, dropout, kernel) for _ in range(stages))
         self.kernel = kernel
-        self.fixup = nn.Linear(channels, channels)
-        if kernel == "distance":
-            nn.init.zeros_(self.fixup.weight)
-            nn.init.zeros_(self.fixup.bias)
+        if kernel == "projection":
+            self.fixup = nn.Linear(channels, channels)
 
-    def mixing(self, channels: int) -> ChannelMap:
-        """``x + 0.1 * fixup(x)`` as one channel map."""
+    def mixing(self, channels: int) -> ChannelMap | None:
+        """``x + 0.1 * fixup(x)`` as one channel map; none with the distance kernel."""
         if channels != self.channels:
             raise GeometryError(
                 f"jbu: made for {self.channels} channels, got features of {channels}; "
                 "use a checkpoint trained for this backbone and layer"
             )
+        if self.kernel == "distance":
+            return None
         weight = self.fixup.weight
         # In training a channel is left out for the whole batch. One drawn anew at every position would not commute
         # with the operator over space, and all channels would have to be made at high resolution.
