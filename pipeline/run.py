@@ -1,4 +1,4 @@
-"""Chains the stages of a run; the one place that knows Ray.
+"""Chains the stages of a run; the one place that knows Ray Data.
 
 ``ray.data.range`` over the units that are left -> load (tasks: read and decode) -> featurize (actors: extract,
 upsample, encode, write) -> receipts on the driver. A unit is one row from end to end.

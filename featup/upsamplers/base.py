@@ -105,7 +105,9 @@ class Upsampler(nn.Module):
                     out[one, rows].copy_(band)
             if out is None:
                 images.append(torch.cat(bands, 1))
-        return torch.cat(images) if out is None else out
+        if out is not None:
+            return out
+        return torch.cat(images) if images else features.new_empty(shape)
 
     def mixing(self, channels: int) -> ChannelMap | None:
         """The channel map the upsampler itself ends in, for ``channels`` input channels; ``None`` if it has none."""

@@ -306,7 +306,7 @@ def _fit(upsampler: Implicit, features: Tensor, guidance: Tensor, size: tuple[in
     # [G, V, h, w, K]
     targets = torch.stack([_view_features(backbone, pca, *pair, jitter) for pair in zip(images, views, strict=True)])
     with torch.no_grad():
-        base = upsampler.base(coarse, images, size)
+        base = upsampler.base(features, images, size, pca.as_channel_map().to(features))
     scale = targets.flatten(1, -2).std(1).mean(-1).view(-1, 1, 1).clamp_min(1e-6)
     network = ImplicitNetwork(coarse.shape[-1], count, options.width, options.frequencies, options.highest).to(device)
     for number, generator in enumerate(generators):

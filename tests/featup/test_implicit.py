@@ -11,7 +11,7 @@ from torch import Tensor
 from featup.backbones import Backbone, create_backbone
 from featup.errors import GeometryError
 from featup.projection import PCA, PCAFit
-from featup.upsamplers import Bilateral, ChannelMap
+from featup.upsamplers import Bilateral, ChannelMap, RangeKernel, create_trainable
 from featup.upsamplers.implicit import FitOptions, Implicit, ImplicitNetwork, view_consistency
 from featup.views import Jitter, View, warp
 
@@ -186,6 +186,17 @@ def test_larger_guidance_is_fitted_at_the_backbones_size(backbone: Backbone, pca
     large = (torch.rand(1, 96, 72, 3, generator=torch.Generator().manual_seed(0)) * 255).to(torch.uint8)
     implicit = Implicit(backbone, pca, Bilateral(), FitOptions(steps=2, views=2, held_out=1, jitter=JITTER), SIZE)
     assert implicit(features[:1], large, (96, 72), pca.as_channel_map()).shape == (1, 96, 72, 6)
+
+
+@pytest.mark.parametrize("kernel", ["distance", "projection"])
+def test_a_fit_may_start_from_a_jbu(
+    backbone: Backbone, pca: PCA, features: Tensor, images: Tensor, kernel: RangeKernel
+) -> None:
+    """Which is made for the backbone's channels, and not for those of the PCA."""
+    jbu = create_trainable("jbu", features.shape[-1], kernel).eval().requires_grad_(False)
+    implicit = Implicit(backbone, pca, jbu, FitOptions(steps=0, views=2, held_out=1, jitter=JITTER))
+    found = implicit(features[:1], images[:1], SIZE)
+    assert torch.allclose(found, jbu(features[:1], images[:1], SIZE), atol=1e-4)
 
 
 def test_features_of_another_grid_are_refused(backbone: Backbone, pca: PCA, features: Tensor, images: Tensor) -> None:

@@ -671,3 +671,10 @@ def test_a_jbu_with_the_distance_kernel_starts_as_a_bilateral_filter() -> None:
     paper = create_trainable("jbu", 6, "projection").eval()
     with torch.no_grad():
         assert (paper(features, guidance, (37, 50)) - wanted).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize("grad", [False, True])
+def test_no_images_give_no_maps(grad: bool) -> None:
+    with torch.set_grad_enabled(grad):
+        found = Bilateral()(torch.empty(0, 2, 3, 5), torch.empty(0, 32, 48, 3), (32, 48))
+    assert found.shape == (0, 32, 48, 5)
