@@ -19,7 +19,7 @@ from torch import Tensor
 
 from featup.backbones import Backbone, create_backbone
 from featup.checkpoints import check_backbone, load_pca, pca_bytes
-from featup.errors import FeatupError
+from featup.errors import FeatupError, GeometryError
 from featup.inference import resize_images
 from featup.projection import PCA, PCAFit
 from featup.upsamplers import ChannelMap, Upsampler, create_upsampler
@@ -108,6 +108,12 @@ class Extractor:
         if checkpoint:
             check_backbone(checkpoint, self.backbone)
             self.digests["checkpoint"] = file_digest(checkpoint)
+        largest, target = self.upsampler.largest(self.grid), config.target_size
+        if largest and config.upsampler != "implicit" and (target.height > largest[0] or target.width > largest[1]):
+            raise GeometryError(
+                f"{config.upsampler} brings {self.grid[0]}x{self.grid[1]} to at most {largest[0]}x{largest[1]} and "
+                f"output_size is {target}; ask for less, or train a deeper stack"
+            )
         self.projection: ChannelMap | None = None
         self.channels = self.backbone.channels
         if pca is not None:

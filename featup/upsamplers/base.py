@@ -113,6 +113,10 @@ class Upsampler(nn.Module):
         """The channel map the upsampler itself ends in, for ``channels`` input channels; ``None`` if it has none."""
         return None
 
+    def largest(self, low: tuple[int, int]) -> tuple[int, int] | None:
+        """The largest (height, width) that maps of (height, width) ``low`` can be brought to; ``None`` for any."""
+        return None
+
     def mapped_bands(
         self, features: Tensor, guidance: Tensor, size: tuple[int, int], total: ChannelMap | None
     ) -> Iterator[tuple[slice, Tensor]]:

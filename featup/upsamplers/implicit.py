@@ -175,8 +175,8 @@ class Fit:
             raise GeometryError(f"implicit: window {window} (top, left, height, width) reaches beyond a map of {size}")
         pca = self._upsampler.pca
         total = (pca.as_channel_map() if projection is None else projection).to(self._features)
-        base: Tensor = self._upsampler.base(self._features, self._image, size, total)
-        base = base[0, top : top + height, left : left + width]
+        base = _base_map(self._upsampler.base, self._features, self._image, size, total)[0]
+        base = base[top : top + height, left : left + width]
         # The residual has the unit of the features only here; what the PCA drops, the base alone gives.
         mixing = self._scale[0] * (total.weight @ pca.components.to(total.weight).T).T
         image = as_guidance(self._image, torch.float32)
@@ -306,7 +306,7 @@ def _fit(upsampler: Implicit, features: Tensor, guidance: Tensor, size: tuple[in
     # [G, V, h, w, K]
     targets = torch.stack([_view_features(backbone, pca, *pair, jitter) for pair in zip(images, views, strict=True)])
     with torch.no_grad():
-        base = upsampler.base(features, images, size, pca.as_channel_map().to(features))
+        base = _base_map(upsampler.base, features, images, size, pca.as_channel_map().to(features))
     scale = targets.flatten(1, -2).std(1).mean(-1).view(-1, 1, 1).clamp_min(1e-6)
     network = ImplicitNetwork(coarse.shape[-1], count, options.width, options.frequencies, options.highest).to(device)
     for number, generator in enumerate(generators):
@@ -354,6 +354,18 @@ def _fit(upsampler: Implicit, features: Tensor, guidance: Tensor, size: tuple[in
             after = view_consistency(fit.query(size), held_views, held_targets, jitter)
         fits.append(replace(fit, explained_variance=float(after), before=float(before)))
     return fits
+
+
+def _base_map(
+    upsampler: Upsampler, features: Tensor, guidance: Tensor, size: tuple[int, int], total: ChannelMap
+) -> Tensor:
+    """``[B, height, width, K]``: as far as the upsampler goes, and linear between its positions beyond that."""
+    largest = upsampler.largest((features.shape[1], features.shape[2])) or size
+    reached = (min(size[0], largest[0]), min(size[1], largest[1]))
+    base: Tensor = upsampler(features, guidance, reached, total)
+    if reached == size:
+        return base
+    return resample(base, *(interpolation_taps("bilinear", reached[axis], size[axis]) for axis in (0, 1)))
 
 
 class _Origins:

@@ -163,12 +163,16 @@ class JBU(JointUpsampler):
         identity = torch.eye(channels, device=weight.device, dtype=weight.dtype)
         return ChannelMap(identity + 0.1 * weight * kept, 0.1 * self.fixup.bias)
 
+    def largest(self, low: tuple[int, int]) -> tuple[int, int]:
+        """See :meth:`Upsampler.largest`: as far as the stack goes."""
+        return low[0] << len(self.stages), low[1] << len(self.stages)
+
     def check_stages(self, count: int, low: tuple[int, int], high: tuple[int, int]) -> None:
         """See :meth:`JointUpsampler.check_stages`."""
         if count > len(self.stages):
             raise GeometryError(
                 f"jbu: {low} to {high} (height, width) takes {count} doublings and the stack has {len(self.stages)}; "
-                f"ask for at most {tuple(side << len(self.stages) for side in low)}, or train a deeper stack"
+                f"ask for at most {self.largest(low)}, or train a deeper stack"
             )
 
     def prepare_guidance(self, guidance: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ from torch import Tensor
 from featup.backbones import Backbone, create_backbone
 from featup.errors import GeometryError
 from featup.projection import PCA, PCAFit
-from featup.upsamplers import Bilateral, ChannelMap, RangeKernel, create_trainable
+from featup.upsamplers import JBU, Bilateral, ChannelMap, RangeKernel, create_trainable
 from featup.upsamplers.implicit import FitOptions, Implicit, ImplicitNetwork, view_consistency
 from featup.views import Jitter, View, warp
 
@@ -197,6 +197,19 @@ def test_a_fit_may_start_from_a_jbu(
     implicit = Implicit(backbone, pca, jbu, FitOptions(steps=0, views=2, held_out=1, jitter=JITTER))
     found = implicit(features[:1], images[:1], SIZE)
     assert torch.allclose(found, jbu(features[:1], images[:1], SIZE), atol=1e-4)
+
+
+def test_a_fit_goes_beyond_the_stack_it_starts_from(
+    backbone: Backbone, pca: PCA, features: Tensor, images: Tensor
+) -> None:
+    jbu = JBU(features.shape[-1], stages=2, kernel="distance").eval().requires_grad_(False)
+    implicit = Implicit(backbone, pca, jbu, FitOptions(steps=0, views=2, held_out=1, jitter=JITTER))
+    (fit,) = implicit.fit(features[:1], images[:1])
+    # 4x3 tokens, of which two stages make 16x12.
+    found = fit.query((32, 24))
+    low = jbu(features[:1], images[:1], (16, 12), pca.as_channel_map())
+    wanted = torch.nn.functional.interpolate(low.permute(0, 3, 1, 2), (32, 24), mode="bilinear")[0].permute(1, 2, 0)
+    assert torch.allclose(found, wanted, atol=1e-4)
 
 
 def test_features_of_another_grid_are_refused(backbone: Backbone, pca: PCA, features: Tensor, images: Tensor) -> None:
