@@ -365,7 +365,8 @@ def _base_map(
     base: Tensor = upsampler(features, guidance, reached, total)
     if reached == size:
         return base
-    return resample(base, *(interpolation_taps("bilinear", reached[axis], size[axis]) for axis in (0, 1)))
+    rows, cols = (interpolation_taps("bilinear", reached[axis], size[axis]) for axis in (0, 1))
+    return resample(base, rows, cols)
 
 
 class _Origins:
