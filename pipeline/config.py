@@ -313,6 +313,8 @@ class TrainConfig(InputConfig):
     kernel: RangeKernel = _option(
         "distance", "jbu: the range kernel, distance (starts as a bilateral filter) or projection (the paper's)"
     )
+    start_space: float = _option(2.0, "distance kernel: sigma it starts with, in pixels of a stage; 1 for small things")
+    start_colour: float = _option(0.1, "distance kernel: sigma it starts with, on RGB in [-1, 1]")
     downsampler: Literal["attention", "blur"] = _option(
         "attention", "the model of the backbone's patch that is trained with it: attention or blur"
     )
@@ -354,6 +356,10 @@ class TrainConfig(InputConfig):
             (self.max_pad < 0, f"max_pad={self.max_pad} must be 0 pixels or more"),
             (not self.max_zoom >= 1, f"max_zoom={self.max_zoom} must be at least 1"),
             (not self.lr > 0, f"lr={self.lr} must be positive"),
+            (
+                not min(self.start_space, self.start_colour) > 0,
+                f"start_space={self.start_space} and start_colour={self.start_colour} must be positive",
+            ),
             (self.seed < 0, f"seed={self.seed} must be 0 or more"),
             (
                 not min(self.crf, self.total_variation, self.magnitude) >= 0,

@@ -7,13 +7,15 @@ backbone's own classifier, see :mod:`featup.cam`.
 One process on one machine; images, labels and coarse features are held in memory. What it leaves in ``OUT``::
 
     OUT/table.md  OUT/table.json    the table; all numbers with config, versions and digests
-    OUT/pictures/                   image, label and the rows' predictions, side by side
+    OUT/pictures/                   image, label and the rows' predictions, side by side; of activation maps what
+                                    they show of the image, and the probability of its class with that alone
     OUT/plan/                       tar indices
 """
 
 import colorsys
 import io
 import json
+import math
 import re
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -59,7 +61,13 @@ _CAM_MEASURES: Mapping[str, Callable[[Tensor], float]] = {
 }
 _VIEWS_MEASURES: Mapping[str, Callable[[Tensor], float]] = {"explained": lambda shares: 100 * float(shares.mean())}
 _JITTER = Jitter(max_pad=20, zoom=(1.0, 1.0))
-_UNITS = {"explained": "%", "mIoU": "%", "accuracy": "%", "RMSE": "m", "delta 1.25": "%", "AD": "%", "AI": "%"}
+_UNITS = {name: ("%", "↑") for name in ("explained", "mIoU", "accuracy", "delta 1.25", "AI")} | {
+    "RMSE": ("m", "↓"),
+    "AD": ("%", "↓"),
+}
+_INTERVAL = ("observed", "low", "high")
+# In one line of a picture.
+_PANELS = 5
 
 Pixels = NDArray[np.uint8]
 Panels = dict[str, list[tuple[str, Pixels]]]
@@ -130,7 +138,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
             storage.remove(storage.join(folder, old))
     for name, panels in pictures.items():
         file = io.BytesIO()
-        Image.fromarray(side_by_side(panels)).save(file, "PNG")
+        Image.fromarray(_sheet(panels)).save(file, "PNG")
         storage.write_atomic(storage.join(folder, f"{name}.png"), file.getvalue())
     print(f"\n{text}\n{len(pictures)} pictures in {folder}", flush=True)
     return found
@@ -189,41 +197,51 @@ def load_set(
 
 
 def table(found: Mapping[str, Any]) -> str:
-    """The table of what :func:`evaluate` found, in Markdown."""
-    columns: dict[str, None] = {}
-    cells: dict[str, dict[str, str]] = {}
+    """The table of what :func:`evaluate` found, in Markdown, with columns that also line up as plain text."""
+    # Images of later parts may have been seen before, by rows that keep what they made of them.
+    timed = next(iter(next(iter(found["rows"].values()))))
+    last = f"{timed} ms/image"
+    columns = {"upsampler": None}
+    cells: list[dict[str, str]] = []
     for row, parts in found["rows"].items():
-        cells[row] = {}
+        cells.append({"upsampler": row, last: f"{1000 * parts[timed]['seconds_per_image']:.0f}"})
         for part, setting, numbers in _parts(parts):
             for name, value in numbers["measures"].items():
-                title = f"{part} {name} ({_UNITS[name]})" + (f" {setting}" if setting else "")
-                spread = numbers.get("spread", {}).get(name)
-                cells[row][title] = f"{value:.3f}" if name == "RMSE" else f"{value:.1f}"
-                cells[row][title] += f" ± {spread:.2g}" if spread is not None else ""
+                unit, better = _UNITS[name]
+                title = " ".join(word for word in (part, setting, name, unit, better) if word)
                 columns[title] = None
+                places = 3 if unit == "m" else 1
+                cells[-1][title] = f"{value:.{places}f}"
+                if name in numbers.get("spread", {}):
+                    cells[-1][title] += f" ± {numbers['spread'][name]:.{places}f}"
                 if name in numbers["difference"]:
-                    against = f"{title}, difference to {found['baseline']}"
-                    low, high = numbers["difference"][name]["low"], numbers["difference"][name]["high"]
-                    cells[row][against] = f"{numbers['difference'][name]['mean']:+.3g} [{low:+.3g}, {high:+.3g}]"
-                    columns[against] = None
-        for part, numbers in parts.items():
-            columns[f"{part} ms/image"] = None
-            cells[row][f"{part} ms/image"] = f"{1000 * numbers['seconds_per_image']:.0f}"
+                    observed, low, high = (f"{numbers['difference'][name][key]:+.{places}f}" for key in _INTERVAL)
+                    cells[-1][title] += f" ({observed} [{low}, {high}])"
+    columns[last] = None
+    widths = {name: max(len(name), *(len(one.get(name, "")) for one in cells)) for name in columns}
     config = found["config"]
+    notes = []
+    if found["probes"]:
+        notes.append("- Drop-in: the probe of the coarse features, unchanged.")
+    if found["probes"] and config["retrained"]:
+        several = "; mean ± standard deviation over the probes, differences of the first" if config["seeds"] > 1 else ""
+        notes.append(
+            f"- Retrained: {config['seeds']} probe{'s'[: config['seeds'] > 1]} for every row, on up to "
+            f"{config['pixels']} pixels of every training image's upsampled features{several}."
+        )
     lines = [
         f"# {config['backbone']}, images of {config['size']}, features normalised by {config['norm']}",
         "",
-        "| upsampler | " + " | ".join(columns) + " |",
-        "| --- |" + " ---: |" * len(columns),
-    ]
-    lines += [f"| {row} | " + " | ".join(one.get(name, "") for name in columns) + " |" for row, one in cells.items()]
-    lines += ["", *(f"- {name}: {data['images']} images" for name, data in found["data"].items())]
-    lines += [f"- {text}" for text in found["probes"].values()]
-    lines += [
-        f"- Of RMSE and AD (average drop) less is better, of the others more. Differences: over {config['resamples']} "
-        f"bootstraps of the images, mean and 95% interval. Retrained: {config['seeds']} probes on other pixels each, "
-        "mean and, of several, standard deviation. ms/image: with all "
-        "probes applied at once, and the label's pixels counted."
+        "| " + " | ".join(f"{name:{width}}" for name, width in widths.items()) + " |",
+        "| " + " | ".join("-" * (width - 1) + ("-", ":")[name != "upsampler"] for name, width in widths.items()) + " |",
+        *("| " + " | ".join(f"{one.get(name, ''):{width}}" for name, width in widths.items()) + " |" for one in cells),
+        "",
+        f"- ↑ more is better, ↓ less is better. In brackets: difference to {found['baseline']}, and its 95% interval "
+        f"over {config['resamples']} bootstraps of the images.",
+        *notes,
+        f"- {last}: upsampling with all probes applied at once, and counting; without fitting probes.",
+        *(f"- {text}" for text in found["probes"].values()),
+        *(f"- {name}: {data['images']} images" for name, data in found["data"].items()),
     ]
     return "\n".join(lines) + "\n"
 
@@ -429,7 +447,11 @@ def _evaluate_cam(
     _tell(f"CAM: {len(images)} images, decoded and through the backbone", started)
     chosen = _evenly(len(images), config.pictures)
     titles = {number: f"cam_{number:05d}_{images.keys[number].replace('/', '_')}" for number in chosen}
-    pictures |= {title: [("image", images.images[number].numpy())] for number, title in titles.items()}
+    probabilities = torch.cat(scores)
+    pictures |= {
+        title: [(f"image, {probabilities[number]:.3f}", images.images[number].numpy())]
+        for number, title in titles.items()
+    }
     statistics = {}
     for row in rows:
         started = time.perf_counter()
@@ -447,8 +469,9 @@ def _evaluate_cam(
             classes = torch.tensor(images.facts["classes"][batch], device=shown.device)
             explained.append(class_probabilities(backbone, shown).gather(1, classes[:, None])[:, 0].cpu())
             for number in set(chosen) & set(range(batch.start, batch.stop)):
-                pictures[titles[number]].append((row.name, shown[number - batch.start].cpu().numpy()))
-        statistics[row.name] = torch.stack([torch.cat(scores), torch.cat(explained)], 1)
+                panel = f"{row.name}, {explained[-1][number - batch.start]:.3f}"
+                pictures[titles[number]].append((panel, shown[number - batch.start].cpu().numpy()))
+        statistics[row.name] = torch.stack([probabilities, torch.cat(explained)], 1)
         found["rows"][row.name]["CAM"] = {
             "seconds_per_image": seconds / len(images),
             "seconds": time.perf_counter() - started,
@@ -476,7 +499,8 @@ def _numbers(
         numbers["spread"] = {name: float(np.std(one, ddof=1)) for name, one in values.items()}
     if ours[0] is not baseline[0]:
         interval = bootstrap_difference(measures[compared], ours[0], baseline[0], config.resamples)
-        numbers["difference"][compared] = asdict(interval)
+        observed = measures[compared](ours[0]) - measures[compared](baseline[0])
+        numbers["difference"][compared] = {"observed": observed, **asdict(interval)}
     return numbers
 
 
@@ -498,6 +522,15 @@ def _coloured(task: Task, values: Tensor, label: Tensor) -> Pixels:
     colours[~values.isfinite().numpy()] = 0
     shown: Pixels = (colours * 255).round().astype(np.uint8)
     return shown
+
+
+def _sheet(panels: Sequence[tuple[str, Pixels]]) -> Pixels:
+    """Panels in lines of about the same length, as many as are needed."""
+    each = math.ceil(len(panels) / math.ceil(len(panels) / _PANELS))
+    lines = [side_by_side(panels[at : at + each]) for at in range(0, len(panels), each)]
+    width = max(line.shape[1] for line in lines)
+    padded = [np.pad(line, ((0, 0), (0, width - line.shape[1]), (0, 0)), constant_values=255) for line in lines]
+    return np.concatenate(padded)
 
 
 def _evenly(count: int, wanted: int) -> list[int]:

@@ -193,7 +193,7 @@ def make_objective(config: TrainConfig, backbone: Backbone) -> MultiViewObjectiv
         else BlurDownsampler(backbone.stride, backbone.stride)
     )
     return MultiViewObjective(
-        create_trainable(config.upsampler, backbone.channels, config.kernel),
+        create_trainable(config.upsampler, backbone.channels, config.kernel, (config.start_space, config.start_colour)),
         downsampler,
         jitter=Jitter(config.max_pad, (1.0, config.max_zoom)),
         jitters=config.jitters,

@@ -71,12 +71,14 @@ def create_upsampler(
     return upsampler.eval().requires_grad_(False)
 
 
-def create_trainable(name: TrainableName, channels: int, kernel: RangeKernel = "distance") -> Upsampler:
+def create_trainable(
+    name: TrainableName, channels: int, kernel: RangeKernel = "distance", start: tuple[float, float] = (2.0, 0.1)
+) -> Upsampler:
     """An upsampler with fresh weights from torch's global generator, in training mode.
 
     Args:
         channels: Of the backbone's features.
-        kernel: For ``jbu``; see :class:`featup.upsamplers.jbu.JBUStage`.
+        kernel, start: For ``jbu``; see :class:`featup.upsamplers.jbu.JBU`.
 
     Raises:
         GeometryError: an unknown name.
@@ -84,7 +86,7 @@ def create_trainable(name: TrainableName, channels: int, kernel: RangeKernel = "
     match name:
         case "jbu":
             if kernel == "distance":
-                return JBU(channels, kernel=kernel, guidance_mean=(0.5,) * 3, guidance_std=(0.5,) * 3)
+                return JBU(channels, kernel=kernel, start=start, guidance_mean=(0.5,) * 3, guidance_std=(0.5,) * 3)
             return JBU(channels)
         case "resize_conv":
             return ResizeConv(channels)

@@ -17,8 +17,6 @@ __all__ = ["IMAGENET_MEAN", "IMAGENET_STD", "JBU", "JBUStage", "RangeKernel"]
 # What the official checkpoints' guidance is normalised with, whatever the backbone wants.
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
-# What a stage with the distance kernel starts as: pixels of the stage, and colours as the guidance is normalised.
-_SIGMA_SPACE, _SIGMA_COLOUR = 2.0, 0.1
 _LEAST_LOGIT = -20.0
 
 RangeKernel = Literal["projection", "distance"]
@@ -30,12 +28,17 @@ class JBUStage(nn.Module):
     The range kernel compares keys that are made from colours. With ``projection``, the paper's, by their product, so
     that the key with the largest product wins, not the most similar one; a small learned correction is added. With
     ``distance`` by minus half their squared distance, so that nothing is more similar to a position than itself; such a
-    stage starts as a bilateral filter of 2 pixels and 0.1 in colour. It has no correction: its filters stay weighted
+    stage starts as the bilateral filter of ``start``. It has no correction: its filters stay weighted
     means, which a linear probe of coarse features takes as it takes these.
     """
 
     def __init__(
-        self, key_dim: int = 32, radius: int = 3, dropout: float = 0.1, kernel: RangeKernel = "projection"
+        self,
+        key_dim: int = 32,
+        radius: int = 3,
+        dropout: float = 0.1,
+        kernel: RangeKernel = "projection",
+        start: tuple[float, float] = (2.0, 0.1),
     ) -> None:
         super().__init__()
         self.kernel = kernel
@@ -54,8 +57,8 @@ class JBUStage(nn.Module):
         nn.init.zeros_(self.range_out.weight)
         nn.init.zeros_(self.range_out.bias)
         with torch.no_grad():
-            self.range_skip.weight.copy_(torch.eye(key_dim, 3) / _SIGMA_COLOUR)
-            self.sigma_spatial.fill_(_SIGMA_SPACE / radius)
+            self.range_skip.weight.copy_(torch.eye(key_dim, 3) / start[1])
+            self.sigma_spatial.fill_(start[0] / radius)
 
     def forward(self, padded_guidance: Tensor) -> Tensor:
         """``[B, H + 2r, W + 2r, 3]``, normalised, to filters ``[B, H, W, 2r + 1, 2r + 1]``.
@@ -118,6 +121,7 @@ class JBU(JointUpsampler):
         dropout: float = 0.1,
         end_dropout: float = 0.2,
         kernel: RangeKernel = "projection",
+        start: tuple[float, float] = (2.0, 0.1),
     ) -> None:
         """
         Args:
@@ -130,19 +134,22 @@ class JBU(JointUpsampler):
             end_dropout: Likewise for a channel on its way into the map of channels at the end.
             kernel: See :class:`JBUStage`. With ``distance`` the colours it starts from are those of [-1, 1]: give 0.5
                 as mean and standard deviation of the guidance.
+            start: The bilateral filter that ``distance`` starts as: its sigmas in pixels of a stage and in colour.
 
         Raises:
-            GeometryError: a radius below one, or a dropout outside [0, 1).
+            GeometryError: a radius below one, a dropout outside [0, 1), or a start that is not positive.
         """
         super().__init__(radius, tile_pixels)
         if not (0 <= dropout < 1 and 0 <= end_dropout < 1):
             raise GeometryError(f"jbu: dropout={dropout} and end_dropout={end_dropout} must be at least 0 and below 1")
+        if not min(start) > 0:
+            raise GeometryError(f"jbu: start={start}, the sigmas in pixels and in colour, must both be positive")
         self.channels = channels
         self.key_dim = key_dim
         self.guidance_mean = tuple(guidance_mean)
         self.guidance_std = tuple(guidance_std)
         self.end_dropout = end_dropout
-        self.stages = nn.ModuleList(JBUStage(key_dim, radius, dropout, kernel) for _ in range(stages))
+        self.stages = nn.ModuleList(JBUStage(key_dim, radius, dropout, kernel, start) for _ in range(stages))
         self.kernel = kernel
         if kernel == "projection":
             self.fixup = nn.Linear(channels, channels)

@@ -1,4 +1,4 @@
-"""The table as a user makes it: real images with labels in shards, every kind of row, and what is refused."""
+"""The table as a user makes it: labelled images in shards, every kind of row, and what is refused; a store's probe."""
 
 import json
 from pathlib import Path
@@ -10,18 +10,35 @@ import torch
 from PIL import Image
 
 from featup.backbones import create_backbone
-from featup.checkpoints import upsampler_bytes
-from featup.metrics import class_counts, mean_iou
+from featup.checkpoints import load_probe, upsampler_bytes
+from featup.metrics import class_counts, mean_iou, pixel_accuracy
 from featup.probes import cell_shares, fit_segmentation
 from featup.upsamplers import Interpolate, create_trainable
+from jobs import train_probe
+from jobs.evaluate import main
+from pipeline.decode import DecodeOptions, prepare_sample
+from pipeline.loader import FeatureDataset
+from pipeline.read import iterate_tar
 from tests.e2e import support
 
 # 0 to 7: what the red channel is, in eighths.
 CLASSES = 8
 ROWS = ("nearest", "bilinear", "bilateral", "strided", "large_image", "implicit")
-OPTIONS = ("--backbone", "test_vit", "--pretrained", "false", "--stride", 16, "--size", "64x64", "--norm", "layer")
-OPTIONS = (*OPTIONS, "--classes", CLASSES, "--threads", 1)
+BACKBONE = ("--backbone", "test_vit", "--pretrained", "false", "--stride", 16, "--size", "64x64", "--norm", "layer")
+OPTIONS = (*BACKBONE, "--classes", CLASSES, "--threads", 1)
 FIT = ("--fit-steps", 15, "--fit-views", 4, "--fit-components", 8, "--views", 2, "--views-images", 2)
+
+
+def words(*values: object) -> list[str]:
+    return [str(one) for one in values]
+
+
+def load(shards: Path, name: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """Images and class maps of a shard, without the evaluation."""
+    options = DecodeOptions(size=(64, 64), geometry="squash", labels=("seg",))
+    samples = [prepare_sample(one, options) for _, one in iterate_tar(str(shards / f"{name}.tar"))]
+    images = torch.from_numpy(np.stack([one.image for one in samples]))
+    return images, torch.from_numpy(np.stack([one.labels["seg"] for one in samples])).int()
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +70,7 @@ def evaluated(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[P
 
 
 def test_every_row_has_every_number(evaluated: tuple[Path, dict[str, Any]]) -> None:
-    out, found = evaluated
+    _, found = evaluated
     assert list(found["rows"]) == [*ROWS, "jbu"]
     assert {name: one["images"] for name, one in found["data"].items()} == {
         "seg train": 12, "seg val": 4, "seg views": 2, "depth train": 12, "depth val": 4, "depth views": 2, "CAM": 4
@@ -64,8 +81,26 @@ def test_every_row_has_every_number(evaluated: tuple[Path, dict[str, Any]]) -> N
         assert ("retrained" in row["seg"]) == (name != "implicit")
         assert row["seg views"]["measures"]["explained"] < 100
         assert 0 <= row["CAM"]["measures"]["AD"] <= 100
-    text = (out / "table.md").read_text()
-    assert len([line for line in text.splitlines() if line.startswith("| ")]) == 2 + len(found["rows"])
+
+
+def test_the_table_shows_these_numbers(evaluated: tuple[Path, dict[str, Any]]) -> None:
+    out, found = evaluated
+    lines = [line for line in (out / "table.md").read_text().splitlines() if line.startswith("|")]
+    assert len({len(line) for line in lines}) == 1, "columns do not line up"
+    names, _, *rows = ([cell.strip() for cell in line.strip("|").split("|")] for line in lines)
+    assert [row[0] for row in rows] == list(found["rows"])
+    shown = {row[0]: dict(zip(names, row, strict=True)) for row in rows}
+    for name, one in found["rows"].items():
+        assert shown[name]["depth drop-in RMSE m ↓"].startswith(f"{one['depth']['drop-in']['measures']['RMSE']:.3f}")
+        assert shown[name]["seg ms/image"] == f"{1000 * one['seg']['seconds_per_image']:.0f}"
+    ours, baseline = (found["rows"][name]["seg"]["retrained"] for name in ("nearest", "bilinear"))
+    interval = ours["difference"]["mIoU"]
+    assert interval["low"] < interval["mean"] < interval["high"]
+    assert interval["observed"] == pytest.approx(ours["measures"]["mIoU"] - baseline["measures"]["mIoU"])
+    cell = f"{ours['measures']['mIoU']:.1f} ({interval['observed']:+.1f} [{interval['low']:+.1f}, "
+    assert shown["nearest"]["seg retrained mIoU % ↑"] == f"{cell}{interval['high']:+.1f}])"
+    assert shown["bilinear"]["seg retrained mIoU % ↑"] == f"{baseline['measures']['mIoU']:.1f}"
+    assert shown["implicit"]["seg retrained mIoU % ↑"] == ""
 
 
 def test_a_fit_explains_the_most_of_views_held_out(evaluated: tuple[Path, dict[str, Any]]) -> None:
@@ -73,31 +108,34 @@ def test_a_fit_explains_the_most_of_views_held_out(evaluated: tuple[Path, dict[s
     assert explained["implicit"] > explained["bilateral"]
 
 
-def test_the_numbers_of_bilinear_are_those_computed_by_hand(
-    evaluated: tuple[Path, dict[str, Any]], shards: Path
-) -> None:
-    from pipeline.decode import DecodeOptions, prepare_sample
-    from pipeline.read import iterate_tar
-
-    def load(name: str) -> tuple[torch.Tensor, torch.Tensor]:
-        options = DecodeOptions(size=(64, 64), geometry="squash", labels=("seg",))
-        samples = [prepare_sample(one, options) for _, one in iterate_tar(str(shards / f"{name}.tar"))]
-        images = torch.from_numpy(np.stack([one.image for one in samples]))
-        return images, torch.from_numpy(np.stack([one.labels["seg"] for one in samples])).int()
-
+def test_drop_in_numbers_are_those_computed_by_hand(evaluated: tuple[Path, dict[str, Any]], shards: Path) -> None:
+    """For the nearest cell, the predictions of the coarse map itself."""
     backbone = create_backbone("test_vit", stride=16, image_size=(64, 64), norm="layer")
-    images, labels = load("train")
+    images, labels = load(shards, "train")
     with torch.inference_mode():
         features = torch.cat([backbone(one) for one in images.split(8)])
     groups = torch.arange(len(images)).repeat_interleave(16)
     shares = cell_shares(labels, (4, 4), CLASSES)
-    probe = fit_segmentation(features.clone().flatten(0, 2), shares.flatten(0, 2), groups)
-    images, labels = load("val")
+    probe = fit_segmentation(features.clone().flatten(0, 2), shares.flatten(0, 2), groups).channel_map
+    images, labels = (one[:4] for one in load(shards, "val"))
     with torch.inference_mode():
-        maps = Interpolate("bilinear")(backbone(images[:4]), images[:4], (64, 64), probe.channel_map)
-    wanted = mean_iou(class_counts(maps.argmax(-1), labels[:4], CLASSES))
-    found = evaluated[1]["rows"]["bilinear"]["seg"]["drop-in"]["measures"]["mIoU"]
-    assert found == pytest.approx(wanted, abs=0.3)
+        coarse = backbone(images)
+        cells = (coarse @ probe.weight.T + probe.bias).argmax(-1)
+        smooth = Interpolate("bilinear")(coarse, images, (64, 64), probe).argmax(-1)
+    predictions = {"nearest": cells.repeat_interleave(16, 1).repeat_interleave(16, 2), "bilinear": smooth}
+    for name, prediction in predictions.items():
+        counts = class_counts(prediction, labels, CLASSES)
+        measures = evaluated[1]["rows"][name]["seg"]["drop-in"]["measures"]
+        # Pixels on the line between two classes may change sides by how a batch is summed up.
+        assert measures["mIoU"] == pytest.approx(mean_iou(counts), abs=0.3), name
+        assert measures["accuracy"] == pytest.approx(pixel_accuracy(counts), abs=0.3), name
+
+
+def test_probes_have_learned_something(evaluated: tuple[Path, dict[str, Any]], shards: Path) -> None:
+    labels = load(shards, "val")[1][:4]
+    chance = 100 * labels.flatten().bincount().max().item() / labels.numel()
+    for setting in ("drop-in", "retrained"):
+        assert evaluated[1]["rows"]["bilinear"]["seg"][setting]["measures"]["accuracy"] > chance + 10, setting
 
 
 def test_pictures_have_a_panel_for_every_row(evaluated: tuple[Path, dict[str, Any]]) -> None:
@@ -105,16 +143,63 @@ def test_pictures_have_a_panel_for_every_row(evaluated: tuple[Path, dict[str, An
     assert [path.name.split("_")[0] for path in pictures] == ["cam"] * 2 + ["depth"] * 2 + ["seg"] * 2
     for path in pictures:
         with Image.open(path) as picture:
-            # Image, label (but for CAM) and seven rows, each 336 pixels high and square.
-            assert picture.width > 336 * (8 if path.name.startswith("cam") else 9)
+            pixels = np.asarray(picture)
+        # Image, label (but for CAM) and seven rows, each 336 pixels high and square, in two lines with titles.
+        assert pixels.shape[0] == 2 * (336 + 36)
+        panels = [
+            pixels[372 * line + 28 : 372 * line + 364, 8 + 344 * place :][:, :336]
+            for line in (0, 1)
+            for place in range((pixels.shape[1] - 8) // 344)
+        ]
+        filled = [one for one in panels if (one != 255).any()]
+        assert len(filled) == (8 if path.name.startswith("cam") else 9), path.name
+        assert all(one.std() > 5 for one in filled), path.name
 
 
-def test_rows_that_cannot_be_made_are_refused(shards: Path, tmp_path: Path) -> None:
-    command = ("--train", shards / "train.tar", "--val", shards / "val.tar", "--out", tmp_path / "out", *OPTIONS)
-    text = support.run("evaluate", *command, "--rows", "bilinear", "guided", status=1)
-    assert "'guided' is not one of nearest, bilinear" in text
+@pytest.mark.parametrize("rows", [("bilinear", "guided"), ("bilinear", "jbu"), ("bilinear=file", "nearest")], ids=str)
+def test_rows_that_do_not_exist_are_refused(
+    shards: Path, tmp_path: Path, rows: tuple[str, str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    status = main([*words("--train", shards / "train.tar", "--val", shards / "val.tar", "--out", tmp_path / "out"),
+                   *words(*OPTIONS, "--rows", *rows)])  # fmt: skip
+    assert status == 1
+    wrong = next(row for row in rows if row not in ROWS)
+    assert f"rows: {wrong!r} is not one of nearest, bilinear" in capsys.readouterr().err
+
+
+def test_a_checkpoint_of_another_backbone_is_refused(
+    shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     other = tmp_path / "other.safetensors"
     names = {"name": "resnet50", "layer": 3, "digest": "0" * 64}
     other.write_bytes(upsampler_bytes(create_trainable("jbu", 64), backbone=names))
-    text = support.run("evaluate", *command, "--rows", f"jbu={other}", status=1)
-    assert "was trained for resnet50, layer 3" in text
+    status = main([*words("--train", shards / "train.tar", "--val", shards / "val.tar", "--out", tmp_path / "out"),
+                   *words(*OPTIONS, "--rows", f"jbu={other}")])  # fmt: skip
+    assert status == 1
+    assert "was trained for resnet50, layer 3" in capsys.readouterr().err
+
+
+@pytest.mark.ray
+def test_a_probe_of_a_store_that_precompute_made(
+    shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    store, file = tmp_path / "store", tmp_path / "probe.safetensors"
+    support.run("precompute", "--shards", shards / "train.tar", "--out", store, "--labels", "seg", "--upsampler",
+                "bilinear", "--object-store-mb", 100, *BACKBONE)  # fmt: skip
+    command = words("--store", store, "--val-store", store, "--out", file, "--classes", CLASSES, "--workers", 0)
+    assert train_probe.main(command) == 0
+    said = capsys.readouterr().out.splitlines()[-1]
+    probe = load_probe(file)
+    assert (probe.kind, probe.vectors) == ("seg", 12 * 200)
+    samples = [FeatureDataset(str(store), ["features", "seg"])[number] for number in range(12)]
+    labels = torch.stack([one["seg"] for one in samples])
+    maps = [one["features"] @ probe.channel_map.weight.T + probe.channel_map.bias for one in samples]
+    counts = class_counts(torch.stack(maps).argmax(-1), labels, CLASSES)
+    chance = 100 * labels.flatten().bincount().max().item() / labels.numel()
+    assert pixel_accuracy(counts) > chance + 10
+    found = dict(text.rsplit(" ", 1) for text in said.split(": ", 1)[1].split("  "))
+    assert float(found["mIoU"]) == pytest.approx(mean_iou(counts), abs=0.05)
+    assert float(found["accuracy"]) == pytest.approx(pixel_accuracy(counts), abs=0.05)
+    missing = words("--store", store, "--out", tmp_path / "depth.safetensors", "--label", "depth", "--workers", 0)
+    assert train_probe.main(missing) == 1
+    assert "depth" in capsys.readouterr().err

@@ -662,11 +662,12 @@ def test_stage_gives_what_the_original_gave(golden: Golden) -> None:
         assert relative_error(parameter.grad, expected.view_as(parameter)) <= TOLERANCE, f"gradient of {name}"
 
 
-def test_a_jbu_with_the_distance_kernel_starts_as_a_bilateral_filter() -> None:
-    jbu = create_trainable("jbu", 6, "distance").eval()
+@pytest.mark.parametrize("start", [(2.0, 0.1), (1.0, 0.2)])
+def test_a_jbu_with_the_distance_kernel_starts_as_a_bilateral_filter(start: tuple[float, float]) -> None:
+    jbu = create_trainable("jbu", 6, "distance", start).eval()
     features, guidance = random(1, 5, 7, 6), picture(1, 37, 50, 3)
     with torch.no_grad():
-        found, wanted = jbu(features, guidance, (37, 50)), Bilateral(2.0, 0.1)(features, guidance, (37, 50))
+        found, wanted = jbu(features, guidance, (37, 50)), Bilateral(*start)(features, guidance, (37, 50))
     assert (found - wanted).abs().max() < 1e-5
     paper = create_trainable("jbu", 6, "projection").eval()
     with torch.no_grad():
