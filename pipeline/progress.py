@@ -35,21 +35,21 @@ class Progress:
         self,
         units: int,
         samples: int,
-        stream: TextIO = sys.stdout,
+        stream: TextIO | None = None,
         every: float = 10.0,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """
         Args:
             units, samples: what this run has to do.
-            stream: where lines go; a terminal is told by its ``isatty``.
+            stream: where lines go, by default the standard output; a terminal is told by its ``isatty``.
             every: seconds between lines in a log; a terminal gets two a second.
             clock: tells the seconds, from any beginning.
         """
         self.units, self.samples = units, samples
         self.done_units = self.failed_units = self.done_samples = self.failed_samples = self.bytes = 0
-        self._stream = stream
-        self._terminal = stream.isatty()
+        self._stream = stream or sys.stdout
+        self._terminal = self._stream.isatty()
         self._every = 0.5 if self._terminal else every
         self._clock = clock
         self._started = clock()
@@ -98,7 +98,7 @@ class StepProgress:
         self,
         done: int,
         steps: int,
-        stream: TextIO = sys.stdout,
+        stream: TextIO | None = None,
         every: float = 10.0,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -106,13 +106,13 @@ class StepProgress:
         Args:
             done: steps that were done before.
             steps: how many there are in all.
-            stream: where lines go.
+            stream: where lines go, by default the standard output.
             every: seconds between lines.
             clock: tells the seconds, from any beginning.
         """
         self.steps = steps
         self._first, self._every = done, every
-        self._stream, self._clock = stream, clock
+        self._stream, self._clock = stream or sys.stdout, clock
         self._started = self._shown = clock()
 
     def add(self, step: int, loss: float) -> None:
