@@ -40,7 +40,20 @@ __all__ = [
 _FORMAT = "featup-datasets/1"
 # What can be trained, and the arguments it is made with; as attributes, ``stages`` are the stages themselves.
 _TRAINABLE: dict[str, tuple[type[Upsampler], tuple[str, ...]]] = {
-    "jbu": (JBU, ("channels", "stages", "key_dim", "radius", "guidance_mean", "guidance_std", "kernel")),
+    "jbu": (
+        JBU,
+        (
+            "channels",
+            "stages",
+            "key_dim",
+            "radius",
+            "guidance_mean",
+            "guidance_std",
+            "kernel",
+            "feature_keys",
+            "coarse_stages",
+        ),
+    ),
     "resize_conv": (ResizeConv, ("channels", "stages", "width")),
     "carafe": (CARAFE, ("channels", "stages", "width")),
     "sapa": (SAPA, ("channels", "stages", "width", "key_dim")),

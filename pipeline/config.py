@@ -315,6 +315,12 @@ class TrainConfig(InputConfig):
     )
     start_space: float = _option(2.0, "distance kernel: sigma it starts with, in pixels of a stage; 1 for small things")
     start_colour: float = _option(0.1, "distance kernel: sigma it starts with, on RGB in [-1, 1]")
+    feature_keys: int = _option(
+        8, "distance kernel: directions of the coarse features that it compares beside colours, 0 for colours alone"
+    )
+    coarse_stages: int = _option(
+        1, "distance kernel: stages at the features' own size before the doublings; 0 for small things"
+    )
     downsampler: Literal["attention", "blur"] = _option(
         "attention", "the model of the backbone's patch that is trained with it: attention or blur"
     )
@@ -359,6 +365,10 @@ class TrainConfig(InputConfig):
             (
                 not min(self.start_space, self.start_colour) > 0,
                 f"start_space={self.start_space} and start_colour={self.start_colour} must be positive",
+            ),
+            (
+                min(self.feature_keys, self.coarse_stages) < 0,
+                f"feature_keys={self.feature_keys} and coarse_stages={self.coarse_stages} must be 0 or more",
             ),
             (self.seed < 0, f"seed={self.seed} must be 0 or more"),
             (

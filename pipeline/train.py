@@ -42,8 +42,9 @@ from featup.backbones import Backbone
 from featup.checkpoints import upsampler_bytes
 from featup.downsamplers import AttentionDownsampler, BlurDownsampler
 from featup.errors import FeatupError
+from featup.projection import PCAFit
 from featup.training import MultiViewObjective, seeded
-from featup.upsamplers import Interpolate, create_trainable
+from featup.upsamplers import JBU, Interpolate, create_trainable
 from featup.views import Jitter
 from pipeline import storage
 from pipeline.config import TrainConfig, describe
@@ -72,6 +73,7 @@ _CHECKPOINTS = "checkpoints"
 _STEPS_AHEAD = 4
 _EVALUATION_BATCH = 4
 _FAILURES_TOLD = 10
+_KEY_IMAGES = 256
 # What torch's own generator is seeded for; featup.training draws the rest, by smaller numbers.
 _WEIGHTS, _DROPOUT = 100, 101
 
@@ -193,7 +195,14 @@ def make_objective(config: TrainConfig, backbone: Backbone) -> MultiViewObjectiv
         else BlurDownsampler(backbone.stride, backbone.stride)
     )
     return MultiViewObjective(
-        create_trainable(config.upsampler, backbone.channels, config.kernel, (config.start_space, config.start_colour)),
+        create_trainable(
+            config.upsampler,
+            backbone.channels,
+            config.kernel,
+            (config.start_space, config.start_colour),
+            min(config.feature_keys, backbone.channels),
+            config.coarse_stages,
+        ),
         downsampler,
         jitter=Jitter(config.max_pad, (1.0, config.max_zoom)),
         jitters=config.jitters,
@@ -404,6 +413,8 @@ class _Worker:
         )
         if self.step and self.rank == 0:
             _say(f"going on after step {self.step}, from its checkpoint")
+        if not self.step:
+            self._fit_feature_keys()
         held_out = self._load_held_out() if self.rank == 0 else []
         log = read_log(config.out, self.step) if self.step else []
         board = self._open_board()
@@ -466,6 +477,22 @@ class _Worker:
                 "is too high, or features out of range; start anew with a lower one, or with norm=layer"
             )
         return found
+
+    def _fit_feature_keys(self) -> None:
+        """What a JBU compares of the features, from the first images of the order: the same in every worker."""
+        upsampler = self.objective.upsampler
+        if not (isinstance(upsampler, JBU) and upsampler.feature_keys):
+            return
+        fit = PCAFit(self.backbone.channels)
+        for position in range(min(_KEY_IMAGES, len(self.order))):
+            try:
+                image = load_draw(self.plan, [next(self.order.drawn(position))], self.options).image
+            except InputError:
+                continue  # Counted where it is trained on.
+            with torch.no_grad():
+                fit.add(self.backbone(torch.from_numpy(image)[None].to(self.device)))
+        pca = fit.solve(upsampler.feature_keys)
+        upsampler.set_feature_keys(pca.components, pca.variance)
 
     def _load_held_out(self) -> list[Tensor]:
         """The images held out that can be decoded, in batches."""

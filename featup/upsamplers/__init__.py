@@ -72,13 +72,18 @@ def create_upsampler(
 
 
 def create_trainable(
-    name: TrainableName, channels: int, kernel: RangeKernel = "distance", start: tuple[float, float] = (2.0, 0.1)
+    name: TrainableName,
+    channels: int,
+    kernel: RangeKernel = "distance",
+    start: tuple[float, float] = (2.0, 0.1),
+    feature_keys: int = 0,
+    coarse_stages: int = 0,
 ) -> Upsampler:
     """An upsampler with fresh weights from torch's global generator, in training mode.
 
     Args:
         channels: Of the backbone's features.
-        kernel, start: For ``jbu``; see :class:`featup.upsamplers.jbu.JBU`.
+        kernel, start, feature_keys, coarse_stages: For ``jbu``; see :class:`featup.upsamplers.jbu.JBU`.
 
     Raises:
         GeometryError: an unknown name.
@@ -86,7 +91,15 @@ def create_trainable(
     match name:
         case "jbu":
             if kernel == "distance":
-                return JBU(channels, kernel=kernel, start=start, guidance_mean=(0.5,) * 3, guidance_std=(0.5,) * 3)
+                return JBU(
+                    channels,
+                    kernel=kernel,
+                    start=start,
+                    feature_keys=feature_keys,
+                    coarse_stages=coarse_stages,
+                    guidance_mean=(0.5,) * 3,
+                    guidance_std=(0.5,) * 3,
+                )
             return JBU(channels)
         case "resize_conv":
             return ResizeConv(channels)

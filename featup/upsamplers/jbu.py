@@ -39,6 +39,8 @@ class JBUStage(nn.Module):
         dropout: float = 0.1,
         kernel: RangeKernel = "projection",
         start: tuple[float, float] = (2.0, 0.1),
+        feature_keys: int = 0,
+        start_feature: float = 0.4,
     ) -> None:
         super().__init__()
         self.kernel = kernel
@@ -47,21 +49,24 @@ class JBUStage(nn.Module):
         taps = (2 * radius + 1) ** 2
         self.range_temp = nn.Parameter(torch.tensor(0.0))
         self.sigma_spatial = nn.Parameter(torch.tensor(1.0))
-        self.range_in = nn.Linear(3, key_dim)
+        guides = 3 + feature_keys
+        self.range_in = nn.Linear(guides, key_dim)
         self.range_out = nn.Linear(key_dim, key_dim)
         if kernel == "projection":
-            self.fixup_in = nn.Linear(taps + 3, taps)
+            self.fixup_in = nn.Linear(taps + guides, taps)
             self.fixup_out = nn.Linear(taps, taps)
             return
-        self.range_skip = nn.Linear(3, key_dim, bias=False)
+        self.range_skip = nn.Linear(guides, key_dim, bias=False)
         nn.init.zeros_(self.range_out.weight)
         nn.init.zeros_(self.range_out.bias)
         with torch.no_grad():
-            self.range_skip.weight.copy_(torch.eye(key_dim, 3) / start[1])
+            self.range_skip.weight.copy_(torch.eye(key_dim, guides))
+            self.range_skip.weight[:, :3] /= start[1]
+            self.range_skip.weight[:, 3:] /= start_feature
             self.sigma_spatial.fill_(start[0] / radius)
 
     def forward(self, padded_guidance: Tensor) -> Tensor:
-        """``[B, H + 2r, W + 2r, 3]``, normalised, to filters ``[B, H, W, 2r + 1, 2r + 1]``.
+        """``[B, H + 2r, W + 2r, 3 + D]``, normalised, to filters ``[B, H, W, 2r + 1, 2r + 1]``.
 
         With a correction the taps need not sum to one: it is added after the normalisation.
         """
@@ -122,6 +127,10 @@ class JBU(JointUpsampler):
         end_dropout: float = 0.2,
         kernel: RangeKernel = "projection",
         start: tuple[float, float] = (2.0, 0.1),
+        feature_keys: int = 0,
+        start_feature: float = 0.4,
+        coarse_stages: int = 0,
+        start_coarse: float = 0.3,
     ) -> None:
         """
         Args:
@@ -135,24 +144,70 @@ class JBU(JointUpsampler):
             kernel: See :class:`JBUStage`. With ``distance`` the colours it starts from are those of [-1, 1]: give 0.5
                 as mean and standard deviation of the guidance.
             start: The bilateral filter that ``distance`` starts as: its sigmas in pixels of a stage and in colour.
+            feature_keys: With ``distance``, how many directions of the coarse features the range kernel sees beside
+                the colours: what looks alike but is not the same thing is kept apart, what is one thing and looks
+                different is joined. :meth:`set_feature_keys` gives them; until then they are zero.
+            start_feature: The sigma that ``distance`` starts with along them, in their standard deviations together.
+            coarse_stages: Stages at the features' own size before the doublings, which make tokens of one thing agree.
+            start_coarse: The sigma in colour that these start with.
 
         Raises:
-            GeometryError: a radius below one, a dropout outside [0, 1), or a start that is not positive.
+            GeometryError: a radius below one, a dropout outside [0, 1), a start that is not positive, keys of the
+                features with the paper's kernel, or more of them than the kernel is wide.
         """
         super().__init__(radius, tile_pixels)
+        if feature_keys and (kernel == "projection" or feature_keys + 3 > key_dim or feature_keys > channels):
+            raise GeometryError(
+                f"jbu: feature_keys={feature_keys} with kernel={kernel!r}: only the distance kernel takes them, "
+                f"at most key_dim - 3 = {key_dim - 3} and one for each of {channels} channels"
+            )
         if not (0 <= dropout < 1 and 0 <= end_dropout < 1):
             raise GeometryError(f"jbu: dropout={dropout} and end_dropout={end_dropout} must be at least 0 and below 1")
-        if not min(start) > 0:
-            raise GeometryError(f"jbu: start={start}, the sigmas in pixels and in colour, must both be positive")
+        if not min(*start, start_feature, start_coarse) > 0:
+            raise GeometryError(
+                f"jbu: start={start}, start_feature={start_feature} and start_coarse={start_coarse} are sigmas and "
+                "must be positive"
+            )
         self.channels = channels
         self.key_dim = key_dim
         self.guidance_mean = tuple(guidance_mean)
         self.guidance_std = tuple(guidance_std)
         self.end_dropout = end_dropout
-        self.stages = nn.ModuleList(JBUStage(key_dim, radius, dropout, kernel, start) for _ in range(stages))
+        self.feature_keys = feature_keys
+        self.coarse_stages = coarse_stages
+        guides = (feature_keys, start_feature)
+        self.stages = nn.ModuleList(JBUStage(key_dim, radius, dropout, kernel, start, *guides) for _ in range(stages))
+        self.coarse = nn.ModuleList(
+            JBUStage(key_dim, radius, dropout, kernel, (start[0], start_coarse), *guides) for _ in range(coarse_stages)
+        )
+        if feature_keys:
+            self.register_buffer("feature_map", torch.zeros(feature_keys, channels))
+            self.feature_map: Tensor
         self.kernel = kernel
         if kernel == "projection":
             self.fixup = nn.Linear(channels, channels)
+
+    def set_feature_keys(self, components: Tensor, variance: Tensor) -> None:
+        """Take directions of the features, those of a PCA of the training images', as the keys.
+
+        Their unit is the root of the variance they hold together, whatever the scale of a backbone's features.
+
+        Args:
+            components: Orthonormal rows ``[feature_keys, C]``.
+            variance: ``[feature_keys]``, of the features along each.
+
+        Raises:
+            GeometryError: not as many as there are keys, or of other features.
+        """
+        shape = (self.feature_keys, self.channels)
+        if tuple(components.shape) != shape:
+            raise GeometryError(f"jbu: the keys take components {list(shape)}, got {list(components.shape)}")
+        unit = variance.sum().sqrt().clamp_min(1e-6)
+        self.feature_map.copy_(components / unit)
+
+    def keys(self, features: Tensor) -> Tensor | None:
+        """See :meth:`JointUpsampler.keys`. The filters only compare them: their mean does not matter."""
+        return functional.linear(features, self.feature_map) if self.feature_keys else None
 
     def mixing(self, channels: int) -> ChannelMap | None:
         """``x + 0.1 * fixup(x)`` as one channel map; none with the distance kernel."""
@@ -188,5 +243,5 @@ class JBU(JointUpsampler):
 
     def filters(self, stage: int, padded_guidance: Tensor) -> Tensor:
         """See :meth:`JointUpsampler.filters`."""
-        filters: Tensor = self.stages[stage](padded_guidance)
+        filters: Tensor = (self.coarse[stage] if stage < 0 else self.stages[stage])(padded_guidance)
         return filters

@@ -14,13 +14,16 @@ from torch.nn import functional
 from featup.errors import GeometryError
 from featup.kernels.adaptive_conv import adaptive_conv
 from featup.kernels.resample import interpolation_taps, resample
-from featup.upsamplers.base import Upsampler, as_guidance, row_bands, stage_sizes
+from featup.upsamplers.base import ChannelMap, Upsampler, as_guidance, row_bands, stage_sizes
 
 __all__ = ["JointUpsampler", "resize_guidance"]
 
 
 class JointUpsampler(Upsampler):
     """A stack of joint stages. Sub-classes say how a band's filters follow from the guidance."""
+
+    coarse_stages = 0
+    """How many stages at the features' own size come before the doublings."""
 
     def __init__(self, radius: int, tile_pixels: int | None) -> None:
         """
@@ -43,9 +46,9 @@ class JointUpsampler(Upsampler):
         """Filters of one band.
 
         Args:
-            stage: Which stage of how many have gone before.
+            stage: How many doublings have gone before; negative before the first, in a stage that keeps the size.
             padded_guidance: ``[1, h + 2r, w + 2r, 3]``, the band with its surroundings, as :meth:`prepare_guidance`
-                left it.
+                left it; then the channels of :meth:`keys`, if there are any.
 
         Returns:
             ``[1, h, w, 2r + 1, 2r + 1]``.
@@ -59,22 +62,44 @@ class JointUpsampler(Upsampler):
         """From [0, 1] to the scale the filters are made for."""
         return guidance
 
+    def keys(self, features: Tensor) -> Tensor | None:
+        """What the filters shall know of the features: ``[1, h, w, D]`` from ``[1, h, w, C]``; by default nothing."""
+        return None
+
+    def mapped_bands(
+        self, features: Tensor, guidance: Tensor, size: tuple[int, int], total: ChannelMap | None
+    ) -> Iterator[tuple[slice, Tensor]]:
+        """See :meth:`Upsampler.mapped_bands`. The filters come from the features as they were before the map."""
+        keys = self.keys(features)
+        if total is None:
+            yield from self._bands(features, guidance, size, keys)
+            return
+        low = functional.linear(features, total.weight)
+        for rows, linear in self._bands(low, guidance, size, keys):
+            yield rows, linear + total.bias if torch.is_grad_enabled() else linear.add_(total.bias)
+
     def bands(self, features: Tensor, guidance: Tensor, size: tuple[int, int]) -> Iterator[tuple[slice, Tensor]]:
         """See :meth:`Upsampler.bands`. The last stage's map is never whole, only the smaller ones before it."""
+        return self._bands(features, guidance, size, self.keys(features))
+
+    def _bands(
+        self, features: Tensor, guidance: Tensor, size: tuple[int, int], keys: Tensor | None
+    ) -> Iterator[tuple[slice, Tensor]]:
         guidance = self.prepare_guidance(as_guidance(guidance, features.dtype))
         low = (features.shape[1], features.shape[2])
-        sizes = stage_sizes(low, size)
-        self.check_stages(len(sizes), low, size)
-        for stage, stage_size in enumerate(sizes[:-1]):
-            features = self.run_stage(stage, features, resize_guidance(guidance, stage_size))
-        if sizes:
-            yield from self._stage_bands(len(sizes) - 1, features, resize_guidance(guidance, size))
+        doublings = stage_sizes(low, size)
+        self.check_stages(len(doublings), low, size)
+        stages = list(enumerate([*[low] * self.coarse_stages, *doublings], -self.coarse_stages))
+        for stage, stage_size in stages[:-1]:
+            features = self.run_stage(stage, features, _guide(guidance, keys, stage_size))
+        if stages:
+            yield from self._stage_bands(stages[-1][0], features, _guide(guidance, keys, size))
         else:
             # No stage to run: this is the caller's own tensor, which must not be written to.
             yield slice(0, size[0]), features.clone()
 
     def run_stage(self, stage: int, features: Tensor, guidance: Tensor) -> Tensor:
-        """One stage: ``features [B, h, w, C]`` to the size of the prepared ``guidance [B, H, W, 3]``."""
+        """One stage: ``features [B, h, w, C]`` to the size of the prepared ``guidance [B, H, W, 3 + D]``."""
         if torch.is_grad_enabled():
             return torch.cat([band for _, band in self._stage_bands(stage, features, guidance)], 1)
         whole = features.new_empty(len(features), *guidance.shape[1:3], features.shape[3])
@@ -97,6 +122,15 @@ class JointUpsampler(Upsampler):
             source = resample(features, down[halo], across)
             filters = self.filters(stage, padded[:, halo])
             yield rows, adaptive_conv(source, filters, out=None if whole is None else whole[:, rows])
+
+
+def _guide(guidance: Tensor, keys: Tensor | None, size: tuple[int, int]) -> Tensor:
+    """What a stage of ``size`` is guided by: colours, and keys interpolated from the features' grid."""
+    guidance = resize_guidance(guidance, size)
+    if keys is None:
+        return guidance
+    rows, cols = (interpolation_taps("bilinear", keys.shape[axis + 1], size[axis]) for axis in (0, 1))
+    return torch.cat([guidance, resample(keys, rows, cols)], -1)
 
 
 def resize_guidance(guidance: Tensor, size: tuple[int, int]) -> Tensor:

@@ -122,6 +122,15 @@ def test_jbu_round_trip(tmp_path: Path) -> None:
         assert '"backbone": "vit"' in file.metadata()["featup"]
 
 
+def test_jbu_with_keys_of_the_features_round_trip(tmp_path: Path) -> None:
+    jbu = random_jbu(kernel="distance", feature_keys=2, coarse_stages=1)
+    jbu.set_feature_keys(random(2, CHANNELS), torch.ones(2))
+    save_jbu(jbu, tmp_path / "jbu.safetensors")
+    found = load_jbu(tmp_path / "jbu.safetensors")
+    same_jbu(found, jbu)
+    assert torch.equal(found.feature_map, jbu.feature_map) and len(found.coarse) == 1
+
+
 def test_a_stack_on_its_way_of_training_can_be_saved(tmp_path: Path) -> None:
     jbu = random_jbu().requires_grad_(True).train()
     save_jbu(jbu, tmp_path / "jbu.safetensors")

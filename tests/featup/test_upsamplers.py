@@ -674,6 +674,48 @@ def test_a_jbu_with_the_distance_kernel_starts_as_a_bilateral_filter(start: tupl
         assert (paper(features, guidance, (37, 50)) - wanted).abs().max() > 1e-2
 
 
+def keyed_jbu(coarse_stages: int, start_feature: float = 0.4) -> JBU:
+    jbu = JBU(6, kernel="distance", feature_keys=2, coarse_stages=coarse_stages, start_feature=start_feature)
+    jbu.set_feature_keys(torch.eye(2, 6), torch.tensor([3.0, 1.0]))
+    return jbu.eval().requires_grad_(False)
+
+
+@pytest.mark.parametrize("coarse_stages", [0, 2])
+def test_keys_of_the_features_keep_their_edges_where_the_image_has_none(coarse_stages: int) -> None:
+    features = random(1, 4, 6, 6) * 0.01
+    features[:, :, 3:, 0] += 4
+    grey = torch.full((1, 32, 48, 3), 0.5)
+    sharp, blunt = (keyed_jbu(coarse_stages, sigma)(features, grey, (32, 48))[0, :, :, 0] for sigma in (0.2, 1e4))
+    # On the tokens' own positions a step stays a step with keys, and is smoothed away without.
+    step = [map[:, 28].mean() - map[:, 19].mean() for map in (sharp, blunt)]
+    assert step[0] > 3.5 > step[1] + 0.3
+
+
+@pytest.mark.parametrize("coarse_stages", [0, 1])
+def test_keys_are_those_of_the_features_before_a_projection(coarse_stages: int) -> None:
+    jbu = keyed_jbu(coarse_stages)
+    features, guidance = random(2, 4, 5, 6), picture(2, 32, 40, 3)
+    chosen = ChannelMap(torch.eye(6)[3:5], torch.tensor([1.0, -1.0]))
+    for size in ((32, 40), (4, 5)):
+        whole = jbu(features, guidance, size)
+        assert torch.allclose(jbu(features, guidance, size, chosen), whole[..., 3:5] + chosen.bias, atol=1e-5)
+        banded = keyed_jbu(coarse_stages)
+        banded.tile_pixels = 40
+        assert torch.equal(banded(features, guidance, size), whole)
+    assert (jbu(features, guidance, (4, 5)) != features).any() == (coarse_stages > 0)
+
+
+def test_keys_that_cannot_be() -> None:
+    with pytest.raises(GeometryError, match="only the distance kernel"):
+        JBU(6, feature_keys=2)
+    with pytest.raises(GeometryError, match="feature_keys=7"):
+        JBU(6, kernel="distance", feature_keys=7)
+    with pytest.raises(GeometryError, match="start_coarse"):
+        JBU(6, kernel="distance", coarse_stages=1, start_coarse=0.0)
+    with pytest.raises(GeometryError, match=r"\[2, 6\], got \[3, 6\]"):
+        keyed_jbu(0).set_feature_keys(torch.eye(3, 6), torch.ones(3))
+
+
 @pytest.mark.parametrize("grad", [False, True])
 def test_no_images_give_no_maps(grad: bool) -> None:
     with torch.set_grad_enabled(grad):
