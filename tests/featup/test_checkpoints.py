@@ -128,7 +128,8 @@ def test_jbu_with_keys_of_the_features_round_trip(tmp_path: Path) -> None:
     save_jbu(jbu, tmp_path / "jbu.safetensors")
     found = load_jbu(tmp_path / "jbu.safetensors")
     same_jbu(found, jbu)
-    assert torch.equal(found.feature_map, jbu.feature_map) and len(found.coarse) == 1
+    assert torch.equal(found.feature_map, jbu.feature_map)
+    assert len(found.coarse) == 1
 
 
 def test_a_stack_on_its_way_of_training_can_be_saved(tmp_path: Path) -> None:
