@@ -52,6 +52,7 @@ _TRAINABLE: dict[str, tuple[type[Upsampler], tuple[str, ...]]] = {
             "kernel",
             "feature_keys",
             "coarse_stages",
+            "bicubic_a",
         ),
     ),
     "resize_conv": (ResizeConv, ("channels", "stages", "width")),

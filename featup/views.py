@@ -18,7 +18,7 @@ from torch import Tensor
 from featup.errors import GeometryError
 from featup.kernels.resample import Taps, resample
 
-__all__ = ["Jitter", "View", "reflect", "to_image", "to_view", "warp"]
+__all__ = ["Jitter", "View", "pool_views", "reflect", "to_image", "to_view", "warp"]
 
 
 @dataclass(frozen=True)
@@ -207,6 +207,44 @@ def to_view(view: View, positions: Tensor, size: tuple[int, int], max_pad: int) 
     return torch.stack([row, column], -1), inside
 
 
+def pool_views(maps: Tensor, views: Sequence[View], max_pad: int, image_size: tuple[int, int], sigma: float) -> Tensor:
+    """What the coarse maps of an image's views say of it together, on the grid of the maps.
+
+    At the centre of every cell of the image's own grid, the mean of the views' vectors less than a cell away down and
+    across, one at distance ``d``, in cells of its own view, weighted by ``exp(-d^2 / (2 sigma^2))``: the
+    Nadaraya-Watson estimate of the features of a patch that is centred there. A view counts where it shows the place
+    itself and not its reflection.
+
+    Args:
+        maps: Of the views, ``[V, h, w, C]``.
+        views: One for each map; the identity among them leaves no cell without a vector.
+        max_pad: Of the jitter the views were drawn from, in pixels of the image.
+        image_size: (height, width) of the image, in pixels.
+        sigma: Of the weights, in cells of a view.
+
+    Returns:
+        ``[h, w, C]``; not a number where no view shows the place.
+
+    Raises:
+        GeometryError: maps that are not as many as there are views, a view that reaches beyond the padded image, or a
+            sigma that is not positive.
+    """
+    if maps.dim() != 4 or len(maps) != len(views) or not sigma > 0:
+        raise GeometryError(
+            f"pool_views: need maps [V, h, w, C], one view for each and a positive sigma, got {tuple(maps.shape)}, "
+            f"{len(views)} views and sigma={sigma}"
+        )
+    grid = (maps.shape[1], maps.shape[2])
+    total, weight = maps.new_zeros(1, *grid, maps.shape[3]), maps.new_zeros(grid)
+    for number, view in enumerate(views):
+        _check_view(view, image_size, max_pad)
+        rows = _pooling_taps(grid[0], image_size[0], view.zoom, view.top, False, max_pad, sigma)
+        cols = _pooling_taps(grid[1], image_size[1], view.zoom, view.left, view.flip, max_pad, sigma)
+        total = total + resample(maps[number : number + 1], rows, cols)
+        weight = weight + (rows.weight.sum(1)[:, None] * cols.weight.sum(1)).to(weight)
+    return (total / weight[..., None])[0]
+
+
 def reflect(positions: Tensor, size: int) -> Tensor:
     """Positions along an axis, whole or fractional, brought into ``[0, size - 1]`` by reflection at its ends.
 
@@ -242,6 +280,22 @@ def _view_taps(held: int, side: int, out: int, zoom: float, offset: int, flip: b
     t = place - first
     index = torch.stack([first, first + 1], 1).long().clamp_max(held - 1)
     return Taps(index, torch.stack([1 - t, t], 1).float(), held)
+
+
+def _pooling_taps(
+    cells: int, side: int, zoom: float, offset: int, flip: bool, max_pad: int, sigma: float
+) -> Taps:
+    """Taps into an axis of a view's cells for the cells of the image's own: the weights of :func:`pool_views`."""
+    at = (torch.arange(cells, dtype=torch.float64) + 0.5) * (side / cells) - 0.5
+    at = (at + max_pad + 0.5) * zoom - 0.5 - offset
+    if flip:
+        at = side - 1 - at
+    place = (at + 0.5) * (cells / side) - 0.5
+    index = place.floor()[:, None] + torch.tensor([0, 1])
+    distance = (index - place[:, None]).abs()
+    seen = (at >= -0.5)[:, None] & (at < side - 0.5)[:, None] & (index >= 0) & (index < cells) & (distance < 1)
+    weight = torch.exp(-0.5 * (distance / sigma).square()) * seen
+    return Taps(index.clamp(0, cells - 1).long(), weight.float(), cells)
 
 
 def _coordinates(view: View, positions: Tensor, size: tuple[int, int], max_pad: int) -> tuple[Tensor, Tensor]:

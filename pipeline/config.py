@@ -321,6 +321,9 @@ class TrainConfig(InputConfig):
     coarse_stages: int = _option(
         1, "distance kernel: stages at the features' own size before the doublings; 0 for small things"
     )
+    bicubic_a: float = _option(
+        -2.0, "distance kernel: of the bicubic interpolation in a stage; -0.75 is the usual one, less sharpens more"
+    )
     downsampler: Literal["attention", "blur"] = _option(
         "attention", "the model of the backbone's patch that is trained with it: attention or blur"
     )

@@ -202,6 +202,7 @@ def make_objective(config: TrainConfig, backbone: Backbone) -> MultiViewObjectiv
             (config.start_space, config.start_colour),
             min(config.feature_keys, backbone.channels),
             config.coarse_stages,
+            config.bicubic_a,
         ),
         downsampler,
         jitter=Jitter(config.max_pad, (1.0, config.max_zoom)),

@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Literal, get_args
 
 from featup.errors import GeometryError
+from featup.kernels.resample import BICUBIC_A
 from featup.upsamplers.base import ChannelMap, Upsampler
 from featup.upsamplers.baselines import CARAFE, IFA, SAPA, DeepImagePrior, ResizeConv
 from featup.upsamplers.bilateral import Bilateral
@@ -78,12 +79,13 @@ def create_trainable(
     start: tuple[float, float] = (2.0, 0.1),
     feature_keys: int = 0,
     coarse_stages: int = 0,
+    bicubic_a: float = BICUBIC_A,
 ) -> Upsampler:
     """An upsampler with fresh weights from torch's global generator, in training mode.
 
     Args:
         channels: Of the backbone's features.
-        kernel, start, feature_keys, coarse_stages: For ``jbu``; see :class:`featup.upsamplers.jbu.JBU`.
+        kernel, start, feature_keys, coarse_stages, bicubic_a: For ``jbu``; see :class:`featup.upsamplers.jbu.JBU`.
 
     Raises:
         GeometryError: an unknown name.
@@ -97,6 +99,7 @@ def create_trainable(
                     start=start,
                     feature_keys=feature_keys,
                     coarse_stages=coarse_stages,
+                    bicubic_a=bicubic_a,
                     guidance_mean=(0.5,) * 3,
                     guidance_std=(0.5,) * 3,
                 )

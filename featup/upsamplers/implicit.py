@@ -5,8 +5,10 @@ of a view's tokens, weighted by a learned attention, gives what the backbone say
 rays, a step samples tokens of all views and a few positions in each one's patch: its cost does not depend on the
 image's size, the patch's or the number of views.
 
-What is fitted is a residual over a feed-forward upsampler's map, so a fit starts where that one ends. Features live in
-the space of a PCA of the whole data set: those of different images can train one probe.
+What is fitted is a residual over a feed-forward upsampler's map, so a fit starts where that one ends, and what goes
+into that upsampler is not one view's coarse map but what all of them say together: the backbone's noise from patch to
+patch averages out before anything is made finer. Features live in the space of a PCA of the whole data set: those of
+different images can train one probe.
 
 Images are fitted side by side, each with weights, views and samples of its own, drawn from its own generator: what
 comes out for an image does not depend on its batch mates.
@@ -28,7 +30,8 @@ from featup.kernels.resample import interpolation_taps, resample
 from featup.losses import explained_variance
 from featup.projection import PCA
 from featup.upsamplers.base import ChannelMap, Upsampler, as_guidance, row_bands
-from featup.views import Jitter, View, reflect, warp
+from featup.upsamplers.jbu import JBU
+from featup.views import Jitter, View, pool_views, reflect, warp
 
 __all__ = ["Fit", "FitOptions", "Implicit", "ImplicitNetwork", "view_consistency"]
 
@@ -43,7 +46,10 @@ class FitOptions:
     each and ``positions`` positions in the patch of each. ``width`` is that of the network's hidden layers,
     ``frequencies`` how many per coordinate are spread between ``exp(-2)`` and ``exp(highest)`` radians on coordinates
     scaled to [-0.5, 0.5]. ``magnitude`` and ``blur`` weigh the residual: its mean square, and the square of its mean
-    over a token of the image itself, which pins the coarse features.
+    over a token of the image itself, which pins the coarse features. ``pooling``, in cells of the backbone's grid, is
+    how near a token of a view must be to a cell to count there, see :func:`featup.views.pool_views`; ``None`` starts
+    from the coarse features of the image itself. Pooled features are less noisy: ``strictness`` is how many times more
+    strictly than of one view's a JBU with keys tells them apart.
 
     Raises:
         GeometryError: a number that leaves nothing to fit.
@@ -61,6 +67,8 @@ class FitOptions:
     highest: float = 5.0
     magnitude: float = 0.02
     blur: float = 0.0
+    pooling: float | None = 0.2
+    strictness: float = 1.6
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -69,6 +77,10 @@ class FitOptions:
             raise GeometryError(
                 f"implicit: {whole}, frequencies={self.frequencies}, steps={self.steps}, lr={self.lr}: the first six "
                 "must be at least 1, steps at least 0 and lr positive"
+            )
+        if not (self.strictness > 0 and (self.pooling is None or self.pooling > 0)):
+            raise GeometryError(
+                f"implicit: pooling={self.pooling} and strictness={self.strictness} must be positive, or pooling None"
             )
 
 
@@ -222,8 +234,9 @@ class Implicit(Upsampler):
         self.size = size
         self.backbone = backbone
         self.pca = pca
-        self.base = base
         self.options = options or FitOptions()
+        pools = self.options.pooling is not None
+        self.base = base.stricter(self.options.strictness) if pools and isinstance(base, JBU) else base
         self.fits: list[Fit] = []
 
     def forward(
@@ -302,16 +315,29 @@ def _fit(upsampler: Implicit, features: Tensor, guidance: Tensor, size: tuple[in
     grid = (features.shape[1], features.shape[2])
     generators = [_generator(options.seed, image) for image in images]
     views = [jitter.sample(options.views + options.held_out, size, generator) for generator in generators]
-    coarse = pca.project(features)
+    told = [_view_features(backbone, *pair, jitter) for pair in zip(images, views, strict=True)]
+    if options.pooling is not None:
+        features = torch.stack(
+            [
+                pool_views(
+                    torch.cat([one[None], maps[: options.views]]),
+                    [jitter.identity, *drawn[: options.views]],
+                    jitter.max_pad,
+                    size,
+                    options.pooling,
+                )
+                for one, maps, drawn in zip(features, told, views, strict=True)
+            ]
+        )
     # [G, V, h, w, K]
-    targets = torch.stack([_view_features(backbone, pca, *pair, jitter) for pair in zip(images, views, strict=True)])
+    targets = torch.stack([pca.project(maps) for maps in told])
     with torch.no_grad():
         base = _base_map(upsampler.base, features, images, size, pca.as_channel_map().to(features))
     scale = targets.flatten(1, -2).std(1).mean(-1).view(-1, 1, 1).clamp_min(1e-6)
-    network = ImplicitNetwork(coarse.shape[-1], count, options.width, options.frequencies, options.highest).to(device)
+    network = ImplicitNetwork(targets.shape[-1], count, options.width, options.frequencies, options.highest).to(device)
     for number, generator in enumerate(generators):
         network.draw(number, generator)
-    attention = nn.Parameter(torch.zeros(count, coarse.shape[-1], 1, device=device))
+    attention = nn.Parameter(torch.zeros(count, targets.shape[-1], 1, device=device))
     taps = nn.Parameter(torch.zeros(count, stride[0] * stride[1], device=device))
     optimiser = torch.optim.Adam([*network.parameters(), attention, taps], options.lr)
     colours = _scaled_colours(as_guidance(images, torch.float32)).flatten(1, 2)
@@ -403,14 +429,14 @@ def _draw(
 
 
 @torch.no_grad()
-def _view_features(backbone: Backbone, pca: PCA, image: Tensor, views: Sequence[View], jitter: Jitter) -> Tensor:
-    """``[V, h, w, K]``: the backbone's features of the views of one image, projected."""
+def _view_features(backbone: Backbone, image: Tensor, views: Sequence[View], jitter: Jitter) -> Tensor:
+    """``[V, h, w, C]``: the backbone's features of the views of one image."""
     normalised = backbone.normalise(image[None]).permute(0, 2, 3, 1)
     found = []
     for start in range(0, len(views), _VIEW_BATCH):
         some = views[start : start + _VIEW_BATCH]
         shown = warp(normalised.expand(len(some), -1, -1, -1), some, jitter.max_pad)
-        found.append(pca.project(backbone.features(shown.permute(0, 3, 1, 2))))
+        found.append(backbone.features(shown.permute(0, 3, 1, 2)))
     return torch.cat(found)
 
 

@@ -1,6 +1,7 @@
 """The learned stack of joint bilateral upsamplers (FeatUp, section 3.2, equations 5 to 7)."""
 
 from collections.abc import Sequence
+from copy import deepcopy
 from typing import Literal
 
 import torch
@@ -8,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from featup.errors import GeometryError
+from featup.kernels.resample import BICUBIC_A
 from featup.kernels.window_correlation import window_correlation
 from featup.upsamplers.base import ChannelMap
 from featup.upsamplers.joint import JointUpsampler
@@ -130,7 +132,8 @@ class JBU(JointUpsampler):
         feature_keys: int = 0,
         start_feature: float = 0.4,
         coarse_stages: int = 0,
-        start_coarse: float = 0.3,
+        start_coarse: float = 1.0,
+        bicubic_a: float = BICUBIC_A,
     ) -> None:
         """
         Args:
@@ -150,6 +153,8 @@ class JBU(JointUpsampler):
             start_feature: The sigma that ``distance`` starts with along them, in their standard deviations together.
             coarse_stages: Stages at the features' own size before the doublings, which make tokens of one thing agree.
             start_coarse: The sigma in colour that these start with.
+            bicubic_a: Of the interpolation inside a stage. Further below zero it sharpens what the filters then
+                blur; official weights are for the default.
 
         Raises:
             GeometryError: a radius below one, a dropout outside [0, 1), a start that is not positive, keys of the
@@ -184,6 +189,7 @@ class JBU(JointUpsampler):
             self.register_buffer("feature_map", torch.zeros(feature_keys, channels))
             self.feature_map: Tensor
         self.kernel = kernel
+        self.bicubic_a = bicubic_a
         if kernel == "projection":
             self.fixup = nn.Linear(channels, channels)
 
@@ -204,6 +210,17 @@ class JBU(JointUpsampler):
             raise GeometryError(f"jbu: the keys take components {list(shape)}, got {list(components.shape)}")
         unit = variance.sum().sqrt().clamp_min(1e-6)
         self.feature_map.copy_(components / unit)
+
+    def stricter(self, factor: float) -> "JBU":
+        """The same stack with keys of the features that count ``factor`` times as much: for features with less noise.
+
+        Itself where it has none.
+        """
+        if not self.feature_keys:
+            return self
+        other = deepcopy(self)
+        other.feature_map *= factor
+        return other
 
     def keys(self, features: Tensor) -> Tensor | None:
         """See :meth:`JointUpsampler.keys`. The filters only compare them: their mean does not matter."""

@@ -13,7 +13,7 @@ from torch.nn import functional
 
 from featup.errors import GeometryError
 from featup.kernels.adaptive_conv import adaptive_conv
-from featup.kernels.resample import interpolation_taps, resample
+from featup.kernels.resample import BICUBIC_A, interpolation_taps, resample
 from featup.upsamplers.base import ChannelMap, Upsampler, as_guidance, row_bands, stage_sizes
 
 __all__ = ["JointUpsampler", "resize_guidance"]
@@ -24,6 +24,8 @@ class JointUpsampler(Upsampler):
 
     coarse_stages = 0
     """How many stages at the features' own size come before the doublings."""
+    bicubic_a = BICUBIC_A
+    """Of the interpolation inside a stage; see :func:`featup.kernels.resample.interpolation_taps`."""
 
     def __init__(self, radius: int, tile_pixels: int | None) -> None:
         """
@@ -115,8 +117,10 @@ class JointUpsampler(Upsampler):
         # The guidance reaches beyond its border by the same reflection as the interpolated features.
         above, beside = (interpolation_taps("nearest", side, side, reflect=self.radius) for side in (height, width))
         padded = resample(guidance, above, beside)
-        down = interpolation_taps("bicubic", features.shape[1], height, reflect=self.radius)
-        across = interpolation_taps("bicubic", features.shape[2], width, reflect=self.radius)
+        down, across = (
+            interpolation_taps("bicubic", held, side, self.radius, self.bicubic_a)
+            for held, side in zip(features.shape[1:3], (height, width), strict=True)
+        )
         for rows in row_bands((height, width), self.tile_pixels, features.device):
             halo = slice(rows.start, rows.stop + reach)
             source = resample(features, down[halo], across)

@@ -123,7 +123,7 @@ def test_jbu_round_trip(tmp_path: Path) -> None:
 
 
 def test_jbu_with_keys_of_the_features_round_trip(tmp_path: Path) -> None:
-    jbu = random_jbu(kernel="distance", feature_keys=2, coarse_stages=1)
+    jbu = random_jbu(kernel="distance", feature_keys=2, coarse_stages=1, bicubic_a=-1.5)
     jbu.set_feature_keys(random(2, CHANNELS), torch.ones(2))
     save_jbu(jbu, tmp_path / "jbu.safetensors")
     found = load_jbu(tmp_path / "jbu.safetensors")

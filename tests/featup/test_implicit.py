@@ -12,8 +12,8 @@ from featup.backbones import Backbone, create_backbone
 from featup.errors import GeometryError
 from featup.projection import PCA, PCAFit
 from featup.upsamplers import JBU, Bilateral, ChannelMap, RangeKernel, create_trainable
-from featup.upsamplers.implicit import FitOptions, Implicit, ImplicitNetwork, view_consistency
-from featup.views import Jitter, View, warp
+from featup.upsamplers.implicit import FitOptions, Implicit, ImplicitNetwork, _generator, view_consistency
+from featup.views import Jitter, View, pool_views, warp
 
 SIZE = (64, 48)
 JITTER = Jitter(max_pad=8, zoom=(1.0, 1.0))
@@ -113,12 +113,33 @@ def test_the_networks_of_a_stack_are_those_alone() -> None:
 
 
 def test_a_fresh_network_adds_nothing(backbone: Backbone, pca: PCA, features: Tensor, images: Tensor) -> None:
-    implicit = make(backbone, pca, FitOptions(steps=0, views=2, held_out=2, jitter=JITTER))
+    implicit = make(backbone, pca, FitOptions(steps=0, views=2, held_out=2, jitter=JITTER, pooling=None))
     found = implicit(features, images, SIZE)
     with torch.no_grad():
         wanted = Bilateral()(features, images, SIZE)
     assert torch.allclose(found, wanted, atol=1e-5)
     assert [fit.explained_variance for fit in implicit.fits] == pytest.approx([fit.before for fit in implicit.fits])
+
+
+def test_a_fresh_fit_is_the_base_of_what_all_views_say(
+    backbone: Backbone, pca: PCA, features: Tensor, images: Tensor
+) -> None:
+    options = replace(OPTIONS, steps=0, pooling=0.3, strictness=2.0)
+    jbu = create_trainable("jbu", features.shape[-1], feature_keys=2, start=(1.0, 0.5)).eval().requires_grad_(False)
+    assert isinstance(jbu, JBU)
+    jbu.feature_map[0, 0] = jbu.feature_map[1, 1] = 0.7
+    found = Implicit(backbone, pca, jbu, options).fit(features[:1], images[:1])[0].query(SIZE)
+    generator = _generator(options.seed, images[0])
+    views = JITTER.sample(options.views + options.held_out, SIZE, generator)[: options.views]
+    normalised = backbone.normalise(images[:1]).permute(0, 2, 3, 1)
+    shown = warp(normalised.expand(len(views), -1, -1, -1), views, JITTER.max_pad)
+    with torch.no_grad():
+        maps = torch.cat([features[:1], backbone.features(shown.permute(0, 3, 1, 2))])
+        pooled = pool_views(maps, [JITTER.identity, *views], JITTER.max_pad, SIZE, 0.3)[None]
+        wanted = jbu.stricter(2.0)(pooled, images[:1], SIZE, pca.as_channel_map())[0]
+        alike = jbu(pooled, images[:1], SIZE, pca.as_channel_map())[0]
+    assert torch.allclose(found, wanted, atol=1e-4)
+    assert not torch.allclose(found, alike, atol=1e-3)
 
 
 def test_a_fit_explains_views_it_has_not_seen(fitted: Implicit) -> None:
@@ -194,7 +215,7 @@ def test_a_fit_may_start_from_a_jbu(
 ) -> None:
     """Which is made for the backbone's channels, and not for those of the PCA."""
     jbu = create_trainable("jbu", features.shape[-1], kernel).eval().requires_grad_(False)
-    implicit = Implicit(backbone, pca, jbu, FitOptions(steps=0, views=2, held_out=1, jitter=JITTER))
+    implicit = Implicit(backbone, pca, jbu, FitOptions(steps=0, views=2, held_out=1, jitter=JITTER, pooling=None))
     found = implicit(features[:1], images[:1], SIZE)
     assert torch.allclose(found, jbu(features[:1], images[:1], SIZE), atol=1e-4)
 
@@ -203,7 +224,7 @@ def test_a_fit_goes_beyond_the_stack_it_starts_from(
     backbone: Backbone, pca: PCA, features: Tensor, images: Tensor
 ) -> None:
     jbu = JBU(features.shape[-1], stages=2, kernel="distance").eval().requires_grad_(False)
-    implicit = Implicit(backbone, pca, jbu, FitOptions(steps=0, views=2, held_out=1, jitter=JITTER))
+    implicit = Implicit(backbone, pca, jbu, FitOptions(steps=0, views=2, held_out=1, jitter=JITTER, pooling=None))
     (fit,) = implicit.fit(features[:1], images[:1])
     # 4x3 tokens, of which two stages make 16x12.
     found = fit.query((32, 24))
@@ -219,7 +240,7 @@ def test_features_of_another_grid_are_refused(backbone: Backbone, pca: PCA, feat
         make(backbone, pca).fit(features, images.float())
 
 
-@pytest.mark.parametrize("wrong", [{"tokens": 0}, {"views": 0}, {"steps": -1}, {"lr": 0.0}, {"frequencies": 0}])
+@pytest.mark.parametrize("wrong", [{"tokens": 0}, {"views": 0}, {"steps": -1}, {"lr": 0.0}, {"frequencies": 0}, {"strictness": 0.0}, {"pooling": 0.0}])
 def test_options_that_leave_nothing_to_fit(wrong: dict[str, float]) -> None:
-    with pytest.raises(GeometryError, match="at least"):
+    with pytest.raises(GeometryError, match="at least|must be positive"):
         FitOptions(**wrong)  # type: ignore[arg-type]

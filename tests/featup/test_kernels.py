@@ -189,6 +189,18 @@ def test_resample(to: tuple[int, int], kind: Interpolation, channels: int, backe
     assert relative_error(found, expected) <= TOLERANCE, "output"
 
 
+def test_bicubic_of_any_slope_is_the_convolution_of_keys() -> None:
+    """Keys (1981), equation 15, at a quarter of a position."""
+    a = -2.0
+    taps = interpolation_taps("bicubic", 8, 16, bicubic_a=a)
+    assert taps.index[8].tolist() == [2, 3, 4, 5]
+    at = torch.tensor([1.75, 0.75, 0.25, 1.25], dtype=torch.float64)
+    near = (a + 2) * at**3 - (a + 3) * at**2 + 1
+    far = a * at**3 - 5 * a * at**2 + 8 * a * at - 4 * a
+    assert torch.allclose(taps.weight[8].double(), torch.where(at < 1, near, far), atol=1e-6)
+    assert torch.allclose(taps.weight.sum(1), torch.ones(16))
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_resample_by_any_taps(backend: Backend) -> None:
     """Tap counts that no interpolation has, and another one on each axis."""

@@ -705,6 +705,29 @@ def test_keys_are_those_of_the_features_before_a_projection(coarse_stages: int) 
     assert (jbu(features, guidance, (4, 5)) != features).any() == (coarse_stages > 0)
 
 
+def test_stricter_keys_are_those_of_a_smaller_sigma() -> None:
+    features, guidance = random(1, 4, 5, 6), picture(1, 32, 40, 3)
+    jbu = keyed_jbu(1, 0.4)
+    before = jbu.feature_map.clone()
+    strict = jbu.stricter(2.0)(features, guidance, (32, 40))
+    assert torch.allclose(strict, keyed_jbu(1, 0.2)(features, guidance, (32, 40)), atol=1e-5)
+    assert torch.equal(jbu.feature_map, before)
+    plain = JBU(6, kernel="distance")
+    assert plain.stricter(2.0) is plain
+
+
+def test_a_steeper_cubic_is_sharper() -> None:
+    """On a grey image a step is smoothed by every stage, and less so the more what goes into it overshoots."""
+    features = torch.zeros(1, 6, 6, 1)
+    features[:, :, 3:] = 1
+    grey = torch.full((1, 48, 48, 3), 0.5)
+    slopes = []
+    for a in (-0.75, -2.0):
+        jbu = JBU(1, kernel="distance", bicubic_a=a).eval().requires_grad_(False)
+        slopes.append(float(jbu(features, grey, (48, 48))[0, 24, :, 0].diff().max()))
+    assert slopes[1] > 1.1 * slopes[0]
+
+
 def test_keys_that_cannot_be() -> None:
     with pytest.raises(GeometryError, match="only the distance kernel"):
         JBU(6, feature_keys=2)

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from featup.errors import GeometryError
-from featup.views import Jitter, View, reflect, to_image, to_view, warp
+from featup.views import Jitter, View, pool_views, reflect, to_image, to_view, warp
 
 TOLERANCE = 1e-5
 SIZE = (23, 31)
@@ -273,3 +273,53 @@ def test_reflection_equals_numpy(size: int) -> None:
 
 def test_reflection_of_fractions() -> None:
     assert reflect(torch.tensor([-0.25, 0.5, 3.5, 4.0, 4.25, 8.5]), 5).tolist() == [0.25, 0.5, 3.5, 4.0, 3.75, 0.5]
+
+
+# Pooling
+
+
+def test_pooling_is_the_weighted_mean_of_the_cells_nearby() -> None:
+    """Cell by cell, by where the centres of the image's cells are seen."""
+    size, grid, sigma = (24, 32), (6, 4), 0.3
+    views = [VIEWS["identity"], VIEWS["flipped"], VIEWS["zoomed-flipped"], VIEWS["shifted"]]
+    maps = random(len(views), *grid, 3)
+    step = torch.tensor([size[0] / grid[0], size[1] / grid[1]])
+    centres = (ramp(grid)[0] + 0.5) * step - 0.5
+    total, weight = torch.zeros(*grid, 3), torch.zeros(*grid, 1)
+    for one, view in zip(maps, views, strict=True):
+        at, inside = to_view(view, centres, size, PAD)
+        place = (at + 0.5) / step - 0.5
+        for y in range(grid[0]):
+            for x in range(grid[1]):
+                distance = (place - torch.tensor([y, x])).abs()
+                near = inside & (distance < 1).all(-1)
+                share = torch.exp(-distance.square().sum(-1) / (2 * sigma**2)) * near
+                total += share[..., None] * one[y, x]
+                weight += share[..., None]
+    assert relative_error(pool_views(maps, views, PAD, size, sigma), total / weight) < TOLERANCE
+
+
+def test_pooled_views_of_what_does_not_change_are_that() -> None:
+    jitter = Jitter(max_pad=PAD, zoom=(1.0, 1.4))
+    views = [jitter.identity, *jitter.sample(5, SIZE, torch.Generator().manual_seed(3))]
+    pooled = pool_views(torch.full((6, 5, 4, 2), 3.0), views, PAD, SIZE, 0.2)
+    assert torch.allclose(pooled, torch.full((5, 4, 2), 3.0))
+
+
+def test_pooling_takes_no_reflections() -> None:
+    """A view shifted by the whole pad shows its first cells by reflection only: what stands there does not count."""
+    view = View(1.0, 0, PAD, False)
+    maps = torch.zeros(2, 5, 4, 1)
+    maps[1, 0] = 100
+    pooled = pool_views(maps, [View(1.0, PAD, PAD, False), view], 7, (35, 28), 0.2)
+    assert float(pooled.abs().max()) == 0
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [(torch.zeros(2, 3, 3, 1), 0.2), (torch.zeros(3, 3, 1), 0.2), (torch.zeros(1, 3, 3, 1), 0.0)],
+    ids=["maps", "dimensions", "sigma"],
+)
+def test_pooling_of_what_does_not_fit(arguments: tuple[Tensor, float]) -> None:
+    with pytest.raises(GeometryError, match="one view for each and a positive sigma"):
+        pool_views(arguments[0], [VIEWS["identity"]], PAD, SIZE, arguments[1])

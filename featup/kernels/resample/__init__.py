@@ -18,11 +18,11 @@ from featup.errors import GeometryError
 from featup.kernels import Backend, choose_backend, wants_gradient
 from featup.kernels.resample import naive
 
-__all__ = ["Interpolation", "Taps", "interpolation_taps", "resample"]
+__all__ = ["BICUBIC_A", "Interpolation", "Taps", "interpolation_taps", "resample"]
 
 Interpolation = Literal["nearest", "bilinear", "bicubic"]
 
-_BICUBIC_A = -0.75  # the constant of torch.nn.functional.interpolate, which the FeatUp weights were trained with
+BICUBIC_A = -0.75  # the constant of torch.nn.functional.interpolate, which the FeatUp weights were trained with
 
 
 @dataclass(frozen=True, eq=False)
@@ -74,7 +74,9 @@ class Taps:
 @lru_cache(maxsize=256)
 # What is cached outlives the caller's mode: a tensor made under inference_mode could not be used in training later.
 @torch.inference_mode(False)
-def interpolation_taps(kind: Interpolation, size: int, out_size: int, reflect: int = 0) -> Taps:
+def interpolation_taps(
+    kind: Interpolation, size: int, out_size: int, reflect: int = 0, bicubic_a: float = BICUBIC_A
+) -> Taps:
     """Taps that equal ``torch.nn.functional.interpolate(mode=kind, align_corners=False)`` along one axis.
 
     Args:
@@ -82,6 +84,8 @@ def interpolation_taps(kind: Interpolation, size: int, out_size: int, reflect: i
         reflect: So many positions are added at both ends by reflection of the *interpolated* axis (its border not
             repeated), which is what padding the interpolated map would give. Where the axis is too short to reflect so
             far, positions go back and forth; an axis of one position repeats.
+        bicubic_a: Slope of the cubic kernel one position from its centre (Keys, 1981). Further below zero it weighs
+            neighbours more negatively and the result is sharper.
 
     Raises:
         GeometryError: a size below one.
@@ -102,7 +106,7 @@ def interpolation_taps(kind: Interpolation, size: int, out_size: int, reflect: i
     else:
         offsets = torch.arange(-1, 3)
         distance = (offsets - t).abs()
-        a = _BICUBIC_A
+        a = bicubic_a
         near = ((a + 2) * distance - (a + 3)) * distance * distance + 1
         far = ((a * distance - 5 * a) * distance + 8 * a) * distance - 4 * a
         weight = torch.where(distance <= 1, near, far)
