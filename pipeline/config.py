@@ -225,7 +225,7 @@ class PrecomputeConfig(InputConfig):
         "bilateral", "implicit: what a fit starts from and adds to: bilinear, bilateral, or jbu with its checkpoint"
     )
     fit_steps: int = _option(150, "implicit: steps of a fit")
-    fit_views: int = _option(56, "implicit: jittered views of an image that its fit is made from")
+    fit_views: int = _option(32, "implicit: jittered views of an image that its fit is made from")
     fit_seed: int = _option(0, "implicit: of views, samples and first weights")
 
     pca: int | None = _option(None, "store so many principal components instead of all channels")
@@ -415,7 +415,7 @@ class EvaluateConfig(BackboneConfig):
         "from a jbu",
     )
     fit_steps: int = _option(150, "implicit: steps of a fit")
-    fit_views: int = _option(56, "implicit: jittered views of an image that its fit is made from")
+    fit_views: int = _option(32, "implicit: jittered views of an image that its fit is made from")
     fit_components: int = _option(128, "implicit: principal components of the training images' features to fit in")
     views: int = _option(
         0, "also measure the share of variance that each row explains of so many shifted views of an image, 0 for none"

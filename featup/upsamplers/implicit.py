@@ -58,14 +58,14 @@ class FitOptions:
     steps: int = 150
     tokens: int = 256
     positions: int = 16
-    views: int = 56
+    views: int = 32
     held_out: int = 8
     jitter: Jitter = field(default_factory=lambda: Jitter(max_pad=20, zoom=(1.0, 1.0)))
     lr: float = 1e-3
     width: int = 128
     frequencies: int = 12
     highest: float = 5.0
-    magnitude: float = 0.02
+    magnitude: float = 1.0
     blur: float = 0.0
     pooling: float | None = 0.2
     strictness: float = 1.6
