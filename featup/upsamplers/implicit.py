@@ -1,8 +1,8 @@
 """The implicit upsampler: a small network fitted to each image from jittered views of it (FeatUp, section 3.3).
 
 The network maps a position and its colour to a feature. It is fitted until the mean of its features over the patches
-of a view's tokens, weighted by a learned attention, gives what the backbone says of that view. Like a NeRF samples
-rays, a step samples tokens of all views and a few positions in each one's patch: its cost does not depend on the
+of a view's tokens, weighted by a learned attention, gives what the backbone says of that view, up to an uncertainty
+that a learned linear map predicts from what the backbone says (equation 2). Like a NeRF samples rays, a step samples tokens of all views and a few positions in each one's patch: its cost does not depend on the
 image's size, the patch's or the number of views.
 
 What is fitted is a residual over a feed-forward upsampler's map, so a fit starts where that one ends, and what goes
@@ -27,7 +27,7 @@ from featup.backbones import Backbone
 from featup.errors import GeometryError
 from featup.inference import resize_images
 from featup.kernels.resample import interpolation_taps, resample
-from featup.losses import explained_variance
+from featup.losses import explained_variance, reconstruction
 from featup.projection import PCA
 from featup.upsamplers.base import ChannelMap, Upsampler, as_guidance, row_bands
 from featup.upsamplers.jbu import JBU
@@ -65,7 +65,7 @@ class FitOptions:
     width: int = 128
     frequencies: int = 12
     highest: float = 5.0
-    magnitude: float = 1.0
+    magnitude: float = 0.5
     blur: float = 0.0
     pooling: float | None = 0.2
     strictness: float = 1.6
@@ -159,6 +159,22 @@ class Fit:
     _features: Tensor
     _image: Tensor
     _scale: Tensor
+    _doubt: ChannelMap
+
+    @torch.no_grad()
+    def uncertainty(self, features: Tensor) -> Tensor:
+        """How far the backbone's features of a view are off what the fit says of it, as the fit has learned to predict.
+
+        Args:
+            features: The backbone's, of the image or a view of it, ``[..., C]``.
+
+        Returns:
+            Standard deviation per component of the PCA, in the features' unit, ``[..., 1]``.
+        """
+        scaled = self._upsampler.pca.project(features) / self._scale[0]
+        doubt = self._doubt.to(scaled)
+        logarithm: Tensor = functional.linear(scaled, doubt.weight, doubt.bias)
+        return logarithm.exp() * self._scale[0]
 
     @torch.no_grad()
     def query(
@@ -339,7 +355,9 @@ def _fit(upsampler: Implicit, features: Tensor, guidance: Tensor, size: tuple[in
         network.draw(number, generator)
     attention = nn.Parameter(torch.zeros(count, targets.shape[-1], 1, device=device))
     taps = nn.Parameter(torch.zeros(count, stride[0] * stride[1], device=device))
-    optimiser = torch.optim.Adam([*network.parameters(), attention, taps], options.lr)
+    doubt = nn.Parameter(torch.zeros(count, targets.shape[-1], 1, device=device))
+    doubt_level = nn.Parameter(torch.zeros(count, 1, 1, device=device))
+    optimiser = torch.optim.Adam([*network.parameters(), attention, taps, doubt, doubt_level], options.lr)
     colours = _scaled_colours(as_guidance(images, torch.float32)).flatten(1, 2)
     base_rows = base.flatten(1, 2)
     origins = [_Origins(one[: options.views], size, jitter.max_pad) for one in views]
@@ -362,19 +380,21 @@ def _fit(upsampler: Implicit, features: Tensor, guidance: Tensor, size: tuple[in
         seen = (values.view(count, options.tokens, options.positions, -1) * weights).sum(2)
         token = torch.stack([one[5] for one in drawn]).to(device)
         wanted = targets[:, : options.views].flatten(1, 3).gather(1, token[..., None].expand(-1, -1, seen.shape[-1]))
-        # Each image's own loss, added: what one contributes to its weights' gradient is its own.
-        loss = (seen - wanted / scale).square().mean((1, 2)) + options.magnitude * residual.square().mean((1, 2))
+        wanted = wanted / scale
+        loss = reconstruction(seen, wanted, wanted @ doubt + doubt_level) + options.magnitude * residual.square().mean()
         if options.blur:
             patches = residual.view(count, options.tokens, options.positions, -1).mean(2)
-            loss = loss + options.blur * patches.square().mean((1, 2))
+            loss = loss + options.blur * patches.square().mean()
         optimiser.zero_grad(set_to_none=True)
-        loss.sum().backward()
+        # The sum over the images: what one contributes to its weights' gradient does not depend on how many there are.
+        (count * loss).backward()
         optimiser.step()
     fits = []
     for number in range(count):
         held_views, held_targets = views[number][options.views :], targets[number, options.views :]
         one = slice(number, number + 1)
-        fit = Fit(0.0, 0.0, upsampler, _one(network, number), features[one], guidance[one], scale[one])
+        learned = ChannelMap(doubt[number].T.detach(), doubt_level[number, 0].detach())
+        fit = Fit(0.0, 0.0, upsampler, _one(network, number), features[one], guidance[one], scale[one], learned)
         with torch.no_grad():
             before = view_consistency(base[number], held_views, held_targets, jitter)
             after = view_consistency(fit.query(size), held_views, held_targets, jitter)

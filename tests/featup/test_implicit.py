@@ -147,6 +147,19 @@ def test_a_fit_explains_views_it_has_not_seen(fitted: Implicit) -> None:
         assert fit.explained_variance > fit.before + 0.02
 
 
+def test_what_cannot_be_predicted_is_uncertain(backbone: Backbone, pca: PCA, images: Tensor) -> None:
+    """Half of the image is flat, half is noise, of which no two views' features agree."""
+    image = images[:1].clone()
+    image[:, :32] = 128
+    image[:, 32:] = torch.randint(0, 256, (1, 32, 48, 3), generator=torch.Generator().manual_seed(2)).byte()
+    with torch.no_grad():
+        features = backbone(image)
+    (fit,) = make(backbone, pca, replace(OPTIONS, steps=150)).fit(features, image)
+    doubt = fit.uncertainty(features)
+    assert doubt.shape == (1, 4, 3, 1)
+    assert doubt[:, 3].min() > 1.1 * doubt[:, 0].max()
+
+
 def test_the_share_explained_is_that_of_the_views(
     fitted: Implicit, backbone: Backbone, pca: PCA, images: Tensor
 ) -> None:
