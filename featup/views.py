@@ -282,9 +282,7 @@ def _view_taps(held: int, side: int, out: int, zoom: float, offset: int, flip: b
     return Taps(index, torch.stack([1 - t, t], 1).float(), held)
 
 
-def _pooling_taps(
-    cells: int, side: int, zoom: float, offset: int, flip: bool, max_pad: int, sigma: float
-) -> Taps:
+def _pooling_taps(cells: int, side: int, zoom: float, offset: int, flip: bool, max_pad: int, sigma: float) -> Taps:
     """Taps into an axis of a view's cells for the cells of the image's own: the weights of :func:`pool_views`."""
     at = (torch.arange(cells, dtype=torch.float64) + 0.5) * (side / cells) - 0.5
     at = (at + max_pad + 0.5) * zoom - 0.5 - offset

@@ -2,8 +2,9 @@
 
 The network maps a position and its colour to a feature. It is fitted until the mean of its features over the patches
 of a view's tokens, weighted by a learned attention, gives what the backbone says of that view, up to an uncertainty
-that a learned linear map predicts from what the backbone says (equation 2). Like a NeRF samples rays, a step samples tokens of all views and a few positions in each one's patch: its cost does not depend on the
-image's size, the patch's or the number of views.
+that a learned linear map predicts from what the backbone says (equation 2). Like a NeRF samples rays, a step samples
+tokens of all views and a few positions in each one's patch: its cost does not depend on the image's size, the patch's
+or the number of views.
 
 What is fitted is a residual over a feed-forward upsampler's map, so a fit starts where that one ends, and what goes
 into that upsampler is not one view's coarse map but what all of them say together: the backbone's noise from patch to
