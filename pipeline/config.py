@@ -327,18 +327,18 @@ class TrainConfig(InputConfig):
     downsampler: Literal["attention", "blur"] = _option(
         "attention", "the model of the backbone's patch that is trained with it: attention or blur"
     )
-    jitters: int = _option(3, "jittered views of an image that its features must explain, new ones in every step")
+    jitters: int = _option(2, "jittered views of an image that its features must explain, new ones in every step")
     max_pad: int = _option(20, "jitter: pixels of reflected border, and so the largest shift")
-    max_zoom: float = _option(1.8, "jitter: the largest zoom, 1 for none")
+    max_zoom: float = _option(1.0, "jitter: the largest zoom, 1 for none")
     projections: int | None = _option(30, "random channels that are compared in a step; null for all channels")
-    crf: float = _option(0.0, "weight of the sampled CRF, 0 for none")
+    crf: float = _option(0.003, "weight of the sampled CRF, 0 for none")
     total_variation: float = _option(0.0, "weight of the total variation, 0 for none")
     magnitude: float = _option(0.0, "weight of the vectors' lengths, 0 for none")
 
-    steps: int = _option(2000, "updates of the weights")
+    steps: int = _option(200, "updates of the weights")
     batch_size: int = _option(2, "images in one step, over all workers")
     optimiser: Literal["nadam", "adamw"] = _option("nadam", "nadam or adamw")
-    lr: float = _option(1e-3, "learning rate")
+    lr: float = _option(3e-4, "learning rate")
     schedule: Literal["constant", "cosine"] = _option("constant", "of the learning rate: constant, or cosine down to 0")
     seed: int = _option(0, "of the first weights, the order of the samples, views, projections and dropout")
     holdout: int = _option(32, "samples, spread over the data set, that are evaluated on and never trained on")
