@@ -313,7 +313,7 @@ class TrainConfig(InputConfig):
     kernel: RangeKernel = _option(
         "distance", "jbu: the range kernel, distance (starts as a bilateral filter) or projection (the paper's)"
     )
-    start_space: float = _option(2.0, "distance kernel: sigma it starts with, in pixels of a stage; 1 for small things")
+    start_space: float = _option(3.0, "distance kernel: sigma it starts with, in pixels of a stage; 1 for small things")
     start_colour: float = _option(0.1, "distance kernel: sigma it starts with, on RGB in [-1, 1]")
     feature_keys: int = _option(
         8, "distance kernel: directions of the coarse features that it compares beside colours, 0 for colours alone"
@@ -338,7 +338,7 @@ class TrainConfig(InputConfig):
     steps: int = _option(200, "updates of the weights")
     batch_size: int = _option(2, "images in one step, over all workers")
     optimiser: Literal["nadam", "adamw"] = _option("nadam", "nadam or adamw")
-    lr: float = _option(3e-4, "learning rate")
+    lr: float = _option(1e-4, "learning rate")
     schedule: Literal["constant", "cosine"] = _option("constant", "of the learning rate: constant, or cosine down to 0")
     seed: int = _option(0, "of the first weights, the order of the samples, views, projections and dropout")
     holdout: int = _option(32, "samples, spread over the data set, that are evaluated on and never trained on")
