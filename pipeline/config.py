@@ -335,10 +335,12 @@ class TrainConfig(InputConfig):
     total_variation: float = _option(0.0, "weight of the total variation, 0 for none")
     magnitude: float = _option(0.0, "weight of the vectors' lengths, 0 for none")
 
-    steps: int = _option(200, "updates of the weights")
+    steps: int = _option(
+        200, "updates of the weights; ten times as many for what starts from random ones: all but the distance kernel"
+    )
     batch_size: int = _option(2, "images in one step, over all workers")
     optimiser: Literal["nadam", "adamw"] = _option("nadam", "nadam or adamw")
-    lr: float = _option(1e-4, "learning rate")
+    lr: float = _option(1e-4, "learning rate; ten times as much for what starts from random weights")
     schedule: Literal["constant", "cosine"] = _option("constant", "of the learning rate: constant, or cosine down to 0")
     seed: int = _option(0, "of the first weights, the order of the samples, views, projections and dropout")
     holdout: int = _option(32, "samples, spread over the data set, that are evaluated on and never trained on")
