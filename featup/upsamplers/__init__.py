@@ -76,7 +76,7 @@ def create_trainable(
     name: TrainableName,
     channels: int,
     kernel: RangeKernel = "distance",
-    start: tuple[float, float] = (2.0, 0.1),
+    start: tuple[float, float] = (3.0, 0.1),
     feature_keys: int = 0,
     coarse_stages: int = 0,
     bicubic_a: float = BICUBIC_A,

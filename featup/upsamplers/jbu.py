@@ -40,7 +40,7 @@ class JBUStage(nn.Module):
         radius: int = 3,
         dropout: float = 0.1,
         kernel: RangeKernel = "projection",
-        start: tuple[float, float] = (2.0, 0.1),
+        start: tuple[float, float] = (3.0, 0.1),
         feature_keys: int = 0,
         start_feature: float = 0.4,
     ) -> None:
@@ -128,7 +128,7 @@ class JBU(JointUpsampler):
         dropout: float = 0.1,
         end_dropout: float = 0.2,
         kernel: RangeKernel = "projection",
-        start: tuple[float, float] = (2.0, 0.1),
+        start: tuple[float, float] = (3.0, 0.1),
         feature_keys: int = 0,
         start_feature: float = 0.4,
         coarse_stages: int = 0,
