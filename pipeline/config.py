@@ -331,7 +331,7 @@ class TrainConfig(InputConfig):
     max_pad: int = _option(20, "jitter: pixels of reflected border, and so the largest shift")
     max_zoom: float = _option(1.0, "jitter: the largest zoom, 1 for none")
     projections: int | None = _option(30, "random channels that are compared in a step; null for all channels")
-    crf: float = _option(0.003, "weight of the sampled CRF, 0 for none")
+    crf: float = _option(0.001, "weight of the sampled CRF, 0 for none")
     total_variation: float = _option(0.0, "weight of the total variation, 0 for none")
     magnitude: float = _option(0.0, "weight of the vectors' lengths, 0 for none")
 
