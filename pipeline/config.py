@@ -340,7 +340,7 @@ class TrainConfig(InputConfig):
     )
     batch_size: int = _option(2, "images in one step, over all workers")
     optimiser: Literal["nadam", "adamw"] = _option("nadam", "nadam or adamw")
-    lr: float = _option(1e-4, "learning rate; ten times as much for what starts from random weights")
+    lr: float = _option(3e-5, "learning rate; thirty times as much for what starts from random weights")
     schedule: Literal["constant", "cosine"] = _option("constant", "of the learning rate: constant, or cosine down to 0")
     seed: int = _option(0, "of the first weights, the order of the samples, views, projections and dropout")
     holdout: int = _option(32, "samples, spread over the data set, that are evaluated on and never trained on")
