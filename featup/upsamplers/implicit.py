@@ -56,7 +56,7 @@ class FitOptions:
         GeometryError: a number that leaves nothing to fit.
     """
 
-    steps: int = 150
+    steps: int = 60
     tokens: int = 256
     positions: int = 16
     views: int = 32
@@ -66,7 +66,7 @@ class FitOptions:
     width: int = 128
     frequencies: int = 12
     highest: float = 5.0
-    magnitude: float = 0.5
+    magnitude: float = 2.0
     blur: float = 0.0
     pooling: float | None = 0.2
     strictness: float = 1.6
