@@ -41,6 +41,8 @@ SCHEMA = pa.schema(
 _ROWS_AT_ONCE = 50_000
 # Robust standard deviations below the median.
 _OUTLIER = 3.0
+# Fits of a set may be so alike that three deviations are nothing: less than this below the median is no outlier.
+_SHORTFALL = 0.05
 
 
 @dataclass
@@ -139,7 +141,8 @@ def _flag_outliers(path: str) -> None:
     median = np.median(known)
     # What a normal distribution's standard deviation is to its median absolute deviation.
     spread = 1.4826 * np.median(np.abs(known - median))
-    (outliers,) = np.nonzero(~(explained >= median - _OUTLIER * spread) & np.isfinite(explained))
+    limit = median - max(_OUTLIER * spread, _SHORTFALL)
+    (outliers,) = np.nonzero(~(explained >= limit) & np.isfinite(explained))
     table = pq.read_table(path)
     flags = table["flags"].to_pylist()
     for row in outliers:

@@ -84,8 +84,17 @@ def test_all_that_is_known_of_a_sample_is_kept(out: str) -> None:
     assert read_index(out, ["key", "status"]).column_names == ["key", "status"]
 
 
-def test_fits_far_below_the_others_are_flagged(out: str) -> None:
-    explained = [0.5, 0.52, 0.48, 0.51, None, 0.1, 0.49, 0.95]
+@pytest.mark.parametrize(
+    ("explained", "outliers"),
+    [
+        ([0.5, 0.52, 0.48, 0.51, None, 0.1, 0.49, 0.95], [5]),
+        # Seen on eight street scenes, three of which were flagged.
+        ([0.809, 0.788, 0.808, 0.799, 0.808, 0.808, 0.81, 0.799], []),
+        ([0.808, 0.808, None, 0.808, 0.808, 0.74, 0.808, 0.808], [5]),
+    ],
+    ids=["spread", "alike", "alike-but-one"],
+)
+def test_fits_far_below_the_others_are_flagged(out: str, explained: list[float | None], outliers: list[int]) -> None:
     plan = Plan((PlannedShard("a.tar", 1, "", len(explained), len(explained), ()),), len(explained), "")
     records = tuple(
         SampleRecord(f"k{row}", row, "ok", flags=("exif",), explained_variance=value)
@@ -94,8 +103,8 @@ def test_fits_far_below_the_others_are_flagged(out: str) -> None:
     write_index(out, plan, commit(out, Receipt(plan.unit(0), plan.digest, records)), {})
     found = read_index(out)
     flags = found["flags"].to_pylist()
-    assert [row for row, one in enumerate(flags) if "fit_outlier" in one] == [5]
-    assert flags[5] == "exif fit_outlier"
+    assert [row for row, one in enumerate(flags) if "fit_outlier" in one] == outliers
+    assert all(flags[row] == "exif fit_outlier" for row in outliers)
     assert found["explained_variance"].to_pylist() == pytest.approx(explained)
 
 
