@@ -17,7 +17,9 @@ from featup.views import Jitter, View, pool_views, warp
 
 SIZE = (64, 48)
 JITTER = Jitter(max_pad=8, zoom=(1.0, 1.0))
-OPTIONS = FitOptions(steps=40, tokens=48, positions=8, views=10, held_out=3, jitter=JITTER, width=32, lr=5e-3)
+OPTIONS = FitOptions(
+    steps=40, tokens=48, positions=8, views=10, held_out=3, jitter=JITTER, width=32, lr=5e-3, magnitude=0.02
+)
 
 
 @pytest.fixture(scope="module")
