@@ -199,12 +199,9 @@ def to_view(view: View, positions: Tensor, size: tuple[int, int], max_pad: int) 
         GeometryError: positions that are not pairs, or a view that reaches beyond the padded image.
     """
     row, column = _coordinates(view, positions, size, max_pad)
-    row = (row + max_pad + 0.5) * view.zoom - 0.5 - view.top
-    column = (column + max_pad + 0.5) * view.zoom - 0.5 - view.left
-    if view.flip:
-        column = size[1] - 1 - column
-    inside = (row >= -0.5) & (row < size[0] - 0.5) & (column >= -0.5) & (column < size[1] - 0.5)
-    return torch.stack([row, column], -1), inside
+    row, row_inside = _to_view(row, size[0], view.zoom, view.top, False, max_pad)
+    column, column_inside = _to_view(column, size[1], view.zoom, view.left, view.flip, max_pad)
+    return torch.stack([row, column], -1), row_inside & column_inside
 
 
 def pool_views(maps: Tensor, views: Sequence[View], max_pad: int, image_size: tuple[int, int], sigma: float) -> Tensor:
@@ -269,6 +266,14 @@ def _from_view(at: Tensor, side: int, zoom: float, offset: int, max_pad: int) ->
     return reflect(padded - max_pad, side)
 
 
+def _to_view(at: Tensor, side: int, zoom: float, offset: int, flip: bool, max_pad: int) -> tuple[Tensor, Tensor]:
+    """Positions along one axis of the image to the view's, and whether these lie within the area of its pixels."""
+    at = (at + max_pad + 0.5) * zoom - 0.5 - offset
+    if flip:
+        at = side - 1 - at
+    return at, (at >= -0.5) & (at < side - 0.5)
+
+
 def _view_taps(held: int, side: int, out: int, zoom: float, offset: int, flip: bool, max_pad: int) -> Taps:
     """Taps into an axis of ``held`` positions that spans an image of ``side`` pixels, for ``out`` positions."""
     at = (torch.arange(out, dtype=torch.float64) + 0.5) * (side / out) - 0.5
@@ -285,13 +290,11 @@ def _view_taps(held: int, side: int, out: int, zoom: float, offset: int, flip: b
 def _pooling_taps(cells: int, side: int, zoom: float, offset: int, flip: bool, max_pad: int, sigma: float) -> Taps:
     """Taps into an axis of a view's cells for the cells of the image's own: the weights of :func:`pool_views`."""
     at = (torch.arange(cells, dtype=torch.float64) + 0.5) * (side / cells) - 0.5
-    at = (at + max_pad + 0.5) * zoom - 0.5 - offset
-    if flip:
-        at = side - 1 - at
+    at, inside = _to_view(at, side, zoom, offset, flip, max_pad)
     place = (at + 0.5) * (cells / side) - 0.5
     index = place.floor()[:, None] + torch.tensor([0, 1])
     distance = (index - place[:, None]).abs()
-    seen = (at >= -0.5)[:, None] & (at < side - 0.5)[:, None] & (index >= 0) & (index < cells) & (distance < 1)
+    seen = inside[:, None] & (index >= 0) & (index < cells) & (distance < 1)
     weight = torch.exp(-0.5 * (distance / sigma).square()) * seen
     return Taps(index.clamp(0, cells - 1).long(), weight.float(), cells)
 

@@ -117,6 +117,10 @@ class Upsampler(nn.Module):
         """The largest (height, width) that maps of (height, width) ``low`` can be brought to; ``None`` for any."""
         return None
 
+    def stricter(self, factor: float) -> "Upsampler":
+        """The upsampler for features with ``factor`` times less noise: itself, where it does not look at them."""
+        return self
+
     def mapped_bands(
         self, features: Tensor, guidance: Tensor, size: tuple[int, int], total: ChannelMap | None
     ) -> Iterator[tuple[slice, Tensor]]:

@@ -31,7 +31,6 @@ from featup.kernels.resample import interpolation_taps, resample
 from featup.losses import explained_variance, reconstruction
 from featup.projection import PCA
 from featup.upsamplers.base import ChannelMap, Upsampler, as_guidance, row_bands
-from featup.upsamplers.jbu import JBU
 from featup.views import Jitter, View, pool_views, reflect, warp
 
 __all__ = ["Fit", "FitOptions", "Implicit", "ImplicitNetwork", "view_consistency"]
@@ -252,8 +251,7 @@ class Implicit(Upsampler):
         self.backbone = backbone
         self.pca = pca
         self.options = options or FitOptions()
-        pools = self.options.pooling is not None
-        self.base = base.stricter(self.options.strictness) if pools and isinstance(base, JBU) else base
+        self.base = base if self.options.pooling is None else base.stricter(self.options.strictness)
         self.fits: list[Fit] = []
 
     def forward(
