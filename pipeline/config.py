@@ -413,11 +413,12 @@ class EvaluateConfig(BackboneConfig):
     rows: tuple[str, ...] = _option(
         ("nearest", "bilinear", "bicubic", "strided", "large_image", "bilateral"),
         "of the table: nearest, bilinear, bicubic, bilateral, strided, large_image; NAME=FILE for those that are "
-        "trained: jbu, resize_conv, carafe, sapa, ifa; or implicit, which starts from bilateral, or implicit=FILE "
-        "from a jbu",
+        "trained: jbu, resize_conv, carafe, sapa, ifa; and those that are fitted to each image: deep_image_prior, "
+        "implicit, which starts from bilateral, or implicit=FILE from a jbu",
     )
     fit_steps: int = _option(60, "implicit: steps of a fit")
     fit_views: int = _option(32, "implicit: jittered views of an image that its fit is made from")
+    prior_steps: int = _option(300, "deep_image_prior: steps of a fit")
     fit_components: int = _option(128, "implicit: principal components of the training images' features to fit in")
     views: int = _option(
         0, "also measure the share of variance that each row explains of so many shifted views of an image, 0 for none"
@@ -437,7 +438,7 @@ class EvaluateConfig(BackboneConfig):
     def _checks(self) -> Sequence[tuple[bool, str]]:
         counts = (
             *("limit", "train_limit", "classes", "factor", "pixels", "seeds", "max_vectors", "resamples"),
-            *("fit_steps", "fit_views", "fit_components", "views_images"),
+            *("fit_steps", "fit_views", "fit_components", "prior_steps", "views_images"),
         )
         return [
             *super()._checks(),

@@ -308,7 +308,7 @@ def _evaluate_task(
         if isinstance(row, ImplicitRow):
             row.learn(train.features)
         probes = {"drop-in": [drop_in]}
-        if config.retrained and not isinstance(row, ImplicitRow):
+        if config.retrained and not row.per_image:
             probes["retrained"] = _fit_pixels(task, row, train, config)
         ready = time.perf_counter()
         statistics[row.name], predictions = _predict(task, row, val, probes, chosen, config)

@@ -12,7 +12,15 @@ from featup.backbones import Backbone
 from featup.checkpoints import check_backbone
 from featup.inference import large_image_features, strided_features
 from featup.projection import PCAFit
-from featup.upsamplers import ChannelMap, Interpolate, TrainableName, Upsampler, UpsamplerName, create_upsampler
+from featup.upsamplers import (
+    ChannelMap,
+    DeepImagePrior,
+    Interpolate,
+    TrainableName,
+    Upsampler,
+    UpsamplerName,
+    create_upsampler,
+)
 from featup.upsamplers.implicit import Fit, FitOptions, Implicit
 from featup.weights import file_digest
 from pipeline import storage
@@ -28,10 +36,12 @@ class Row(Protocol):
     Attributes:
         name: In the table.
         digests: Of the files it was made from.
+        per_image: Whether it is fitted to every image it is given, which takes seconds.
     """
 
     name: str
     digests: dict[str, str]
+    per_image: bool
 
     def predict(self, images: Tensor, features: Tensor, projection: ChannelMap | None, size: tuple[int, int]) -> Tensor:
         """Upsampled features, with a map of channels applied to them.
@@ -51,8 +61,11 @@ class Row(Protocol):
 class UpsamplerRow:
     """An upsampler under the protocol."""
 
-    def __init__(self, name: str, upsampler: Upsampler, digests: dict[str, str] | None = None) -> None:
+    def __init__(
+        self, name: str, upsampler: Upsampler, digests: dict[str, str] | None = None, per_image: bool = False
+    ) -> None:
         self.name = name
+        self.per_image = per_image
         self.digests = digests or {}
         self.upsampler = upsampler
 
@@ -66,6 +79,7 @@ class ImplicitRow:
     """Fits to every image, each kept for whatever is asked of the image later."""
 
     name = "implicit"
+    per_image = True
 
     def __init__(self, backbone: Backbone, base: Upsampler, config: EvaluateConfig, digests: dict[str, str]) -> None:
         """
@@ -114,6 +128,7 @@ class _OwnFeaturesRow:
     """Finer features from the backbone, interpolated bilinearly from there on; the coarse ones are not used."""
 
     name: str
+    per_image = False
 
     def __init__(self, backbone: Backbone, factor: int) -> None:
         """
@@ -171,6 +186,8 @@ def make_rows(config: EvaluateConfig, backbone: Backbone, device: torch.device) 
     for spec, (name, _, file) in zip(config.rows, (spec.partition("=") for spec in config.rows), strict=True):
         if name in own and not file:
             rows.append(own[name](backbone, config.factor))
+        elif name == DeepImagePrior.name and not file:
+            rows.append(UpsamplerRow(name, DeepImagePrior(config.prior_steps), per_image=True))
         elif name == "implicit" and (file in ("", *bases[:2]) or file.endswith(".safetensors")):
             base = file if file in bases else "jbu" if file else "bilateral"
             started_from = _upsampler_row(config, backbone, device, base, file if base == "jbu" else "")
@@ -179,7 +196,7 @@ def make_rows(config: EvaluateConfig, backbone: Backbone, device: torch.device) 
             rows.append(_upsampler_row(config, backbone, device, name, file))
         else:
             raise ConfigError(
-                f"rows: {spec!r} is not one of {', '.join([*plain, *own])}, nor NAME=FILE with one of "
+                f"rows: {spec!r} is not one of {', '.join([*plain, *own, DeepImagePrior.name])}, nor NAME=FILE with one of "
                 f"{', '.join(trained)}, nor implicit, implicit=bilinear, implicit=bilateral or implicit=FILE of a jbu"
             )
     return rows

@@ -65,10 +65,10 @@ class FitOptions:
     width: int = 128
     frequencies: int = 12
     highest: float = 5.0
-    magnitude: float = 2.0
+    magnitude: float = 0.5
     blur: float = 0.0
-    pooling: float | None = 0.2
-    strictness: float = 1.6
+    pooling: float | None = 0.3
+    strictness: float = 1.3
     seed: int = 0
 
     def __post_init__(self) -> None:

@@ -23,10 +23,23 @@ from tests.e2e import support
 
 # 0 to 7: what the red channel is, in eighths.
 CLASSES = 8
-ROWS = ("nearest", "bilinear", "bilateral", "strided", "large_image", "implicit")
+ROWS = ("nearest", "bilinear", "bilateral", "strided", "large_image", "deep_image_prior", "implicit")
 BACKBONE = ("--backbone", "test_vit", "--pretrained", "false", "--stride", 16, "--size", "64x64", "--norm", "layer")
 OPTIONS = (*BACKBONE, "--classes", CLASSES, "--threads", 1)
-FIT = ("--fit-steps", 15, "--fit-views", 4, "--fit-components", 8, "--views", 2, "--views-images", 2)
+FIT = (
+    "--fit-steps",
+    15,
+    "--prior-steps",
+    10,
+    "--fit-views",
+    4,
+    "--fit-components",
+    8,
+    "--views",
+    2,
+    "--views-images",
+    2,
+)
 
 
 def words(*values: object) -> list[str]:
@@ -78,7 +91,7 @@ def test_every_row_has_every_number(evaluated: tuple[Path, dict[str, Any]]) -> N
     for name, row in found["rows"].items():
         assert 0 < row["seg"]["drop-in"]["measures"]["mIoU"] < 100
         assert 0 < row["depth"]["drop-in"]["measures"]["RMSE"] < 2
-        assert ("retrained" in row["seg"]) == (name != "implicit")
+        assert ("retrained" in row["seg"]) == (name not in ("deep_image_prior", "implicit"))
         assert row["seg views"]["measures"]["explained"] < 100
         assert 0 <= row["CAM"]["measures"]["AD"] <= 100
 
@@ -144,7 +157,7 @@ def test_pictures_have_a_panel_for_every_row(evaluated: tuple[Path, dict[str, An
     for path in pictures:
         with Image.open(path) as picture:
             pixels = np.asarray(picture)
-        # Image, label (but for CAM) and seven rows, each 336 pixels high and square, in two lines with titles.
+        # Image, label (but for CAM) and eight rows, each 336 pixels high and square, in two lines with titles.
         assert pixels.shape[0] == 2 * (336 + 36)
         panels = [
             pixels[372 * line + 28 : 372 * line + 364, 8 + 344 * place :][:, :336]
@@ -152,7 +165,7 @@ def test_pictures_have_a_panel_for_every_row(evaluated: tuple[Path, dict[str, An
             for place in range((pixels.shape[1] - 8) // 344)
         ]
         filled = [one for one in panels if (one != 255).any()]
-        assert len(filled) == (8 if path.name.startswith("cam") else 9), path.name
+        assert len(filled) == (9 if path.name.startswith("cam") else 10), path.name
         assert all(one.std() > 5 for one in filled), path.name
 
 
