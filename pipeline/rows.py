@@ -196,8 +196,8 @@ def make_rows(config: EvaluateConfig, backbone: Backbone, device: torch.device) 
             rows.append(_upsampler_row(config, backbone, device, name, file))
         else:
             raise ConfigError(
-                f"rows: {spec!r} is not one of {', '.join([*plain, *own, DeepImagePrior.name])}, nor NAME=FILE with one of "
-                f"{', '.join(trained)}, nor implicit, implicit=bilinear, implicit=bilateral or implicit=FILE of a jbu"
+                f"rows: {spec!r} is not one of {', '.join([*plain, *own, DeepImagePrior.name])}, nor NAME=FILE with "
+                f"one of {', '.join(trained)}, nor implicit, implicit=bilinear, implicit=bilateral or implicit=FILE of a jbu"
             )
     return rows
 
