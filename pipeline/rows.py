@@ -197,7 +197,8 @@ def make_rows(config: EvaluateConfig, backbone: Backbone, device: torch.device) 
         else:
             raise ConfigError(
                 f"rows: {spec!r} is not one of {', '.join([*plain, *own, DeepImagePrior.name])}, nor NAME=FILE with "
-                f"one of {', '.join(trained)}, nor implicit, implicit=bilinear, implicit=bilateral or implicit=FILE of a jbu"
+                f"one of {', '.join(trained)}, nor implicit, implicit=bilinear, implicit=bilateral or "
+                "implicit=FILE of a jbu"
             )
     return rows
 
