@@ -18,7 +18,7 @@ from torch import Tensor
 from featup.errors import GeometryError
 from featup.kernels.resample import Taps, resample
 
-__all__ = ["Jitter", "View", "pool_views", "reflect", "to_image", "to_view", "warp"]
+__all__ = ["Jitter", "View", "from_view", "pool_views", "reflect", "to_image", "to_view", "warp"]
 
 
 @dataclass(frozen=True)
@@ -176,8 +176,8 @@ def to_image(view: View, positions: Tensor, size: tuple[int, int], max_pad: int)
         column = size[1] - 1 - column
     return torch.stack(
         [
-            _from_view(row, size[0], view.zoom, view.top, max_pad),
-            _from_view(column, size[1], view.zoom, view.left, max_pad),
+            from_view(row, size[0], view.zoom, view.top, max_pad),
+            from_view(column, size[1], view.zoom, view.left, max_pad),
         ],
         -1,
     )
@@ -242,6 +242,22 @@ def pool_views(maps: Tensor, views: Sequence[View], max_pad: int, image_size: tu
     return (total / weight[..., None])[0]
 
 
+def from_view(at: Tensor, side: int, zoom: float | Tensor, offset: int | Tensor, max_pad: int) -> Tensor:
+    """Positions along one axis of a view, before its flip, to positions along the image's; see :func:`to_image`.
+
+    Args:
+        at: Of any shape, in pixels of the view.
+        side: The image's, in pixels.
+        zoom, offset: Of the view, its offset being its ``top`` or ``left``; or of a view for each position.
+        max_pad: Of the jitter the view was drawn from.
+
+    Returns:
+        Of the shape of ``at``, within ``[0, side - 1]``.
+    """
+    padded = ((at + offset + 0.5) / zoom - 0.5).clamp(0, side + 2 * max_pad - 1)
+    return reflect(padded - max_pad, side)
+
+
 def reflect(positions: Tensor, size: int) -> Tensor:
     """Positions along an axis, whole or fractional, brought into ``[0, size - 1]`` by reflection at its ends.
 
@@ -260,12 +276,6 @@ def _room(side: int, zoom: float, max_pad: int) -> int:
     return floor((side + 2 * max_pad) * zoom) - side
 
 
-def _from_view(at: Tensor, side: int, zoom: float, offset: int, max_pad: int) -> Tensor:
-    """Positions along one axis of the view, before its flip, to positions along the image's."""
-    padded = ((at + offset + 0.5) / zoom - 0.5).clamp(0, side + 2 * max_pad - 1)
-    return reflect(padded - max_pad, side)
-
-
 def _to_view(at: Tensor, side: int, zoom: float, offset: int, flip: bool, max_pad: int) -> tuple[Tensor, Tensor]:
     """Positions along one axis of the image to the view's, and whether these lie within the area of its pixels."""
     at = (at + max_pad + 0.5) * zoom - 0.5 - offset
@@ -279,7 +289,7 @@ def _view_taps(held: int, side: int, out: int, zoom: float, offset: int, flip: b
     at = (torch.arange(out, dtype=torch.float64) + 0.5) * (side / out) - 0.5
     if flip:
         at = at.flip(0)
-    place = (_from_view(at, side, zoom, offset, max_pad) + 0.5) * (held / side) - 0.5
+    place = (from_view(at, side, zoom, offset, max_pad) + 0.5) * (held / side) - 0.5
     place = place.clamp(0, held - 1)
     first = place.floor()
     t = place - first

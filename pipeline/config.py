@@ -418,8 +418,8 @@ class EvaluateConfig(BackboneConfig):
     )
     fit_steps: int = _option(60, "implicit: steps of a fit")
     fit_views: int = _option(32, "implicit: jittered views of an image that its fit is made from")
-    prior_steps: int = _option(300, "deep_image_prior: steps of a fit")
     fit_components: int = _option(128, "implicit: principal components of the training images' features to fit in")
+    prior_steps: int = _option(300, "deep_image_prior: steps of a fit")
     views: int = _option(
         0, "also measure the share of variance that each row explains of so many shifted views of an image, 0 for none"
     )

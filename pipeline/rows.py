@@ -27,7 +27,7 @@ from pipeline import storage
 from pipeline.config import EvaluateConfig
 from pipeline.errors import ConfigError
 
-__all__ = ["ImplicitRow", "LargeImageRow", "Row", "StridedRow", "UpsamplerRow", "make_rows"]
+__all__ = ["DeepImagePriorRow", "ImplicitRow", "LargeImageRow", "Row", "StridedRow", "UpsamplerRow", "make_rows"]
 
 
 class Row(Protocol):
@@ -61,11 +61,10 @@ class Row(Protocol):
 class UpsamplerRow:
     """An upsampler under the protocol."""
 
-    def __init__(
-        self, name: str, upsampler: Upsampler, digests: dict[str, str] | None = None, per_image: bool = False
-    ) -> None:
+    per_image = False
+
+    def __init__(self, name: str, upsampler: Upsampler, digests: dict[str, str] | None = None) -> None:
         self.name = name
-        self.per_image = per_image
         self.digests = digests or {}
         self.upsampler = upsampler
 
@@ -73,6 +72,20 @@ class UpsamplerRow:
         """See :meth:`Row.predict`."""
         upsampled: Tensor = self.upsampler(features, images, size, projection)
         return upsampled
+
+
+class DeepImagePriorRow(UpsamplerRow):
+    """See :class:`featup.upsamplers.DeepImagePrior`."""
+
+    name = DeepImagePrior.name
+    per_image = True
+
+    def __init__(self, steps: int) -> None:
+        """
+        Args:
+            steps: Of each fit.
+        """
+        super().__init__(self.name, DeepImagePrior(steps))
 
 
 class ImplicitRow:
@@ -186,8 +199,8 @@ def make_rows(config: EvaluateConfig, backbone: Backbone, device: torch.device) 
     for spec, (name, _, file) in zip(config.rows, (spec.partition("=") for spec in config.rows), strict=True):
         if name in own and not file:
             rows.append(own[name](backbone, config.factor))
-        elif name == DeepImagePrior.name and not file:
-            rows.append(UpsamplerRow(name, DeepImagePrior(config.prior_steps), per_image=True))
+        elif name == DeepImagePriorRow.name and not file:
+            rows.append(DeepImagePriorRow(config.prior_steps))
         elif name == "implicit" and (file in ("", *bases[:2]) or file.endswith(".safetensors")):
             base = file if file in bases else "jbu" if file else "bilateral"
             started_from = _upsampler_row(config, backbone, device, base, file if base == "jbu" else "")
@@ -196,7 +209,7 @@ def make_rows(config: EvaluateConfig, backbone: Backbone, device: torch.device) 
             rows.append(_upsampler_row(config, backbone, device, name, file))
         else:
             raise ConfigError(
-                f"rows: {spec!r} is not one of {', '.join([*plain, *own, DeepImagePrior.name])}, nor NAME=FILE with "
+                f"rows: {spec!r} is not one of {', '.join([*plain, *own, DeepImagePriorRow.name])}, nor NAME=FILE with "
                 f"one of {', '.join(trained)}, nor implicit, implicit=bilinear, implicit=bilateral or "
                 "implicit=FILE of a jbu"
             )

@@ -31,7 +31,7 @@ from featup.kernels.resample import interpolation_taps, resample
 from featup.losses import explained_variance, reconstruction
 from featup.projection import PCA
 from featup.upsamplers.base import ChannelMap, Upsampler, as_guidance, row_bands
-from featup.views import Jitter, View, pool_views, reflect, warp
+from featup.views import Jitter, View, from_view, pool_views, warp
 
 __all__ = ["Fit", "FitOptions", "Implicit", "ImplicitNetwork", "view_consistency"]
 
@@ -429,9 +429,7 @@ class _Origins:
         return self._axis(rows, view, self.top, 0), self._axis(cols, view, self.left, 1)
 
     def _axis(self, at: Tensor, view: Tensor, begin: Tensor, axis: int) -> Tensor:
-        side = self.size[axis]
-        padded = ((at + begin[view] + 0.5) / self.zoom[view] - 0.5).clamp(0, side + 2 * self.pad - 1)
-        return reflect(padded - self.pad, side).round().long()
+        return from_view(at, self.size[axis], self.zoom[view], begin[view], self.pad).round().long()
 
 
 def _draw(

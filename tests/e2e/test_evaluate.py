@@ -26,20 +26,8 @@ CLASSES = 8
 ROWS = ("nearest", "bilinear", "bilateral", "strided", "large_image", "deep_image_prior", "implicit")
 BACKBONE = ("--backbone", "test_vit", "--pretrained", "false", "--stride", 16, "--size", "64x64", "--norm", "layer")
 OPTIONS = (*BACKBONE, "--classes", CLASSES, "--threads", 1)
-FIT = (
-    "--fit-steps",
-    15,
-    "--prior-steps",
-    10,
-    "--fit-views",
-    4,
-    "--fit-components",
-    8,
-    "--views",
-    2,
-    "--views-images",
-    2,
-)
+FIT = ("--fit-steps", 15, "--fit-views", 4, "--fit-components", 8, "--prior-steps", 10)
+VIEWS = ("--views", 2, "--views-images", 2)
 
 
 def words(*values: object) -> list[str]:
@@ -76,7 +64,7 @@ def evaluated(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[P
     checkpoint.write_bytes(upsampler_bytes(create_trainable("jbu", backbone.channels), backbone=names))
     support.run(
         "evaluate", "--train", shards / "train.tar", "--val", shards / "val.tar", "--out", folder / "out", *OPTIONS,
-        *FIT, "--depth-train", shards / "train.tar", "--depth-val", shards / "val.tar", "--cam-shards",
+        *FIT, *VIEWS, "--depth-train", shards / "train.tar", "--depth-val", shards / "val.tar", "--cam-shards",
         shards / "val.tar", "--limit", 4, "--pictures", 2, "--rows", *ROWS, f"jbu={checkpoint}",
     )  # fmt: skip
     return folder / "out", json.loads((folder / "out" / "table.json").read_text())

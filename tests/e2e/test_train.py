@@ -29,23 +29,8 @@ from tests.e2e import support
 BACKBONE = ("--backbone", "test_vit", "--pretrained", "false", "--stride", 16, "--size", "32x48")
 # Enough of them that a run is killed in their midst.
 STEPS = 24
-OPTIONS = (
-    *BACKBONE,
-    "--object-store-mb",
-    100,
-    "--steps",
-    STEPS,
-    "--lr",
-    0.001,
-    "--crf",
-    0,
-    "--batch-size",
-    2,
-    "--jitters",
-    2,
-    "--holdout",
-    3,
-)
+OPTIONS = (*BACKBONE, "--object-store-mb", 100, "--steps", STEPS, "--batch-size", 2, "--jitters", 2, "--holdout", 3)
+OPTIONS = (*OPTIONS, "--lr", 0.001, "--crf", 0)
 OPTIONS = (*OPTIONS, "--evaluate-every", 7, "--checkpoint-every", 3, "--max-failed-fraction", 0.5)
 
 
