@@ -224,7 +224,7 @@ class PrecomputeConfig(InputConfig):
     fit_base: Literal["bilinear", "bilateral", "jbu"] = _option(
         "bilateral", "implicit: what a fit starts from and adds to: bilinear, bilateral, or jbu with its checkpoint"
     )
-    fit_steps: int = _option(60, "implicit: steps of a fit")
+    fit_steps: int = _option(20, "implicit: steps of a fit")
     fit_views: int = _option(32, "implicit: jittered views of an image that its fit is made from")
     fit_seed: int = _option(0, "implicit: of views, samples and first weights")
 
@@ -416,7 +416,7 @@ class EvaluateConfig(BackboneConfig):
         "trained: jbu, resize_conv, carafe, sapa, ifa; and those that are fitted to each image: deep_image_prior, "
         "implicit, which starts from bilateral, or implicit=FILE from a jbu",
     )
-    fit_steps: int = _option(60, "implicit: steps of a fit")
+    fit_steps: int = _option(20, "implicit: steps of a fit")
     fit_views: int = _option(32, "implicit: jittered views of an image that its fit is made from")
     fit_components: int = _option(128, "implicit: principal components of the training images' features to fit in")
     prior_steps: int = _option(300, "deep_image_prior: steps of a fit")

@@ -17,7 +17,7 @@ comes out for an image does not depend on its batch mates.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from math import log
+from math import log, sqrt
 
 import numpy as np
 import torch
@@ -31,6 +31,7 @@ from featup.kernels.resample import interpolation_taps, resample
 from featup.losses import explained_variance, reconstruction
 from featup.projection import PCA
 from featup.upsamplers.base import ChannelMap, Upsampler, as_guidance, row_bands
+from featup.upsamplers.interpolate import Interpolate
 from featup.views import Jitter, View, from_view, pool_views, warp
 
 __all__ = ["Fit", "FitOptions", "Implicit", "ImplicitNetwork", "view_consistency"]
@@ -49,13 +50,15 @@ class FitOptions:
     over a token of the image itself, which pins the coarse features. ``pooling``, in cells of the backbone's grid, is
     how near a token of a view must be to a cell to count there, see :func:`featup.views.pool_views`; ``None`` starts
     from the coarse features of the image itself. Pooled features are less noisy: ``strictness`` is how many times more
-    strictly than of one view's a JBU with keys tells them apart.
+    strictly than of one view's a JBU with keys tells them apart. With ``blend``, as much bilinear interpolation is
+    mixed into the start as it takes for it to explain the views no worse than bilinear interpolation of the image's own
+    features does: an edge-preserving upsampler averages out what tokens have of their own, which may be too much.
 
     Raises:
         GeometryError: a number that leaves nothing to fit.
     """
 
-    steps: int = 60
+    steps: int = 20
     tokens: int = 256
     positions: int = 16
     views: int = 32
@@ -64,11 +67,12 @@ class FitOptions:
     lr: float = 1e-3
     width: int = 128
     frequencies: int = 12
-    highest: float = 5.0
+    highest: float = 3.5
     magnitude: float = 0.5
     blur: float = 0.0
     pooling: float | None = 0.3
     strictness: float = 1.3
+    blend: bool = True
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -150,10 +154,12 @@ class Fit:
     Attributes:
         explained_variance: Share of the variance of held-out views' features that the fit explains; 1 at best.
         before: The same for the map the fit started from.
+        blend: Share of bilinear interpolation in that map, see :class:`FitOptions`.
     """
 
     explained_variance: float
     before: float
+    blend: float
     _upsampler: "Implicit"
     _network: ImplicitNetwork
     _features: Tensor
@@ -203,7 +209,7 @@ class Fit:
             raise GeometryError(f"implicit: window {window} (top, left, height, width) reaches beyond a map of {size}")
         pca = self._upsampler.pca
         total = (pca.as_channel_map() if projection is None else projection).to(self._features)
-        base = _base_map(self._upsampler.base, self._features, self._image, size, total)[0]
+        base = self._upsampler.start(self._features, self._image, size, total, self.blend)[0]
         base = base[top : top + height, left : left + width]
         # The residual has the unit of the features only here; what the PCA drops, the base alone gives.
         mixing = self._scale[0] * (total.weight @ pca.components.to(total.weight).T).T
@@ -252,6 +258,7 @@ class Implicit(Upsampler):
         self.pca = pca
         self.options = options or FitOptions()
         self.base = base if self.options.pooling is None else base.stricter(self.options.strictness)
+        self.plain = Interpolate("bilinear")
         self.fits: list[Fit] = []
 
     def forward(
@@ -304,6 +311,34 @@ class Implicit(Upsampler):
                 fits += _fit(self, features[part].clone(), guidance[part].clone(), size)
         return fits
 
+    @torch.no_grad()
+    def start(
+        self, features: Tensor, guidance: Tensor, size: tuple[int, int], total: ChannelMap, blend: float = 0.0
+    ) -> Tensor:
+        """The map a fit starts from: the base's as far as that goes, linear between its positions beyond, and blended.
+
+        Args:
+            features: ``[B, h, w, C]``, pooled or not.
+            guidance: See :meth:`fit`.
+            size: (height, width) of the map.
+            total: From the backbone's channels to ``K``.
+            blend: Share of bilinear interpolation.
+
+        Returns:
+            ``[B, height, width, K]``.
+        """
+        largest = self.base.largest((features.shape[1], features.shape[2])) or size
+        reached = (min(size[0], largest[0]), min(size[1], largest[1]))
+        made: Tensor = self.base(features, guidance, reached, total)
+        if reached != size:
+            rows, cols = (interpolation_taps("bilinear", reached[axis], size[axis]) for axis in (0, 1))
+            made = resample(made, rows, cols)
+        for index in range(len(features) if blend else 0):
+            one = slice(index, index + 1)
+            for some, band in self.plain.mapped_bands(features[one], guidance[one], size, total):
+                made[one, some].lerp_(band, blend)
+        return made
+
 
 def view_consistency(maps: Tensor, views: Sequence[View], targets: Tensor, jitter: Jitter) -> Tensor:
     """How much of the backbone's features of views a high-resolution map explains, each token the mean of its patch.
@@ -331,6 +366,7 @@ def _fit(upsampler: Implicit, features: Tensor, guidance: Tensor, size: tuple[in
     generators = [_generator(options.seed, image) for image in images]
     views = [jitter.sample(options.views + options.held_out, size, generator) for generator in generators]
     told = [_view_features(backbone, *pair, jitter) for pair in zip(images, views, strict=True)]
+    own = features
     if options.pooling is not None:
         features = torch.stack(
             [
@@ -346,8 +382,19 @@ def _fit(upsampler: Implicit, features: Tensor, guidance: Tensor, size: tuple[in
         )
     # [G, V, h, w, K]
     targets = torch.stack([pca.project(maps) for maps in told])
-    with torch.no_grad():
-        base = _base_map(upsampler.base, features, images, size, pca.as_channel_map().to(features))
+    origins = [_Origins(one[: options.views], size, jitter.max_pad) for one in views]
+    total = pca.as_channel_map().to(features)
+    base = upsampler.start(features, images, size, total)
+    blends = [0.0] * count
+    if options.blend:
+        with torch.no_grad():
+            plain, alone = (upsampler.plain(maps, images, size, total) for maps in (features, own))
+            for number, generator in enumerate(generators):
+                rows, cols, token = _whole_patches(options, grid, stride, generator, origins[number])
+                wanted = targets[number, : options.views].flatten(0, 2)[token.to(device)]
+                seen = (maps[number, rows.to(device), cols.to(device)].mean(1) for maps in (base, plain, alone))
+                blends[number] = _blend(wanted, *seen)
+                base[number].lerp_(plain[number], blends[number])
     scale = targets.flatten(1, -2).std(1).mean(-1).view(-1, 1, 1).clamp_min(1e-6)
     network = ImplicitNetwork(targets.shape[-1], count, options.width, options.frequencies, options.highest).to(device)
     for number, generator in enumerate(generators):
@@ -359,7 +406,6 @@ def _fit(upsampler: Implicit, features: Tensor, guidance: Tensor, size: tuple[in
     optimiser = torch.optim.Adam([*network.parameters(), attention, taps, doubt, doubt_level], options.lr)
     colours = _scaled_colours(as_guidance(images, torch.float32)).flatten(1, 2)
     base_rows = base.flatten(1, 2)
-    origins = [_Origins(one[: options.views], size, jitter.max_pad) for one in views]
     held = options.tokens * options.positions
     for step in range(options.steps):
         for group in optimiser.param_groups:
@@ -393,25 +439,22 @@ def _fit(upsampler: Implicit, features: Tensor, guidance: Tensor, size: tuple[in
         held_views, held_targets = views[number][options.views :], targets[number, options.views :]
         one = slice(number, number + 1)
         learned = ChannelMap(doubt[number].T.detach(), doubt_level[number, 0].detach())
-        fit = Fit(0.0, 0.0, upsampler, _one(network, number), features[one], guidance[one], scale[one], learned)
+        fit = Fit(
+            0.0,
+            0.0,
+            blends[number],
+            upsampler,
+            _one(network, number),
+            features[one],
+            guidance[one],
+            scale[one],
+            learned,
+        )
         with torch.no_grad():
             before = view_consistency(base[number], held_views, held_targets, jitter)
             after = view_consistency(fit.query(size), held_views, held_targets, jitter)
         fits.append(replace(fit, explained_variance=float(after), before=float(before)))
     return fits
-
-
-def _base_map(
-    upsampler: Upsampler, features: Tensor, guidance: Tensor, size: tuple[int, int], total: ChannelMap
-) -> Tensor:
-    """``[B, height, width, K]``: as far as the upsampler goes, and linear between its positions beyond that."""
-    largest = upsampler.largest((features.shape[1], features.shape[2])) or size
-    reached = (min(size[0], largest[0]), min(size[1], largest[1]))
-    base: Tensor = upsampler(features, guidance, reached, total)
-    if reached == size:
-        return base
-    rows, cols = (interpolation_taps("bilinear", reached[axis], size[axis]) for axis in (0, 1))
-    return resample(base, rows, cols)
 
 
 class _Origins:
@@ -443,6 +486,35 @@ def _draw(
     rows = cell // grid[1] * stride[0] + tap // stride[1]
     cols = cell % grid[1] * stride[1] + tap % stride[1]
     return (token // cells)[:, None].expand_as(tap), rows, cols, tap, tap, token
+
+
+def _whole_patches(
+    options: FitOptions,
+    grid: tuple[int, int],
+    stride: tuple[int, int],
+    generator: torch.Generator,
+    origins: _Origins,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Tokens ``[T]`` of the views to fit to and all positions of their patches in the image, rows and columns."""
+    everywhere = replace(options, positions=stride[0] * stride[1])
+    view, rows, cols, tap, _, token = _draw(everywhere, grid, stride, generator)
+    order = torch.arange(everywhere.positions)
+    rows, cols = rows - tap // stride[1] + order // stride[1], cols - tap % stride[1] + order % stride[1]
+    return *origins(view, rows, cols, tap), token
+
+
+def _blend(wanted: Tensor, start: Tensor, plain: Tensor, alone: Tensor) -> float:
+    """The least share of ``plain`` in ``start`` that is as near to ``wanted`` as ``alone``, or the nearest there is.
+
+    All ``[T, K]``. The squared distance is a parabola of the share: the first root, or else the vertex.
+    """
+    missing, way = (wanted - start).double(), (plain - start).double()
+    excess = float(missing.square().sum() - (wanted - alone).double().square().sum())
+    bend, slope = float(way.square().sum()), float((missing * way).sum())
+    if excess <= 0 or slope <= 0:
+        return 0.0
+    root = slope**2 - bend * excess
+    return min(1.0, (slope - sqrt(max(0.0, root))) / bend)
 
 
 @torch.no_grad()

@@ -1,18 +1,21 @@
 """The implicit network against reference values, and fits of real images by a real (random) backbone."""
 
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import Tensor
 
 from featup.backbones import Backbone, create_backbone
 from featup.errors import GeometryError
 from featup.projection import PCA, PCAFit
-from featup.upsamplers import JBU, Bilateral, ChannelMap, RangeKernel, create_trainable
-from featup.upsamplers.implicit import FitOptions, Implicit, ImplicitNetwork, _generator, view_consistency
+from featup.upsamplers import JBU, Bilateral, ChannelMap, Interpolate, RangeKernel, Upsampler, create_trainable
+from featup.upsamplers.implicit import FitOptions, Implicit, ImplicitNetwork, _blend, _generator, view_consistency
 from featup.views import Jitter, View, pool_views, warp
 
 SIZE = (64, 48)
@@ -115,7 +118,7 @@ def test_the_networks_of_a_stack_are_those_alone() -> None:
 
 
 def test_a_fresh_network_adds_nothing(backbone: Backbone, pca: PCA, features: Tensor, images: Tensor) -> None:
-    implicit = make(backbone, pca, FitOptions(steps=0, views=2, held_out=2, jitter=JITTER, pooling=None))
+    implicit = make(backbone, pca, FitOptions(steps=0, views=2, held_out=2, jitter=JITTER, pooling=None, blend=False))
     found = implicit(features, images, SIZE)
     with torch.no_grad():
         wanted = Bilateral()(features, images, SIZE)
@@ -126,7 +129,7 @@ def test_a_fresh_network_adds_nothing(backbone: Backbone, pca: PCA, features: Te
 def test_a_fresh_fit_is_the_base_of_what_all_views_say(
     backbone: Backbone, pca: PCA, features: Tensor, images: Tensor
 ) -> None:
-    options = replace(OPTIONS, steps=0, pooling=0.3, strictness=2.0)
+    options = replace(OPTIONS, steps=0, pooling=0.3, strictness=2.0, blend=False)
     jbu = create_trainable("jbu", features.shape[-1], feature_keys=2, start=(1.0, 0.5)).eval().requires_grad_(False)
     assert isinstance(jbu, JBU)
     jbu.feature_map[0, 0] = jbu.feature_map[1, 1] = 0.7
@@ -142,6 +145,55 @@ def test_a_fresh_fit_is_the_base_of_what_all_views_say(
         alike = jbu(pooled, images[:1], SIZE, pca.as_channel_map())[0]
     assert torch.allclose(found, wanted, atol=1e-4)
     assert not torch.allclose(found, alike, atol=1e-3)
+
+
+class Grey(Upsampler):
+    """Says nothing of anything: the worst there is to start from."""
+
+    def bands(self, features: Tensor, guidance: Tensor, size: tuple[int, int]) -> Iterator[tuple[slice, Tensor]]:
+        yield slice(0, size[0]), features.mean((1, 2), keepdim=True).expand(-1, *size, -1).clone()
+
+
+def test_a_start_that_explains_less_than_bilinear_is_blended_until_it_does_not(
+    backbone: Backbone, pca: PCA, features: Tensor, images: Tensor
+) -> None:
+    options = replace(OPTIONS, steps=0, tokens=2000, views=40, held_out=40)
+    bilinear, pure, blended = (
+        Implicit(backbone, pca, base, replace(options, pooling=pooling, blend=blend)).fit(features[:1], images[:1])[0]
+        for base, pooling, blend in ((Interpolate("bilinear"), None, False), (Grey(), 0.3, False), (Grey(), 0.3, True))
+    )
+    assert pure.explained_variance < bilinear.explained_variance - 0.05
+    assert blended.explained_variance == pytest.approx(bilinear.explained_variance, abs=0.02)
+    assert 0.2 < blended.blend < 1
+    assert bilinear.blend == pure.blend == 0
+
+
+@pytest.mark.parametrize("size", [SIZE, (128, 96)], ids=["the image's", "larger"])
+def test_what_is_handed_out_is_blended(
+    backbone: Backbone, pca: PCA, features: Tensor, images: Tensor, size: tuple[int, int]
+) -> None:
+    (fit,) = Implicit(backbone, pca, Grey(), replace(OPTIONS, steps=0, pooling=None)).fit(features[:1], images[:1])
+    low = pca.project(features[:1])
+    plain = torch.nn.functional.interpolate(low.permute(0, 3, 1, 2), size, mode="bilinear")[0].permute(1, 2, 0)
+    assert fit.blend > 0.2
+    assert torch.allclose(
+        fit.query(size), torch.lerp(low.mean((1, 2))[0].expand_as(plain), plain, fit.blend), atol=1e-5
+    )
+
+
+@given(st.integers(0, 2**32 - 1), st.floats(0, 3), st.floats(0, 3))
+def test_the_blend_is_the_least_that_will_do(seed: int, off_start: float, off_plain: float) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    wanted, one, two, three = torch.randn(4, 50, 3, generator=generator, dtype=torch.float64)
+    start, plain, alone = wanted + off_start * one, wanted + off_plain * two, wanted + three
+
+    def off(share: float) -> float:
+        return float((wanted - torch.lerp(start, plain, share)).square().sum())
+
+    share, goal = _blend(wanted, start, plain, alone), float((wanted - alone).square().sum())
+    assert 0 <= share <= 1
+    assert off(share) <= min(off(other) for other in np.linspace(0, 1, 101)) + 1e-6 or off(share) <= goal + 1e-6
+    assert share == 0 or all(off(other) > goal - 1e-6 for other in np.linspace(0, share, 20)[:-1])
 
 
 def test_a_fit_explains_views_it_has_not_seen(fitted: Implicit) -> None:
@@ -230,7 +282,9 @@ def test_a_fit_may_start_from_a_jbu(
 ) -> None:
     """Which is made for the backbone's channels, and not for those of the PCA."""
     jbu = create_trainable("jbu", features.shape[-1], kernel).eval().requires_grad_(False)
-    implicit = Implicit(backbone, pca, jbu, FitOptions(steps=0, views=2, held_out=1, jitter=JITTER, pooling=None))
+    implicit = Implicit(
+        backbone, pca, jbu, FitOptions(steps=0, views=2, held_out=1, jitter=JITTER, pooling=None, blend=False)
+    )
     found = implicit(features[:1], images[:1], SIZE)
     assert torch.allclose(found, jbu(features[:1], images[:1], SIZE), atol=1e-4)
 
@@ -239,7 +293,9 @@ def test_a_fit_goes_beyond_the_stack_it_starts_from(
     backbone: Backbone, pca: PCA, features: Tensor, images: Tensor
 ) -> None:
     jbu = JBU(features.shape[-1], stages=2, kernel="distance").eval().requires_grad_(False)
-    implicit = Implicit(backbone, pca, jbu, FitOptions(steps=0, views=2, held_out=1, jitter=JITTER, pooling=None))
+    implicit = Implicit(
+        backbone, pca, jbu, FitOptions(steps=0, views=2, held_out=1, jitter=JITTER, pooling=None, blend=False)
+    )
     (fit,) = implicit.fit(features[:1], images[:1])
     # 4x3 tokens, of which two stages make 16x12.
     found = fit.query((32, 24))
@@ -264,4 +320,4 @@ def test_options_that_leave_nothing_to_fit(wrong: dict[str, float]) -> None:
 @pytest.mark.parametrize("wrong", [{"strictness": 0.0}, {"pooling": 0.0}])
 def test_options_that_pool_nothing(wrong: dict[str, float]) -> None:
     with pytest.raises(GeometryError, match="must be positive, or pooling None"):
-        FitOptions(**wrong)
+        FitOptions(**wrong)  # type: ignore[arg-type]

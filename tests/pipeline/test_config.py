@@ -223,7 +223,7 @@ def test_checks_apply_to_files_too(recipe: Path) -> None:
         ({"checkpoint": "a"}, "upsampler='bilateral' with checkpoint='a': those that are trained (jbu, resize_conv"),
         ({"upsampler": "implicit"}, "fits in the space of a PCA; give --pca"),
         ({"upsampler": "implicit", "pca": 8, "fit_base": "jbu"}, "need a checkpoint"),
-        ({"fit_views": 0}, "fit_steps=60 and fit_views=0 must be at least 1"),
+        ({"fit_views": 0}, "fit_steps=20 and fit_views=0 must be at least 1"),
         ({"sigma_space": 0.0}, "sigma_space and sigma_colour must be positive"),
         ({"sigma_colour": -1.0}, "sigma_space and sigma_colour must be positive"),
         ({"pca": 0}, "pca=0 must be at least 1"),
