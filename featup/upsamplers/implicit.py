@@ -366,35 +366,12 @@ def _fit(upsampler: Implicit, features: Tensor, guidance: Tensor, size: tuple[in
     generators = [_generator(options.seed, image) for image in images]
     views = [jitter.sample(options.views + options.held_out, size, generator) for generator in generators]
     told = [_view_features(backbone, *pair, jitter) for pair in zip(images, views, strict=True)]
-    own = features
-    if options.pooling is not None:
-        features = torch.stack(
-            [
-                pool_views(
-                    torch.cat([one[None], maps[: options.views]]),
-                    [jitter.identity, *drawn[: options.views]],
-                    jitter.max_pad,
-                    size,
-                    options.pooling,
-                )
-                for one, maps, drawn in zip(features, told, views, strict=True)
-            ]
-        )
+    own, features = features, _pooled(options, features, told, views, size)
     # [G, V, h, w, K]
     targets = torch.stack([pca.project(maps) for maps in told])
     origins = [_Origins(one[: options.views], size, jitter.max_pad) for one in views]
-    total = pca.as_channel_map().to(features)
-    base = upsampler.start(features, images, size, total)
-    blends = [0.0] * count
-    if options.blend:
-        with torch.no_grad():
-            plain, alone = (upsampler.plain(maps, images, size, total) for maps in (features, own))
-            for number, generator in enumerate(generators):
-                rows, cols, token = _whole_patches(options, grid, stride, generator, origins[number])
-                wanted = targets[number, : options.views].flatten(0, 2)[token.to(device)]
-                seen = (maps[number, rows.to(device), cols.to(device)].mean(1) for maps in (base, plain, alone))
-                blends[number] = _blend(wanted, *seen)
-                base[number].lerp_(plain[number], blends[number])
+    base = upsampler.start(features, images, size, pca.as_channel_map().to(features))
+    blends = _blend_in(upsampler, images, base, features, own, targets, origins, generators)
     scale = targets.flatten(1, -2).std(1).mean(-1).view(-1, 1, 1).clamp_min(1e-6)
     network = ImplicitNetwork(targets.shape[-1], count, options.width, options.frequencies, options.highest).to(device)
     for number, generator in enumerate(generators):
@@ -501,6 +478,52 @@ def _whole_patches(
     order = torch.arange(everywhere.positions)
     rows, cols = rows - tap // stride[1] + order // stride[1], cols - tap % stride[1] + order % stride[1]
     return *origins(view, rows, cols, tap), token
+
+
+def _pooled(
+    options: FitOptions, features: Tensor, told: list[Tensor], views: list[list[View]], size: tuple[int, int]
+) -> Tensor:
+    """The images' coarse features ``[G, h, w, C]``, and what the views to fit to say beside them."""
+    if options.pooling is None:
+        return features
+    jitter, shown = options.jitter, slice(options.views)
+    pools = []
+    for one, maps, drawn in zip(features, told, views, strict=True):
+        seen, where = torch.cat([one[None], maps[shown]]), [jitter.identity, *drawn[shown]]
+        pools.append(pool_views(seen, where, jitter.max_pad, size, options.pooling))
+    return torch.stack(pools)
+
+
+@torch.no_grad()
+def _blend_in(
+    upsampler: Implicit,
+    images: Tensor,
+    base: Tensor,
+    features: Tensor,
+    own: Tensor,
+    targets: Tensor,
+    origins: list["_Origins"],
+    generators: list[torch.Generator],
+) -> list[float]:
+    """Blend bilinear interpolation of ``features`` into ``base`` ``[G, H, W, K]``, in place.
+
+    Returns:
+        Its share in each image, by what it takes to explain ``targets`` as bilinear interpolation of ``own`` does.
+    """
+    options, device = upsampler.options, base.device
+    if not options.blend:
+        return [0.0] * len(base)
+    grid = (features.shape[1], features.shape[2])
+    size, total = (base.shape[1], base.shape[2]), upsampler.pca.as_channel_map().to(features)
+    plain, alone = (upsampler.plain(maps, images, size, total) for maps in (features, own))
+    blends = []
+    for number, generator in enumerate(generators):
+        rows, cols, token = _whole_patches(options, grid, upsampler.backbone.stride, generator, origins[number])
+        wanted = targets[number, : options.views].flatten(0, 2)[token.to(device)]
+        seen = (maps[number, rows.to(device), cols.to(device)].mean(1) for maps in (base, plain, alone))
+        blends.append(_blend(wanted, *seen))
+        base[number].lerp_(plain[number], blends[-1])
+    return blends
 
 
 def _blend(wanted: Tensor, start: Tensor, plain: Tensor, alone: Tensor) -> float:
