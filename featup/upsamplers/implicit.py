@@ -49,10 +49,11 @@ class FitOptions:
     scaled to [-0.5, 0.5]. ``magnitude`` and ``blur`` weigh the residual: its mean square, and the square of its mean
     over a token of the image itself, which pins the coarse features. ``pooling``, in cells of the backbone's grid, is
     how near a token of a view must be to a cell to count there, see :func:`featup.views.pool_views`; ``None`` starts
-    from the coarse features of the image itself. Pooled features are less noisy: ``strictness`` is how many times more
-    strictly than of one view's a JBU with keys tells them apart. With ``blend``, as much bilinear interpolation is
-    mixed into the start as it takes for it to explain the views no worse than bilinear interpolation of the image's own
-    features does: an edge-preserving upsampler averages out what tokens have of their own, which may be too much.
+    from the coarse features of the image itself. Pooled features are less noisy: a JBU with keys tells them apart
+    ``strictness`` times more strictly than those of one view, and smooths them in ``passes`` as many coarse stages.
+    With ``blend``, as much bilinear interpolation is mixed into the start as it takes for it to explain the views no
+    worse than bilinear interpolation of the image's own features does: an edge-preserving upsampler averages out what
+    tokens have of their own, which may be too much.
 
     Raises:
         GeometryError: a number that leaves nothing to fit.
@@ -71,9 +72,15 @@ class FitOptions:
     magnitude: float = 0.5
     blur: float = 0.0
     pooling: float | None = 0.3
-    strictness: float = 1.3
+    strictness: float = 1.6
+    passes: int = 2
     blend: bool = True
     seed: int = 0
+
+    @property
+    def judges(self) -> int:
+        """Of the views to fit to, how many, the last ones, are not pooled but say how much to blend."""
+        return max(1, self.views // 8) if self.blend else 0
 
     def __post_init__(self) -> None:
         whole = {name: getattr(self, name) for name in ("tokens", "positions", "views", "held_out", "width")}
@@ -82,9 +89,10 @@ class FitOptions:
                 f"implicit: {whole}, frequencies={self.frequencies}, steps={self.steps}, lr={self.lr}: the first six "
                 "must be at least 1, steps at least 0 and lr positive"
             )
-        if not (self.strictness > 0 and (self.pooling is None or self.pooling > 0)):
+        if not (min(self.strictness, self.passes) > 0 and (self.pooling is None or self.pooling > 0)):
             raise GeometryError(
-                f"implicit: pooling={self.pooling} and strictness={self.strictness} must be positive, or pooling None"
+                f"implicit: pooling={self.pooling}, strictness={self.strictness} and passes={self.passes} must be "
+                "positive, or pooling None"
             )
 
 
@@ -257,7 +265,9 @@ class Implicit(Upsampler):
         self.backbone = backbone
         self.pca = pca
         self.options = options or FitOptions()
-        self.base = base if self.options.pooling is None else base.stricter(self.options.strictness)
+        self.base = (
+            base if self.options.pooling is None else base.stricter(self.options.strictness, self.options.passes)
+        )
         self.plain = Interpolate("bilinear")
         self.fits: list[Fit] = []
 
@@ -369,9 +379,8 @@ def _fit(upsampler: Implicit, features: Tensor, guidance: Tensor, size: tuple[in
     own, features = features, _pooled(options, features, told, views, size)
     # [G, V, h, w, K]
     targets = torch.stack([pca.project(maps) for maps in told])
-    origins = [_Origins(one[: options.views], size, jitter.max_pad) for one in views]
     base = upsampler.start(features, images, size, pca.as_channel_map().to(features))
-    blends = _blend_in(upsampler, images, base, features, own, targets, origins, generators)
+    blends = _blend_in(upsampler, images, base, features, own, targets, views, generators)
     scale = targets.flatten(1, -2).std(1).mean(-1).view(-1, 1, 1).clamp_min(1e-6)
     network = ImplicitNetwork(targets.shape[-1], count, options.width, options.frequencies, options.highest).to(device)
     for number, generator in enumerate(generators):
@@ -383,6 +392,7 @@ def _fit(upsampler: Implicit, features: Tensor, guidance: Tensor, size: tuple[in
     optimiser = torch.optim.Adam([*network.parameters(), attention, taps, doubt, doubt_level], options.lr)
     colours = _scaled_colours(as_guidance(images, torch.float32)).flatten(1, 2)
     base_rows = base.flatten(1, 2)
+    origins = [_Origins(one[: options.views], size, jitter.max_pad) for one in views]
     held = options.tokens * options.positions
     for step in range(options.steps):
         for group in optimiser.param_groups:
@@ -486,7 +496,7 @@ def _pooled(
     """The images' coarse features ``[G, h, w, C]``, and what the views to fit to say beside them."""
     if options.pooling is None:
         return features
-    jitter, shown = options.jitter, slice(options.views)
+    jitter, shown = options.jitter, slice(options.views - options.judges)
     pools = []
     for one, maps, drawn in zip(features, told, views, strict=True):
         seen, where = torch.cat([one[None], maps[shown]]), [jitter.identity, *drawn[shown]]
@@ -502,13 +512,14 @@ def _blend_in(
     features: Tensor,
     own: Tensor,
     targets: Tensor,
-    origins: list["_Origins"],
+    views: list[list[View]],
     generators: list[torch.Generator],
 ) -> list[float]:
     """Blend bilinear interpolation of ``features`` into ``base`` ``[G, H, W, K]``, in place.
 
     Returns:
-        Its share in each image, by what it takes to explain ``targets`` as bilinear interpolation of ``own`` does.
+        Its share in each image, by what it takes to explain ``targets`` of views that were not pooled as well as
+        bilinear interpolation of ``own`` does.
     """
     options, device = upsampler.options, base.device
     if not options.blend:
@@ -518,8 +529,15 @@ def _blend_in(
     plain, alone = (upsampler.plain(maps, images, size, total) for maps in (features, own))
     blends = []
     for number, generator in enumerate(generators):
-        rows, cols, token = _whole_patches(options, grid, upsampler.backbone.stride, generator, origins[number])
-        wanted = targets[number, : options.views].flatten(0, 2)[token.to(device)]
+        judges = slice(options.views - options.judges, options.views)
+        rows, cols, token = _whole_patches(
+            replace(options, views=options.judges),
+            grid,
+            upsampler.backbone.stride,
+            generator,
+            _Origins(views[number][judges], size, options.jitter.max_pad),
+        )
+        wanted = targets[number, judges].flatten(0, 2)[token.to(device)]
         seen = (maps[number, rows.to(device), cols.to(device)].mean(1) for maps in (base, plain, alone))
         blends.append(_blend(wanted, *seen))
         base[number].lerp_(plain[number], blends[-1])
