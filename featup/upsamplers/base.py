@@ -117,8 +117,8 @@ class Upsampler(nn.Module):
         """The largest (height, width) that maps of (height, width) ``low`` can be brought to; ``None`` for any."""
         return None
 
-    def stricter(self, factor: float, passes: int = 1) -> "Upsampler":
-        """The upsampler for features with less noise, see :meth:`JBU.stricter`: itself, where it compares none."""
+    def stricter(self, factor: float) -> "Upsampler":
+        """The upsampler for features with ``factor`` times less noise: itself, where it does not look at them."""
         return self
 
     def mapped_bands(

@@ -49,11 +49,10 @@ class FitOptions:
     scaled to [-0.5, 0.5]. ``magnitude`` and ``blur`` weigh the residual: its mean square, and the square of its mean
     over a token of the image itself, which pins the coarse features. ``pooling``, in cells of the backbone's grid, is
     how near a token of a view must be to a cell to count there, see :func:`featup.views.pool_views`; ``None`` starts
-    from the coarse features of the image itself. Pooled features are less noisy: a JBU with keys tells them apart
-    ``strictness`` times more strictly than those of one view, and smooths them in ``passes`` as many coarse stages.
-    With ``blend``, as much bilinear interpolation is mixed into the start as it takes for it to explain the views no
-    worse than bilinear interpolation of the image's own features does: an edge-preserving upsampler averages out what
-    tokens have of their own, which may be too much.
+    from the coarse features of the image itself. Pooled features are less noisy: ``strictness`` is how many times more
+    strictly than of one view's a JBU with keys tells them apart. With ``blend``, as much bilinear interpolation is
+    mixed into the start as it takes for it to explain the views no worse than bilinear interpolation of the image's own
+    features does: an edge-preserving upsampler averages out what tokens have of their own, which may be too much.
 
     Raises:
         GeometryError: a number that leaves nothing to fit.
@@ -72,8 +71,7 @@ class FitOptions:
     magnitude: float = 0.5
     blur: float = 0.0
     pooling: float | None = 0.3
-    strictness: float = 1.6
-    passes: int = 2
+    strictness: float = 1.3
     blend: bool = True
     seed: int = 0
 
@@ -89,10 +87,9 @@ class FitOptions:
                 f"implicit: {whole}, frequencies={self.frequencies}, steps={self.steps}, lr={self.lr}: the first six "
                 "must be at least 1, steps at least 0 and lr positive"
             )
-        if not (min(self.strictness, self.passes) > 0 and (self.pooling is None or self.pooling > 0)):
+        if not (self.strictness > 0 and (self.pooling is None or self.pooling > 0)):
             raise GeometryError(
-                f"implicit: pooling={self.pooling}, strictness={self.strictness} and passes={self.passes} must be "
-                "positive, or pooling None"
+                f"implicit: pooling={self.pooling} and strictness={self.strictness} must be positive, or pooling None"
             )
 
 
@@ -265,9 +262,7 @@ class Implicit(Upsampler):
         self.backbone = backbone
         self.pca = pca
         self.options = options or FitOptions()
-        self.base = (
-            base if self.options.pooling is None else base.stricter(self.options.strictness, self.options.passes)
-        )
+        self.base = base if self.options.pooling is None else base.stricter(self.options.strictness)
         self.plain = Interpolate("bilinear")
         self.fits: list[Fit] = []
 

@@ -211,18 +211,15 @@ class JBU(JointUpsampler):
         unit = variance.sum().sqrt().clamp_min(1e-6)
         self.feature_map.copy_(components / unit)
 
-    def stricter(self, factor: float, passes: int = 1) -> "JBU":
-        """The same stack for features with less noise; itself where it has no keys of the features.
+    def stricter(self, factor: float) -> "JBU":
+        """The same stack with keys of the features that count ``factor`` times as much: for features with less noise.
 
-        Its keys of the features count ``factor`` times as much, and each stage at the features' own size runs
-        ``passes`` times: what is alike comes together step by step, and what is not stays apart.
+        Itself where it has none.
         """
         if not self.feature_keys:
             return self
         other = deepcopy(self)
         other.feature_map *= factor
-        other.coarse = nn.ModuleList(stage for stage in other.coarse for _ in range(passes))
-        other.coarse_stages = len(other.coarse)
         return other
 
     def keys(self, features: Tensor) -> Tensor | None:

@@ -130,11 +130,7 @@ def test_a_fresh_fit_is_the_base_of_what_all_views_say(
     backbone: Backbone, pca: PCA, features: Tensor, images: Tensor
 ) -> None:
     options = replace(OPTIONS, steps=0, pooling=0.3, strictness=2.0, blend=False)
-    jbu = (
-        create_trainable("jbu", features.shape[-1], feature_keys=2, start=(1.0, 0.5), coarse_stages=1)
-        .eval()
-        .requires_grad_(False)
-    )
+    jbu = create_trainable("jbu", features.shape[-1], feature_keys=2, start=(1.0, 0.5)).eval().requires_grad_(False)
     assert isinstance(jbu, JBU)
     jbu.feature_map[0, 0] = jbu.feature_map[1, 1] = 0.7
     found = Implicit(backbone, pca, jbu, options).fit(features[:1], images[:1])[0].query(SIZE)
@@ -145,7 +141,7 @@ def test_a_fresh_fit_is_the_base_of_what_all_views_say(
     with torch.no_grad():
         maps = torch.cat([features[:1], backbone.features(shown.permute(0, 3, 1, 2))])
         pooled = pool_views(maps, [JITTER.identity, *views], JITTER.max_pad, SIZE, 0.3)[None]
-        wanted = jbu.stricter(2.0, 2)(pooled, images[:1], SIZE, pca.as_channel_map())[0]
+        wanted = jbu.stricter(2.0)(pooled, images[:1], SIZE, pca.as_channel_map())[0]
         alike = jbu(pooled, images[:1], SIZE, pca.as_channel_map())[0]
     assert torch.allclose(found, wanted, atol=1e-4)
     assert not torch.allclose(found, alike, atol=1e-3)
@@ -321,7 +317,7 @@ def test_options_that_leave_nothing_to_fit(wrong: dict[str, float]) -> None:
         FitOptions(**wrong)  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("wrong", [{"strictness": 0.0}, {"pooling": 0.0}, {"passes": 0}])
+@pytest.mark.parametrize("wrong", [{"strictness": 0.0}, {"pooling": 0.0}])
 def test_options_that_pool_nothing(wrong: dict[str, float]) -> None:
     with pytest.raises(GeometryError, match="must be positive, or pooling None"):
         FitOptions(**wrong)  # type: ignore[arg-type]

@@ -716,15 +716,6 @@ def test_stricter_keys_are_those_of_a_smaller_sigma() -> None:
     assert plain.stricter(2.0) is plain
 
 
-def test_more_passes_are_more_coarse_stages() -> None:
-    features, guidance = random(1, 4, 5, 6), picture(1, 32, 40, 3)
-    jbu = keyed_jbu(1)
-    often = jbu.stricter(1.0, 3)(features, guidance, (32, 40))
-    assert torch.allclose(often, keyed_jbu(3)(features, guidance, (32, 40)), atol=1e-5)
-    assert not torch.allclose(often, jbu(features, guidance, (32, 40)), atol=1e-3)
-    assert len(jbu.coarse) == jbu.coarse_stages == 1
-
-
 def test_a_steeper_cubic_is_sharper() -> None:
     """On a grey image a step is smoothed by every stage, and less so the more what goes into it overshoots."""
     features = torch.zeros(1, 6, 6, 1)
