@@ -477,7 +477,7 @@ def _whole_patches(
     generator: torch.Generator,
     origins: _Origins,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Tokens ``[T]`` of the views to fit to and all positions of their patches in the image, rows and columns."""
+    """Rows and columns in the image of all positions in the patches of some tokens ``[T, P]``; the tokens ``[T]``."""
     everywhere = replace(options, positions=stride[0] * stride[1])
     view, rows, cols, tap, _, token = _draw(everywhere, grid, stride, generator)
     order = torch.arange(everywhere.positions)
@@ -522,9 +522,9 @@ def _blend_in(
     grid = (features.shape[1], features.shape[2])
     size, total = (base.shape[1], base.shape[2]), upsampler.pca.as_channel_map().to(features)
     plain, alone = (upsampler.plain(maps, images, size, total) for maps in (features, own))
+    judges = slice(options.views - options.judges, options.views)
     blends = []
     for number, generator in enumerate(generators):
-        judges = slice(options.views - options.judges, options.views)
         rows, cols, token = _whole_patches(
             replace(options, views=options.judges),
             grid,
