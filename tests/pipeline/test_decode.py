@@ -524,7 +524,7 @@ def _survives(data: bytes) -> None:
     cut=st.one_of(st.just(1.0), st.floats(0, 1)),
     in_header=st.booleans(),
 )
-@settings(max_examples=600, deadline=None)
+@settings(max_examples=600)
 def test_changed_bytes_give_a_picture_or_a_sample_error(
     kind: str, edits: list[tuple[float, bytes]], cut: float, in_header: bool
 ) -> None:
@@ -537,7 +537,7 @@ def test_changed_bytes_give_a_picture_or_a_sample_error(
 
 
 @given(st.sampled_from(sorted(FILES)), st.binary(max_size=200))
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 def test_noise_behind_a_signature(kind: str, noise: bytes) -> None:
     _survives(FILES[kind][:16] + noise)
 
@@ -676,7 +676,7 @@ def test_npy_is_never_unpickled_and_its_header_never_trusted(tmp_path: Path) -> 
 
 
 @given(st.data())
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 def test_changed_label_bytes_give_a_label_or_a_sample_error(data: st.DataObject) -> None:
     files = {
         "seg.png": ("seg", encode(gradient(12, 9)[:, :, 0], "PNG")),

@@ -158,7 +158,7 @@ def photograph() -> npt.NDArray[np.uint8]:
 
 
 @given(kind=st.sampled_from(KINDS), source=sizes, output=sizes)
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 def test_any_size_works(kind: Geometry, source: Size, output: Size) -> None:
     transform = plan_transform(kind, source, output)
     assert Transform.from_row(json.loads(json.dumps(transform.to_row()))) == transform

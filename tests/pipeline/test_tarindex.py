@@ -158,7 +158,7 @@ NAMES = st.one_of(
 KINDS = st.sampled_from([tarfile.REGTYPE] * 8 + [tarfile.AREGTYPE, tarfile.DIRTYPE, tarfile.LNKTYPE, tarfile.SYMTYPE])
 
 
-@settings(max_examples=250, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=250, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     entries=st.lists(st.tuples(NAMES, KINDS, st.integers(0, 3)), max_size=8),
     kind=st.sampled_from(list(FORMATS.values())),
@@ -205,7 +205,7 @@ def test_any_names_become_the_samples_of_webdataset(
         seen.add(sample.key)
 
 
-@settings(max_examples=500, deadline=None)
+@settings(max_examples=500)
 @given(st.one_of(NAMES, st.text(max_size=20)))
 def test_split_name_agrees_with_webdataset_on_any_text(name: str) -> None:
     key, ext = wds.tariterators.base_plus_ext(name)
