@@ -197,7 +197,7 @@ class InputConfig(BackboneConfig):
 class PrecomputeConfig(InputConfig):
     """Options of ``jobs.precompute``: shards of images in, a store of features out."""
 
-    _places: ClassVar[tuple[str, ...]] = (*InputConfig._places, "checkpoint")
+    _places: ClassVar[tuple[str, ...]] = (*InputConfig._places, "checkpoint", "pca_from")
 
     labels: tuple[LabelKind, ...] = _option((), "labels to store beside the features: seg, depth, cls")
     seg_dtype: Literal["uint8", "uint16"] = _option(
@@ -230,6 +230,9 @@ class PrecomputeConfig(InputConfig):
 
     pca: int | None = _option(None, "store so many principal components instead of all channels")
     pca_images: int = _option(256, "images the PCA is fitted on, spread over the data set")
+    pca_from: str | None = _option(
+        None, "another store whose PCA to take, so that one probe serves both; instead of pca", run=True
+    )
     mantissa_bits: int | None = _option(None, "round stored values to so many of float16's 10 bits, to compress better")
     tile: int | None = _option(None, "side of a chunk in pixels; by default as large as keeps a chunk below 4 MiB")
     rows_per_shard: int | None = _option(None, "images in one Zarr shard; by default as many as keep it below 256 MiB")
@@ -258,8 +261,12 @@ class PrecomputeConfig(InputConfig):
                 "take none",
             ),
             (
-                self.upsampler == "implicit" and self.pca is None,
-                "upsampler='implicit' fits in the space of a PCA; give --pca, 128 for instance",
+                self.upsampler == "implicit" and not self.projects,
+                "upsampler='implicit' fits in the space of a PCA; give --pca, 128 for instance, or --pca-from STORE",
+            ),
+            (
+                self.pca is not None and self.pca_from is not None,
+                f"pca={self.pca} fits a PCA and pca_from={self.pca_from!r} takes one that is there; give one of them",
             ),
             (
                 min(self.fit_steps, self.fit_views) < 1 or self.fit_seed < 0,
@@ -303,6 +310,11 @@ class PrecomputeConfig(InputConfig):
     def target_size(self) -> Size:
         """(height, width) of the stored features."""
         return self.output_size or self.size
+
+    @property
+    def projects(self) -> bool:
+        """Whether principal components are stored in place of the channels."""
+        return self.pca is not None or self.pca_from is not None
 
 
 @dataclass(frozen=True, kw_only=True)

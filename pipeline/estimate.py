@@ -8,9 +8,10 @@ from dataclasses import replace
 import numpy as np
 import torch
 
+from featup.projection import PCA
 from pipeline.config import PrecomputeConfig
 from pipeline.errors import InputError, Reason, SampleError
-from pipeline.featurize import Extractor, fit_pca, set_threads
+from pipeline.featurize import Extractor, fit_pca, set_threads, take_pca
 from pipeline.load import decode_options, load_sample
 from pipeline.plan import Plan, UnitKey
 from pipeline.progress import human_bytes, human_seconds
@@ -33,12 +34,13 @@ def estimate(config: PrecomputeConfig) -> str:
     shards = plan_input(config)
     extractor = Extractor(config)
     threads = set_threads(config.threads, config.actors)
-    channels = config.pca or extractor.backbone.channels
+    taken = take_pca(config.pca_from, config, extractor.setup())[0] if config.pca_from else None
+    channels = len(taken.components) if taken else config.pca or extractor.backbone.channels
     plan = complete_plan(config, shards, channels)
     rows = plan.rows_per_shard
     layout = layout_of(config, rows, channels, plan.units)
 
-    seconds, ratio, tried = _time_handful(config, extractor, plan, threads)
+    seconds, ratio, tried = _time_handful(config, extractor, plan, threads, taken)
     total = plan.samples * layout.sample_bytes
     loading, computing, writing = seconds["read + decode"], seconds["features"] + seconds["upsample"], seconds["write"]
     # On a CPU all stages share the cores; on a GPU the slowest one sets the pace.
@@ -75,7 +77,7 @@ def estimate(config: PrecomputeConfig) -> str:
 
 
 def _time_handful(
-    config: PrecomputeConfig, extractor: Extractor, plan: Plan, threads: int
+    config: PrecomputeConfig, extractor: Extractor, plan: Plan, threads: int, pca: PCA | None
 ) -> tuple[dict[str, float], float, int]:
     """Seconds a sample of each stage, compression ratio of the features, and how many samples were tried."""
     options = decode_options(config, extractor.backbone.mean)
@@ -97,8 +99,9 @@ def _time_handful(
     if config.pca is not None:
         few = min(config.pca_images, _HANDFUL)
         pca = fit_pca(extractor, plan, config.pca, max(few, -(-2 * config.pca // max(1, int(np.prod(extractor.grid))))))
+    if pca is not None:
         extractor.project(pca)
-    channels = config.pca or extractor.backbone.channels
+    channels = extractor.channels
     batch = torch.from_numpy(np.stack(images[: config.batch_size]))
     size = config.target_size
     block = np.empty((len(batch), *size, channels), np.float16)

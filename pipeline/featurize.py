@@ -8,7 +8,7 @@ import threading
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numba
@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from featup.backbones import Backbone, create_backbone
-from featup.checkpoints import check_backbone, load_pca, pca_bytes
+from featup.checkpoints import check_backbone, load_pca
 from featup.errors import FeatupError, GeometryError
 from featup.inference import resize_images
 from featup.projection import PCA, PCAFit
@@ -31,9 +31,29 @@ from pipeline.errors import ConfigError, PipelineError, Reason, SampleError, Sto
 from pipeline.ledger import Ledger, Receipt, SampleRecord
 from pipeline.load import LoadedUnit, decode_options, failed_unit, load_sample, unpack
 from pipeline.plan import Plan, UnitKey
-from pipeline.store import FAILED, NOTHING, OK, Layout, StoreWriter, round_mantissa, row_checksum
+from pipeline.store import (
+    FAILED,
+    NOTHING,
+    OK,
+    Layout,
+    StoreWriter,
+    feature_space,
+    round_mantissa,
+    row_checksum,
+    stored_config,
+)
 
-__all__ = ["Extractor", "Featurizer", "Setup", "UnitProcessor", "fit_pca", "make_backbone", "save_pca", "set_threads"]
+__all__ = [
+    "Extractor",
+    "Featurizer",
+    "Setup",
+    "UnitProcessor",
+    "fit_pca",
+    "make_backbone",
+    "pca_place",
+    "set_threads",
+    "take_pca",
+]
 
 
 @dataclass(frozen=True)
@@ -51,6 +71,11 @@ class Setup:
     std: tuple[float, float, float]
     digests: dict[str, str]
     device: str
+
+    def with_pca(self, pca: PCA, data: bytes) -> "Setup":
+        """The same with a PCA, ``data`` as a file, whose components are the channels."""
+        digests = self.digests | {"pca": hashlib.sha256(data).hexdigest()}
+        return replace(self, channels=len(pca.components), digests=digests)
 
 
 def set_threads(count: int | None, actors: int) -> int:
@@ -210,8 +235,8 @@ class UnitProcessor:
         self.plan_digest = plan_digest
         self.threads = set_threads(config.threads, config.actors)
         pca, pca_digest = None, {}
-        if config.pca is not None:
-            path = storage.local_copy(storage.join(config.out, "plan", "pca.safetensors"))
+        if config.projects:
+            path = storage.local_copy(pca_place(config.out))
             pca, pca_digest = load_pca(path), {"pca": file_digest(path)}
         self.extractor = Extractor(config, pca)
         digests = self.extractor.digests | pca_digest
@@ -355,12 +380,30 @@ class Featurizer:
         return {"receipt": np.array(receipts, dtype=object)}
 
 
-def save_pca(config: PrecomputeConfig, pca: PCA, setup: Setup) -> Setup:
-    """Keep the PCA beside the store; the setup then names it and has its channels."""
-    data = pca_bytes(pca, backbone=config.backbone, layer=setup.layer, weights=setup.digests["backbone"])
-    storage.write_atomic(storage.join(config.out, "plan", "pca.safetensors"), data)
-    digests = setup.digests | {"pca": hashlib.sha256(data).hexdigest()}
-    return replace(setup, channels=len(pca.components), digests=digests)
+def pca_place(store: str) -> str:
+    """Where a store keeps its PCA."""
+    return storage.join(store, "plan", "pca.safetensors")
+
+
+def take_pca(store: str, config: PrecomputeConfig, setup: Setup) -> tuple[PCA, bytes]:
+    """Another store's PCA and its file's bytes, for a run with ``config`` and ``setup``.
+
+    Raises:
+        ConfigError: its backbone gives other features than this run's.
+        StoreError: there is no such store, or it has all channels.
+    """
+    other = stored_config(store)
+    if "pca" not in other[1]["digests"]:
+        raise StoreError(f"{store} holds all channels and no PCA; leave pca_from out, or give a store made with --pca")
+    ours, theirs = feature_space(config, asdict(setup)), feature_space(*other)
+    differences = [f"{name}: {theirs[name]!r} there, {one!r} here" for name, one in ours.items() if theirs[name] != one]
+    if differences:
+        raise ConfigError(
+            f"the PCA of {store} is of other features: {'; '.join(differences)}. Give the options of the backbone that "
+            "store was made with, or --pca to fit a PCA to this data set"
+        )
+    place = pca_place(store)
+    return load_pca(storage.local_copy(place)), storage.read_bytes(place)
 
 
 @contextmanager

@@ -1,6 +1,6 @@
 """Linear probes at data-set scale: the labels they are fitted on, and probes fitted on and evaluated over a store."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -17,7 +17,7 @@ from pipeline.config import ProbeConfig, describe
 from pipeline.errors import ConfigError, InputError
 from pipeline.featurize import set_threads
 from pipeline.loader import FeatureDataset
-from pipeline.store import stored_config, stored_layout
+from pipeline.store import feature_space, stored_config, stored_layout
 
 __all__ = [
     "DepthTask",
@@ -310,17 +310,19 @@ def _batches(
 
 
 def _check_same_features(store: str, other: str) -> None:
-    """Raise ConfigError where two stores were made with other weights or another projection."""
-    differences: Sequence[str] = [
-        f"{name}: {ours!r} and {theirs!r}"
-        for name, ours, theirs in (
-            (name, stored_config(store)[1].get(name), stored_config(other)[1].get(name))
-            for name in ("layer", "channels", "digests")
-        )
-        if ours != theirs
-    ]
+    """Raise ConfigError where the features of two stores have other channels.
+
+    How they were upsampled may differ: a probe of coarse features on upsampled ones is what *drop-in* means.
+    """
+    spaces = []
+    for url in (store, other):
+        config, setup = stored_config(url)
+        projection = {"channels": setup["channels"], "pca digest": setup["digests"].get("pca")}
+        spaces.append(feature_space(config, setup) | projection)
+    ours, theirs = spaces
+    differences = [f"{name}: {ours[name]!r} and {theirs[name]!r}" for name in ours if ours[name] != theirs[name]]
     if differences:
         raise ConfigError(
             f"{store} and {other} do not hold the same features: {'; '.join(differences)}. Make both with the same "
-            "backbone and options (a PCA is fitted anew for each store: store all channels)"
+            f"backbone and options, and, as a PCA is fitted to each store, the second with --pca-from {store}"
         )

@@ -19,11 +19,12 @@ import ray.data
 import yaml
 from numpy.typing import NDArray
 
+from featup.checkpoints import pca_bytes
 from featup.errors import FeatupError
 from pipeline import storage
 from pipeline.config import InputConfig, PrecomputeConfig, describe
 from pipeline.errors import JobFailedError, PipelineError, StoreError, StoreMismatchError
-from pipeline.featurize import Extractor, Featurizer, Setup, fit_pca, save_pca, set_threads
+from pipeline.featurize import Extractor, Featurizer, Setup, fit_pca, pca_place, set_threads, take_pca
 from pipeline.index import Summary, write_index
 from pipeline.ledger import Ledger, Receipt
 from pipeline.load import decode_options, load_row
@@ -160,18 +161,31 @@ def plan_input(config: InputConfig, index_all: Any = None) -> tuple[PlannedShard
 
 
 def prepare(config: PrecomputeConfig, shards: tuple[PlannedShard, ...]) -> Setup:
-    """Build the models once, learn their geometry and digests, and fit the PCA (or take the store's)."""
+    """Build the models once, learn their geometry and digests, and fit the PCA (or take this store's or another's).
+
+    Raises:
+        ConfigError: the PCA of ``pca_from`` is of other features.
+        StoreError: there is no store at ``pca_from``, or it has no PCA.
+    """
     set_threads(config.threads, config.actors)
     extractor = Extractor(config)
     setup = extractor.setup()
-    if config.pca is None:
-        return setup
     found = finished_attributes(config.out)
-    if found is not None:
+    if config.pca_from is not None:
+        pca, data = take_pca(config.pca_from, config, setup)
+    elif config.pca is None:
+        return setup
+    elif found is not None:
         digests = setup.digests | {"pca": found["identity"]["pca digest"]}
         return replace(setup, channels=config.pca, digests=digests)
-    plan = Plan(shards, 1, storage.join(config.out, "plan", "index"))
-    return save_pca(config, fit_pca(extractor, plan, config.pca, config.pca_images), setup)
+    else:
+        plan = Plan(shards, 1, storage.join(config.out, "plan", "index"))
+        pca = fit_pca(extractor, plan, config.pca, config.pca_images)
+        data = pca_bytes(pca, backbone=config.backbone, layer=setup.layer, weights=setup.digests["backbone"])
+    if found is None:
+        # Of a store that is there the PCA stays: whether this is the same, its digest says before anything runs.
+        storage.write_atomic(pca_place(config.out), data)
+    return setup.with_pca(pca, data)
 
 
 @ray.remote(max_retries=2)  # type: ignore[untyped-decorator]

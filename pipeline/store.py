@@ -46,6 +46,7 @@ __all__ = [
     "Layout",
     "StoreWriter",
     "create_store",
+    "feature_space",
     "finished_attributes",
     "list_differences",
     "open_arrays",
@@ -385,6 +386,23 @@ def stored_config(url: str) -> tuple[PrecomputeConfig, dict[str, Any]]:
     """The config a store was made with, and the setup (see ``pipeline.featurize.Setup``) as plain values."""
     attributes = _attributes(url)
     return read_config(PrecomputeConfig, attributes["config"]), attributes["setup"]
+
+
+def feature_space(config: PrecomputeConfig, setup: Mapping[str, Any]) -> dict[str, Any]:
+    """What decides which features a backbone gives: where these are the same, one PCA or one probe serves both.
+
+    Args:
+        config: A store's, or a run's.
+        setup: That of the same, see ``pipeline.featurize.Setup``, as plain values.
+    """
+    return {
+        "backbone": f"{config.backbone}, layer {setup['layer']}",
+        "backbone digest": setup["digests"]["backbone"],
+        "backbone_kwargs": config.backbone_kwargs,
+        "norm": config.norm,
+        "mean": tuple(setup["mean"]),
+        "std": tuple(setup["std"]),
+    }
 
 
 def _attributes(url: str) -> dict[str, Any]:

@@ -2,6 +2,8 @@
 
 import io
 import json
+import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +13,7 @@ import torch
 import zarr
 
 from featup.backbones import create_backbone
-from featup.checkpoints import load_pca, save_jbu
+from featup.checkpoints import load_pca, pca_bytes, save_jbu
 from featup.inference import resize_images
 from featup.upsamplers import JBU, Bilateral
 from featup.upsamplers.implicit import FitOptions, Implicit
@@ -203,6 +205,29 @@ def test_a_cnn_stage_on_images_that_are_not_square_to_another_size(tmp_path: Pat
     raw = sample["features"].half().numpy().view(np.uint16)
     assert not (raw & 0b111).any()
     assert (raw & 0b1000).any(), "7 of 10 mantissa bits are kept"
+
+
+@pytest.mark.ray
+def test_another_store_takes_the_pca(store: Path, shards: Path, tmp_path: Path) -> None:
+    """Features of the same image are then the same in both; options that give other features are refused."""
+    out, place = tmp_path / "val", Path("plan", "pca.safetensors")
+    plain = [value for value in OPTIONS if value not in ("--pca", 8)]
+    command = ("--shards", shards / "train-0001.tar", "--out", out, *plain, "--pca-from")
+    text = support.run("precompute", *command, store, "--norm", "layer", "--dry-run", status=1)
+    assert "norm: 'model' there, 'layer' here. Give the options of the backbone that store was made with" in text
+    assert "8 channels stored" in support.run("precompute", *command, store, "--dry-run")
+    assert "input 6 = ok 6 + failed 0" in support.run("precompute", *command, store)
+    assert (out / place).read_bytes() == (store / place).read_bytes()
+    whole, part = (FeatureDataset(str(url), ["features"]) for url in (store, out))
+    assert torch.equal(whole[7]["features"], part[0]["features"])
+    # Another PCA for a store that is there: refused, and the store keeps its own.
+    other = tmp_path / "other"
+    shutil.copytree(store, other)
+    pca = load_pca(store / place)
+    (other / place).write_bytes(pca_bytes(replace(pca, components=-pca.components)))
+    assert "pca digest: the store has" in support.run("precompute", *command, other, status=1)
+    assert (out / place).read_bytes() == (store / place).read_bytes()
+    assert "0 to do with 0 samples" in support.run("precompute", *command, store)
 
 
 @pytest.mark.ray

@@ -53,6 +53,7 @@ OTHER: dict[str, Any] = {
     "fit_seed": 3,
     "pca": 16,
     "pca_images": 8,
+    "pca_from": None,
     "mantissa_bits": 6,
     "tile": 44,
     "rows_per_shard": 4,
@@ -93,7 +94,7 @@ def recipe(tmp_path: Path) -> Path:
 
 def test_other_values_are_other_values_of_every_option() -> None:
     assert OTHER.keys() == FIELDS.keys()
-    assert [name for name, value in OTHER.items() if value == FIELDS[name].default] == ["stride"]
+    assert [name for name, value in OTHER.items() if value == FIELDS[name].default] == ["stride", "pca_from"]
 
 
 def words(name: str, value: object) -> list[str]:
@@ -223,6 +224,7 @@ def test_checks_apply_to_files_too(recipe: Path) -> None:
         ({"checkpoint": "a"}, "upsampler='bilateral' with checkpoint='a': those that are trained (jbu, resize_conv"),
         ({"upsampler": "implicit"}, "fits in the space of a PCA; give --pca"),
         ({"upsampler": "implicit", "pca": 8, "fit_base": "jbu"}, "need a checkpoint"),
+        ({"pca": 8, "pca_from": "out/a"}, "pca=8 fits a PCA and pca_from='out/a' takes one that is there; give one"),
         ({"fit_views": 0}, "fit_steps=20 and fit_views=0 must be at least 1"),
         ({"sigma_space": 0.0}, "sigma_space and sigma_colour must be positive"),
         ({"sigma_colour": -1.0}, "sigma_space and sigma_colour must be positive"),
@@ -289,11 +291,11 @@ def test_identity_is_what_decides_the_content() -> None:
     runs = {name for name in FIELDS if name not in whole}
     assert runs == {
         "shards", "out", "weights", "checkpoint", "actors", "gpus_per_actor", "cpus_per_actor", "loader_cpus",
-        "threads", "batch_size", "max_failed_fraction", "unit_attempts", "object_store_mb",
+        "threads", "batch_size", "max_failed_fraction", "unit_attempts", "object_store_mb", "pca_from",
     }  # fmt: skip
     base = describe(PrecomputeConfig(**OTHER))
     for name, value in OTHER.items():
-        if name in ("upsampler", "checkpoint", "stride"):  # these cannot change alone
+        if name in ("upsampler", "checkpoint", "stride", "pca_from"):  # these cannot change alone
             continue
         default = FIELDS[name].default if FIELDS[name].default is not dataclasses.MISSING else {}
         if name in ("shards", "out"):
@@ -311,11 +313,12 @@ def test_local_paths_become_absolute_and_urls_stay() -> None:
         weights="w.pth",
         upsampler="jbu",
         checkpoint="memory://c",
+        pca_from="train",
     ).absolute(on_cluster=False)
     shards = (f"{here}/a/{{0..3}}.tar", "/b.tar", "s3://c/d.tar", f"{here}/e.tar", "file:///f.tar")
     assert found.shards == shards
     assert (found.out, found.weights) == (f"{os.path.dirname(here)}/out", f"{here}/w.pth")
-    assert found.checkpoint == "memory://c"
+    assert (found.checkpoint, found.pca_from) == ("memory://c", f"{here}/train")
     assert config(out="/o", shards=("/a",)).absolute(on_cluster=True).weights is None
 
 

@@ -1,4 +1,5 @@
 from pathlib import Path
+from typing import Any, Literal
 
 import numpy as np
 import pytest
@@ -18,7 +19,9 @@ TRUTH = torch.randn(3, 5, generator=torch.Generator().manual_seed(0))
 DEPTH = torch.tensor([0.5, -0.25, 0.0, 1.0, 0.125])
 
 
-def make_store(url: str, images: int, seed: int, digest: str = "weights") -> str:
+def make_store(
+    url: str, images: int, seed: int, digests: dict[str, str] | None = None, norm: Literal["model", "layer"] = "model"
+) -> str:
     """A store whose labels are linear in its features, but for pixels without a label, where features mislead."""
     layout = Layout(
         rows=images,
@@ -32,8 +35,9 @@ def make_store(url: str, images: int, seed: int, digest: str = "weights") -> str
         valid_mask=False,
         compression_level=1,
     )
-    config = PrecomputeConfig(shards=("a.tar",), out=url, size=Size(*SIZE), labels=("seg", "depth"))
-    setup = {"layer": 11, "channels": 5, "digests": {"backbone": digest}}
+    config = PrecomputeConfig(shards=("a.tar",), out=url, size=Size(*SIZE), labels=("seg", "depth"), norm=norm)
+    setup: dict[str, Any] = {"layer": 11, "channels": 5, "mean": [0.5] * 3, "std": [0.5] * 3}
+    setup["digests"] = {"backbone": "weights", **(digests or {})}
     create_store(url, layout, {"config": describe(config), "setup": setup, "identity": {}})
     features = torch.randn(images, *SIZE, 5, generator=torch.Generator().manual_seed(seed)).half()
     seg = (features.float() @ TRUTH.T).argmax(-1).to(torch.uint8).numpy()
@@ -100,10 +104,25 @@ def test_a_limit_on_all_pixels_holds(stores: tuple[str, str], tmp_path: Path) ->
     assert probe.vectors == 100 // 12 * 12
 
 
-def test_a_store_of_another_backbone_is_refused(stores: tuple[str, str], tmp_path: Path) -> None:
-    other = make_store(str(tmp_path / "other"), 2, 3, digest="others")
-    with pytest.raises(ConfigError, match=r"do not hold the same features: digests.*'weights'.*'others'"):
+@pytest.mark.parametrize(
+    ("made", "text"),
+    [
+        ({"digests": {"backbone": "others"}}, r"backbone digest: 'weights' and 'others'\. Make both"),
+        ({"digests": {"pca": "b"}}, r"pca digest: None and 'b'\. .* the second with --pca-from .*train"),
+        ({"norm": "layer"}, r"norm: 'model' and 'layer'\. Make both"),
+    ],
+)
+def test_a_store_of_other_features_is_refused(
+    stores: tuple[str, str], tmp_path: Path, made: dict[str, Any], text: str
+) -> None:
+    other = make_store(str(tmp_path / "other"), 2, 3, **made)
+    with pytest.raises(ConfigError, match=f"do not hold the same features: {text}"):
         train_probe(config_of((stores[0], other), tmp_path / "probe.safetensors"))
+
+
+def test_a_store_upsampled_by_another_way_is_taken(stores: tuple[str, str], tmp_path: Path) -> None:
+    other = make_store(str(tmp_path / "other"), 4, 2, digests={"checkpoint": "jbu"})
+    train_probe(config_of((stores[0], other), tmp_path / "probe.safetensors"))
 
 
 def test_more_classes_than_were_told_are_refused(stores: tuple[str, str], tmp_path: Path) -> None:
