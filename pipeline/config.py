@@ -331,7 +331,7 @@ class TrainConfig(InputConfig):
         8, "distance kernel: directions of the coarse features that it compares beside colours, 0 for colours alone"
     )
     coarse_stages: int = _option(
-        1, "distance kernel: stages at the features' own size before the doublings; 0 for small things"
+        2, "distance kernel: stages at the features' own size before the doublings; 0 for small things"
     )
     bicubic_a: float = _option(
         -2.0, "distance kernel: of the bicubic interpolation in a stage; -0.75 is the usual one, less sharpens more"

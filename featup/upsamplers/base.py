@@ -1,6 +1,6 @@
 """The protocol every upsampler satisfies, and the algebra that moves channel mixing to low resolution."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from math import ceil, log2
 
@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from featup.errors import GeometryError
 
-__all__ = ["ChannelMap", "Upsampler", "as_guidance", "row_bands", "stage_sizes"]
+__all__ = ["ChannelMap", "Upsampler", "as_guidance", "keeping_lengths", "row_bands", "stage_sizes"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -117,10 +117,6 @@ class Upsampler(nn.Module):
         """The largest (height, width) that maps of (height, width) ``low`` can be brought to; ``None`` for any."""
         return None
 
-    def stricter(self, factor: float) -> "Upsampler":
-        """The upsampler for features with ``factor`` times less noise: itself, where it does not look at them."""
-        return self
-
     def mapped_bands(
         self, features: Tensor, guidance: Tensor, size: tuple[int, int], total: ChannelMap | None
     ) -> Iterator[tuple[slice, Tensor]]:
@@ -154,6 +150,26 @@ class Upsampler(nn.Module):
             The rows, from the top, and what stands in them: ``[1, rows, W', C]``, a tensor nobody else holds.
         """
         raise NotImplementedError
+
+
+def keeping_lengths(mean: Callable[[Tensor], Tensor], vectors: Tensor) -> Tensor:
+    """Weighted means of vectors, each as long as the vectors in it are on average.
+
+    A mean is shorter than what it is the mean of, the more so the less that agrees. A probe of the vectors would take
+    it for weaker evidence, where it is better evidence.
+
+    Args:
+        mean: What makes the means, the same for every channel: ``[..., K]`` to ``[..., K]``.
+        vectors: ``[..., C]``.
+
+    Returns:
+        ``[..., C]``.
+    """
+    lengths = vectors.norm(dim=-1, keepdim=True)
+    found = mean(torch.cat([vectors, lengths], -1))
+    means, lengths = found[..., :-1], found[..., -1:]
+    kept: Tensor = means * (lengths / means.norm(dim=-1, keepdim=True).clamp_min(1e-6))
+    return kept
 
 
 def row_bands(size: tuple[int, int], pixels: int | None, device: torch.device) -> Iterator[slice]:

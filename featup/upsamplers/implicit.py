@@ -17,6 +17,7 @@ comes out for an image does not depend on its batch mates.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from math import log, sqrt
 
 import numpy as np
@@ -30,7 +31,7 @@ from featup.inference import resize_images
 from featup.kernels.resample import interpolation_taps, resample
 from featup.losses import explained_variance, reconstruction
 from featup.projection import PCA
-from featup.upsamplers.base import ChannelMap, Upsampler, as_guidance, row_bands
+from featup.upsamplers.base import ChannelMap, Upsampler, as_guidance, keeping_lengths, row_bands
 from featup.upsamplers.interpolate import Interpolate
 from featup.views import Jitter, View, from_view, pool_views, warp
 
@@ -49,10 +50,10 @@ class FitOptions:
     scaled to [-0.5, 0.5]. ``magnitude`` and ``blur`` weigh the residual: its mean square, and the square of its mean
     over a token of the image itself, which pins the coarse features. ``pooling``, in cells of the backbone's grid, is
     how near a token of a view must be to a cell to count there, see :func:`featup.views.pool_views`; ``None`` starts
-    from the coarse features of the image itself. Pooled features are less noisy: ``strictness`` is how many times more
-    strictly than of one view's a JBU with keys tells them apart. With ``blend``, as much bilinear interpolation is
-    mixed into the start as it takes for it to explain the views no worse than bilinear interpolation of the image's own
-    features does: an edge-preserving upsampler averages out what tokens have of their own, which may be too much.
+    from the coarse features of the image itself. With ``blend``, as much bilinear interpolation is mixed into the
+    fitted map as it takes to explain views a little better, by ``margin`` of the error, than bilinear interpolation of
+    the image's own features does: an edge-preserving upsampler averages out what tokens have of their own, which may be
+    too much.
 
     Raises:
         GeometryError: a number that leaves nothing to fit.
@@ -71,14 +72,14 @@ class FitOptions:
     magnitude: float = 0.5
     blur: float = 0.0
     pooling: float | None = 0.3
-    strictness: float = 1.3
     blend: bool = True
+    margin: float = 0.01
     seed: int = 0
 
     @property
     def judges(self) -> int:
-        """Of the views to fit to, how many, the last ones, are not pooled but say how much to blend."""
-        return max(1, self.views // 8) if self.blend else 0
+        """Of the views to fit to, how many, the last ones, are kept for saying how much to blend; of one view none."""
+        return min(self.views - 1, max(1, self.views // 8)) if self.blend else 0
 
     def __post_init__(self) -> None:
         whole = {name: getattr(self, name) for name in ("tokens", "positions", "views", "held_out", "width")}
@@ -87,10 +88,10 @@ class FitOptions:
                 f"implicit: {whole}, frequencies={self.frequencies}, steps={self.steps}, lr={self.lr}: the first six "
                 "must be at least 1, steps at least 0 and lr positive"
             )
-        if not (self.strictness > 0 and (self.pooling is None or self.pooling > 0)):
-            raise GeometryError(
-                f"implicit: pooling={self.pooling} and strictness={self.strictness} must be positive, or pooling None"
-            )
+        if self.pooling is not None and self.pooling <= 0:
+            raise GeometryError(f"implicit: pooling={self.pooling} cells must be positive, or None for no pooling")
+        if not 0 <= self.margin < 1:
+            raise GeometryError(f"implicit: margin={self.margin} is a share of an error, at least 0 and below 1")
 
 
 class ImplicitNetwork(nn.Module):
@@ -214,22 +215,28 @@ class Fit:
             raise GeometryError(f"implicit: window {window} (top, left, height, width) reaches beyond a map of {size}")
         pca = self._upsampler.pca
         total = (pca.as_channel_map() if projection is None else projection).to(self._features)
-        base = self._upsampler.start(self._features, self._image, size, total, self.blend)[0]
+        (base,) = self._upsampler.start(self._features, self._image, size, total)
         base = base[top : top + height, left : left + width]
+        low = functional.linear(self._features, total.weight, total.bias)
         # The residual has the unit of the features only here; what the PCA drops, the base alone gives.
         mixing = self._scale[0] * (total.weight @ pca.components.to(total.weight).T).T
         image = as_guidance(self._image, torch.float32)
-        rows, cols = (interpolation_taps("bilinear", image.shape[axis + 1], size[axis]) for axis in (0, 1))
         colours = _scaled_colours(image)
+        rows, cols = (interpolation_taps("bilinear", image.shape[axis + 1], size[axis]) for axis in (0, 1))
+        down_low, across_low = (interpolation_taps("bilinear", low.shape[axis + 1], size[axis]) for axis in (0, 1))
         across = _coordinates(size[1], image.device)[left : left + width]
         down = _coordinates(size[0], image.device)[top : top + height]
         if out is None:
             out = torch.empty_like(base)
         for band in row_bands((height, width), 1 << 14, image.device):
-            part = resample(colours, rows[band.start + top : band.stop + top], cols[left : left + width])
+            some = slice(band.start + top, band.stop + top)
+            part = resample(colours, rows[some], cols[left : left + width])
             grid = torch.stack(torch.meshgrid(down[band], across, indexing="ij"), -1)
             residual = self._network(grid.reshape(1, -1, 2), part.reshape(1, -1, 3))[0] @ mixing
-            out[band].copy_(base[band] + residual.view(-1, width, base.shape[-1]))
+            fitted = base[band] + residual.view(-1, width, base.shape[-1])
+            if self.blend:
+                fitted.lerp_(resample(low, down_low[some], across_low[left : left + width])[0], self.blend)
+            out[band].copy_(fitted)
         return out
 
 
@@ -262,7 +269,7 @@ class Implicit(Upsampler):
         self.backbone = backbone
         self.pca = pca
         self.options = options or FitOptions()
-        self.base = base if self.options.pooling is None else base.stricter(self.options.strictness)
+        self.base = base
         self.plain = Interpolate("bilinear")
         self.fits: list[Fit] = []
 
@@ -317,17 +324,14 @@ class Implicit(Upsampler):
         return fits
 
     @torch.no_grad()
-    def start(
-        self, features: Tensor, guidance: Tensor, size: tuple[int, int], total: ChannelMap, blend: float = 0.0
-    ) -> Tensor:
-        """The map a fit starts from: the base's as far as that goes, linear between its positions beyond, and blended.
+    def start(self, features: Tensor, guidance: Tensor, size: tuple[int, int], total: ChannelMap) -> Tensor:
+        """The map a fit starts from: the base's as far as that goes, linear between its positions beyond.
 
         Args:
             features: ``[B, h, w, C]``, pooled or not.
             guidance: See :meth:`fit`.
             size: (height, width) of the map.
             total: From the backbone's channels to ``K``.
-            blend: Share of bilinear interpolation.
 
         Returns:
             ``[B, height, width, K]``.
@@ -335,14 +339,10 @@ class Implicit(Upsampler):
         largest = self.base.largest((features.shape[1], features.shape[2])) or size
         reached = (min(size[0], largest[0]), min(size[1], largest[1]))
         made: Tensor = self.base(features, guidance, reached, total)
-        if reached != size:
-            rows, cols = (interpolation_taps("bilinear", reached[axis], size[axis]) for axis in (0, 1))
-            made = resample(made, rows, cols)
-        for index in range(len(features) if blend else 0):
-            one = slice(index, index + 1)
-            for some, band in self.plain.mapped_bands(features[one], guidance[one], size, total):
-                made[one, some].lerp_(band, blend)
-        return made
+        if reached == size:
+            return made
+        rows, cols = (interpolation_taps("bilinear", reached[axis], size[axis]) for axis in (0, 1))
+        return resample(made, rows, cols)
 
 
 def view_consistency(maps: Tensor, views: Sequence[View], targets: Tensor, jitter: Jitter) -> Tensor:
@@ -357,10 +357,14 @@ def view_consistency(maps: Tensor, views: Sequence[View], targets: Tensor, jitte
     Returns:
         The share of variance explained; see :func:`featup.losses.explained_variance`.
     """
-    grid = (targets.shape[1], targets.shape[2])
-    seen = [functional.adaptive_avg_pool2d(warp(maps[None], [one], jitter.max_pad).permute(0, 3, 1, 2), grid)
-            for one in views]  # fmt: skip
-    return explained_variance(torch.cat(seen).permute(0, 2, 3, 1).double(), targets.double())
+    seen = _seen(maps, views, (targets.shape[1], targets.shape[2]), jitter)
+    return explained_variance(seen.double(), targets.double())
+
+
+def _seen(maps: Tensor, views: Sequence[View], grid: tuple[int, int], jitter: Jitter) -> Tensor:
+    """What ``maps [H, W, K]`` say of views: ``[V, h, w, K]``, a token the mean of its patch."""
+    shown = (warp(maps[None], [view], jitter.max_pad).permute(0, 3, 1, 2) for view in views)
+    return torch.cat([functional.adaptive_avg_pool2d(one, grid) for one in shown]).permute(0, 2, 3, 1)
 
 
 def _fit(upsampler: Implicit, features: Tensor, guidance: Tensor, size: tuple[int, int]) -> list[Fit]:
@@ -375,7 +379,7 @@ def _fit(upsampler: Implicit, features: Tensor, guidance: Tensor, size: tuple[in
     # [G, V, h, w, K]
     targets = torch.stack([pca.project(maps) for maps in told])
     base = upsampler.start(features, images, size, pca.as_channel_map().to(features))
-    blends = _blend_in(upsampler, images, base, features, own, targets, views, generators)
+    shown = options.views - options.judges
     scale = targets.flatten(1, -2).std(1).mean(-1).view(-1, 1, 1).clamp_min(1e-6)
     network = ImplicitNetwork(targets.shape[-1], count, options.width, options.frequencies, options.highest).to(device)
     for number, generator in enumerate(generators):
@@ -387,13 +391,13 @@ def _fit(upsampler: Implicit, features: Tensor, guidance: Tensor, size: tuple[in
     optimiser = torch.optim.Adam([*network.parameters(), attention, taps, doubt, doubt_level], options.lr)
     colours = _scaled_colours(as_guidance(images, torch.float32)).flatten(1, 2)
     base_rows = base.flatten(1, 2)
-    origins = [_Origins(one[: options.views], size, jitter.max_pad) for one in views]
+    origins = [_Origins(one[:shown], size, jitter.max_pad) for one in views]
     held = options.tokens * options.positions
     for step in range(options.steps):
         for group in optimiser.param_groups:
             group["lr"] = options.lr * (1 - step / options.steps)
-        drawn = [_draw(options, grid, stride, generator) for generator in generators]
-        rows, cols = (torch.stack(one) for one in zip(*(o(*d[:4]) for o, d in zip(origins, drawn, strict=True)),
+        drawn = [_draw(options, shown, grid, stride, generator) for generator in generators]
+        rows, cols = (torch.stack(one) for one in zip(*(o(*d[:3]) for o, d in zip(origins, drawn, strict=True)),
                                                       strict=True))  # fmt: skip
         rows, cols = rows.to(device), cols.to(device)
         at = (rows * size[1] + cols).view(count, held)
@@ -401,12 +405,12 @@ def _fit(upsampler: Implicit, features: Tensor, guidance: Tensor, size: tuple[in
         colour = colours.gather(1, at[..., None].expand(-1, -1, 3))
         residual = network(positions.float(), colour)
         values = base_rows.gather(1, at[..., None].expand(-1, -1, base_rows.shape[-1])) / scale + residual
-        offsets = torch.stack([one[4] for one in drawn]).to(device).view(count, held)
+        offsets = torch.stack([one[3] for one in drawn]).to(device).view(count, held)
         logits = (values @ attention).squeeze(-1) + taps.gather(1, offsets)
         weights = logits.view(count, options.tokens, options.positions, 1).softmax(2)
         seen = (values.view(count, options.tokens, options.positions, -1) * weights).sum(2)
-        token = torch.stack([one[5] for one in drawn]).to(device)
-        wanted = targets[:, : options.views].flatten(1, 3).gather(1, token[..., None].expand(-1, -1, seen.shape[-1]))
+        token = torch.stack([one[4] for one in drawn]).to(device)
+        wanted = targets[:, :shown].flatten(1, 3).gather(1, token[..., None].expand(-1, -1, seen.shape[-1]))
         wanted = wanted / scale
         loss = reconstruction(seen, wanted, wanted @ doubt + doubt_level) + options.magnitude * residual.square().mean()
         if options.blur:
@@ -418,25 +422,38 @@ def _fit(upsampler: Implicit, features: Tensor, guidance: Tensor, size: tuple[in
         optimiser.step()
     fits = []
     for number in range(count):
-        held_views, held_targets = views[number][options.views :], targets[number, options.views :]
         one = slice(number, number + 1)
         learned = ChannelMap(doubt[number].T.detach(), doubt_level[number, 0].detach())
-        fit = Fit(
-            0.0,
-            0.0,
-            blends[number],
-            upsampler,
-            _one(network, number),
-            features[one],
-            guidance[one],
-            scale[one],
-            learned,
-        )
-        with torch.no_grad():
-            before = view_consistency(base[number], held_views, held_targets, jitter)
-            after = view_consistency(fit.query(size), held_views, held_targets, jitter)
-        fits.append(replace(fit, explained_variance=float(after), before=float(before)))
+        fit = Fit(0.0, 0.0, 0.0, upsampler, _one(network, number), features[one], guidance[one], scale[one], learned)
+        fits.append(_judged(fit, base[number], own[one], views[number], targets[number], size))
     return fits
+
+
+@torch.no_grad()
+def _judged(fit: Fit, base: Tensor, own: Tensor, views: Sequence[View], targets: Tensor, size: tuple[int, int]) -> Fit:
+    """The fit with its blend, chosen by the views it was not fitted to, and its quality, by those held out.
+
+    Args:
+        fit: Not blended yet.
+        base: The map it started from ``[H, W, K]``.
+        own: The image's own coarse features ``[1, h, w, C]``.
+        views: All views of the image, fitted to, judging and held out.
+        targets: What the backbone says of them ``[V, h, w, K]``.
+        size: (height, width) of the map to judge.
+    """
+    upsampler, options = fit._upsampler, fit._upsampler.options
+    grid, jitter = (targets.shape[1], targets.shape[2]), options.jitter
+    made = fit.query(size)
+    if options.judges:
+        total = upsampler.pca.as_channel_map().to(own)
+        plain, alone = (upsampler.plain(maps, fit._image, size, total)[0] for maps in (fit._features, own))
+        judges = slice(options.views - options.judges, options.views)
+        seen = (_seen(maps, views[judges], grid, jitter) for maps in (made, plain, alone))
+        fit = replace(fit, blend=_blend(targets[judges], *seen, options.margin))
+        made.lerp_(plain, fit.blend)
+    held_out = views[options.views :], targets[options.views :], jitter
+    before, after = (float(view_consistency(maps, *held_out)) for maps in (base, made))
+    return replace(fit, explained_variance=after, before=before)
 
 
 class _Origins:
@@ -449,7 +466,7 @@ class _Origins:
         self.flip = torch.tensor([view.flip for view in views])
         self.size, self.pad = size, max_pad
 
-    def __call__(self, view: Tensor, rows: Tensor, cols: Tensor, _: Tensor) -> tuple[Tensor, Tensor]:
+    def __call__(self, view: Tensor, rows: Tensor, cols: Tensor) -> tuple[Tensor, Tensor]:
         cols = torch.where(self.flip[view], self.size[1] - 1 - cols, cols)
         return self._axis(rows, view, self.top, 0), self._axis(cols, view, self.left, 1)
 
@@ -458,31 +475,20 @@ class _Origins:
 
 
 def _draw(
-    options: FitOptions, grid: tuple[int, int], stride: tuple[int, int], generator: torch.Generator
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Tokens and positions of one step: view, row, column, tap ``[T, P]`` twice, and the token's number ``[T]``."""
+    options: FitOptions, views: int, grid: tuple[int, int], stride: tuple[int, int], generator: torch.Generator
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Tokens and positions of one step, of the first ``views``.
+
+    Returns:
+        View, row, column and tap, ``[T, P]`` each, and the tokens' numbers among those of all views ``[T]``.
+    """
     cells = grid[0] * grid[1]
-    token = torch.randint(options.views * cells, (options.tokens,), generator=generator)
+    token = torch.randint(views * cells, (options.tokens,), generator=generator)
     tap = torch.randint(stride[0] * stride[1], (options.tokens, options.positions), generator=generator)
     cell = (token % cells)[:, None]
     rows = cell // grid[1] * stride[0] + tap // stride[1]
     cols = cell % grid[1] * stride[1] + tap % stride[1]
-    return (token // cells)[:, None].expand_as(tap), rows, cols, tap, tap, token
-
-
-def _whole_patches(
-    options: FitOptions,
-    grid: tuple[int, int],
-    stride: tuple[int, int],
-    generator: torch.Generator,
-    origins: _Origins,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Rows and columns in the image of all positions in the patches of some tokens ``[T, P]``; the tokens ``[T]``."""
-    everywhere = replace(options, positions=stride[0] * stride[1])
-    view, rows, cols, tap, _, token = _draw(everywhere, grid, stride, generator)
-    order = torch.arange(everywhere.positions)
-    rows, cols = rows - tap // stride[1] + order // stride[1], cols - tap % stride[1] + order % stride[1]
-    return *origins(view, rows, cols, tap), token
+    return (token // cells)[:, None].expand_as(tap), rows, cols, tap, token
 
 
 def _pooled(
@@ -495,57 +501,19 @@ def _pooled(
     pools = []
     for one, maps, drawn in zip(features, told, views, strict=True):
         seen, where = torch.cat([one[None], maps[shown]]), [jitter.identity, *drawn[shown]]
-        pools.append(pool_views(seen, where, jitter.max_pad, size, options.pooling))
+        pool = partial(pool_views, views=where, max_pad=jitter.max_pad, image_size=size, sigma=options.pooling)
+        pools.append(keeping_lengths(pool, seen))
     return torch.stack(pools)
 
 
-@torch.no_grad()
-def _blend_in(
-    upsampler: Implicit,
-    images: Tensor,
-    base: Tensor,
-    features: Tensor,
-    own: Tensor,
-    targets: Tensor,
-    views: list[list[View]],
-    generators: list[torch.Generator],
-) -> list[float]:
-    """Blend bilinear interpolation of ``features`` into ``base`` ``[G, H, W, K]``, in place.
+def _blend(wanted: Tensor, start: Tensor, plain: Tensor, alone: Tensor, margin: float) -> float:
+    """The least share of ``plain`` in ``start`` that is nearer to ``wanted`` than ``alone``, or the nearest there is.
 
-    Returns:
-        Its share in each image, by what it takes to explain ``targets`` of views that were not pooled as well as
-        bilinear interpolation of ``own`` does.
-    """
-    options, device = upsampler.options, base.device
-    if not options.blend:
-        return [0.0] * len(base)
-    grid = (features.shape[1], features.shape[2])
-    size, total = (base.shape[1], base.shape[2]), upsampler.pca.as_channel_map().to(features)
-    plain, alone = (upsampler.plain(maps, images, size, total) for maps in (features, own))
-    judges = slice(options.views - options.judges, options.views)
-    blends = []
-    for number, generator in enumerate(generators):
-        rows, cols, token = _whole_patches(
-            replace(options, views=options.judges),
-            grid,
-            upsampler.backbone.stride,
-            generator,
-            _Origins(views[number][judges], size, options.jitter.max_pad),
-        )
-        wanted = targets[number, judges].flatten(0, 2)[token.to(device)]
-        seen = (maps[number, rows.to(device), cols.to(device)].mean(1) for maps in (base, plain, alone))
-        blends.append(_blend(wanted, *seen))
-        base[number].lerp_(plain[number], blends[-1])
-    return blends
-
-
-def _blend(wanted: Tensor, start: Tensor, plain: Tensor, alone: Tensor) -> float:
-    """The least share of ``plain`` in ``start`` that is as near to ``wanted`` as ``alone``, or the nearest there is.
-
-    All ``[T, K]``. The squared distance is a parabola of the share: the first root, or else the vertex.
+    All of one shape. The squared distance is to be less by a share of ``margin``. It is a parabola of the share of
+    ``plain``: the first root, or else the vertex.
     """
     missing, way = (wanted - start).double(), (plain - start).double()
-    excess = float(missing.square().sum() - (wanted - alone).double().square().sum())
+    excess = float(missing.square().sum() - (1 - margin) * (wanted - alone).double().square().sum())
     bend, slope = float(way.square().sum()), float((missing * way).sum())
     if excess <= 0 or slope <= 0:
         return 0.0

@@ -1,7 +1,6 @@
 """The learned stack of joint bilateral upsamplers (FeatUp, section 3.2, equations 5 to 7)."""
 
 from collections.abc import Sequence
-from copy import deepcopy
 from typing import Literal
 
 import torch
@@ -210,17 +209,6 @@ class JBU(JointUpsampler):
             raise GeometryError(f"jbu: the keys take components {list(shape)}, got {list(components.shape)}")
         unit = variance.sum().sqrt().clamp_min(1e-6)
         self.feature_map.copy_(components / unit)
-
-    def stricter(self, factor: float) -> "JBU":
-        """The same stack with keys of the features that count ``factor`` times as much: for features with less noise.
-
-        Itself where it has none.
-        """
-        if not self.feature_keys:
-            return self
-        other = deepcopy(self)
-        other.feature_map *= factor
-        return other
 
     def keys(self, features: Tensor) -> Tensor | None:
         """See :meth:`JointUpsampler.keys`. The filters only compare them: their mean does not matter."""

@@ -6,6 +6,7 @@ a pixel, so a stage works in bands of rows and holds one band's weights at a tim
 """
 
 from collections.abc import Iterator
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -14,7 +15,7 @@ from torch.nn import functional
 from featup.errors import GeometryError
 from featup.kernels.adaptive_conv import adaptive_conv
 from featup.kernels.resample import BICUBIC_A, interpolation_taps, resample
-from featup.upsamplers.base import ChannelMap, Upsampler, as_guidance, row_bands, stage_sizes
+from featup.upsamplers.base import ChannelMap, Upsampler, as_guidance, keeping_lengths, row_bands, stage_sizes
 
 __all__ = ["JointUpsampler", "resize_guidance"]
 
@@ -71,33 +72,37 @@ class JointUpsampler(Upsampler):
     def mapped_bands(
         self, features: Tensor, guidance: Tensor, size: tuple[int, int], total: ChannelMap | None
     ) -> Iterator[tuple[slice, Tensor]]:
-        """See :meth:`Upsampler.mapped_bands`. The filters come from the features as they were before the map."""
+        """See :meth:`Upsampler.mapped_bands`. The filters come from the features as they were before the map, and the
+        stages at the features' own size run on all channels: keeping lengths is not linear."""
+        guidance = self.prepare_guidance(as_guidance(guidance, features.dtype))
         keys = self.keys(features)
+        low = (features.shape[1], features.shape[2])
+        guide = _guide(guidance, keys, low) if self.coarse_stages else guidance
+        for stage in range(-self.coarse_stages, 0):
+            features = keeping_lengths(partial(self.run_stage, stage, guidance=guide), features)
         if total is None:
-            yield from self._bands(features, guidance, size, keys)
+            yield from self._doublings(features, guidance, size, keys)
             return
-        low = functional.linear(features, total.weight)
-        for rows, linear in self._bands(low, guidance, size, keys):
+        mapped = functional.linear(features, total.weight)
+        for rows, linear in self._doublings(mapped, guidance, size, keys):
             yield rows, linear + total.bias if torch.is_grad_enabled() else linear.add_(total.bias)
 
     def bands(self, features: Tensor, guidance: Tensor, size: tuple[int, int]) -> Iterator[tuple[slice, Tensor]]:
         """See :meth:`Upsampler.bands`. The last stage's map is never whole, only the smaller ones before it."""
-        return self._bands(features, guidance, size, self.keys(features))
+        return self.mapped_bands(features, guidance, size, None)
 
-    def _bands(
+    def _doublings(
         self, features: Tensor, guidance: Tensor, size: tuple[int, int], keys: Tensor | None
     ) -> Iterator[tuple[slice, Tensor]]:
-        guidance = self.prepare_guidance(as_guidance(guidance, features.dtype))
         low = (features.shape[1], features.shape[2])
-        doublings = stage_sizes(low, size)
-        self.check_stages(len(doublings), low, size)
-        stages = list(enumerate([*[low] * self.coarse_stages, *doublings], -self.coarse_stages))
-        for stage, stage_size in stages[:-1]:
+        sizes = stage_sizes(low, size)
+        self.check_stages(len(sizes), low, size)
+        for stage, stage_size in enumerate(sizes[:-1]):
             features = self.run_stage(stage, features, _guide(guidance, keys, stage_size))
-        if stages:
-            yield from self._stage_bands(stages[-1][0], features, _guide(guidance, keys, size))
+        if sizes:
+            yield from self._stage_bands(len(sizes) - 1, features, _guide(guidance, keys, size))
         else:
-            # No stage to run: this is the caller's own tensor, which must not be written to.
+            # No stage to run: this may be the caller's own tensor, which must not be written to.
             yield slice(0, size[0]), features.clone()
 
     def run_stage(self, stage: int, features: Tensor, guidance: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,7 @@ from featup.backbones import Backbone, create_backbone
 from featup.errors import GeometryError
 from featup.projection import PCA, PCAFit
 from featup.upsamplers import JBU, Bilateral, ChannelMap, Interpolate, RangeKernel, Upsampler, create_trainable
+from featup.upsamplers.base import keeping_lengths
 from featup.upsamplers.implicit import FitOptions, Implicit, ImplicitNetwork, _blend, _generator, view_consistency
 from featup.views import Jitter, View, pool_views, warp
 
@@ -129,7 +131,7 @@ def test_a_fresh_network_adds_nothing(backbone: Backbone, pca: PCA, features: Te
 def test_a_fresh_fit_is_the_base_of_what_all_views_say(
     backbone: Backbone, pca: PCA, features: Tensor, images: Tensor
 ) -> None:
-    options = replace(OPTIONS, steps=0, pooling=0.3, strictness=2.0, blend=False)
+    options = replace(OPTIONS, steps=0, pooling=0.3, blend=False)
     jbu = create_trainable("jbu", features.shape[-1], feature_keys=2, start=(1.0, 0.5)).eval().requires_grad_(False)
     assert isinstance(jbu, JBU)
     jbu.feature_map[0, 0] = jbu.feature_map[1, 1] = 0.7
@@ -140,11 +142,12 @@ def test_a_fresh_fit_is_the_base_of_what_all_views_say(
     shown = warp(normalised.expand(len(views), -1, -1, -1), views, JITTER.max_pad)
     with torch.no_grad():
         maps = torch.cat([features[:1], backbone.features(shown.permute(0, 3, 1, 2))])
-        pooled = pool_views(maps, [JITTER.identity, *views], JITTER.max_pad, SIZE, 0.3)[None]
-        wanted = jbu.stricter(2.0)(pooled, images[:1], SIZE, pca.as_channel_map())[0]
-        alike = jbu(pooled, images[:1], SIZE, pca.as_channel_map())[0]
+        pool = partial(pool_views, views=[JITTER.identity, *views], max_pad=JITTER.max_pad, image_size=SIZE, sigma=0.3)
+        pooled = keeping_lengths(pool, maps)[None]
+        wanted = jbu(pooled, images[:1], SIZE, pca.as_channel_map())[0]
+        alone = jbu(features[:1], images[:1], SIZE, pca.as_channel_map())[0]
     assert torch.allclose(found, wanted, atol=1e-4)
-    assert not torch.allclose(found, alike, atol=1e-3)
+    assert not torch.allclose(found, alone, atol=1e-3)
 
 
 class Grey(Upsampler):
@@ -164,7 +167,7 @@ def test_a_start_that_explains_less_than_bilinear_is_blended_until_it_does_not(
     )
     assert pure.explained_variance < bilinear.explained_variance - 0.05
     assert blended.explained_variance == pytest.approx(bilinear.explained_variance, abs=0.02)
-    assert 0.2 < blended.blend < 1
+    assert 0.1 < blended.blend < 1
     assert bilinear.blend == pure.blend == 0
 
 
@@ -175,14 +178,22 @@ def test_what_is_handed_out_is_blended(
     (fit,) = Implicit(backbone, pca, Grey(), replace(OPTIONS, steps=0, pooling=None)).fit(features[:1], images[:1])
     low = pca.project(features[:1])
     plain = torch.nn.functional.interpolate(low.permute(0, 3, 1, 2), size, mode="bilinear")[0].permute(1, 2, 0)
-    assert fit.blend > 0.2
+    assert fit.blend > 0.1
     assert torch.allclose(
         fit.query(size), torch.lerp(low.mean((1, 2))[0].expand_as(plain), plain, fit.blend), atol=1e-5
     )
 
 
-@given(st.integers(0, 2**32 - 1), st.floats(0, 3), st.floats(0, 3))
-def test_the_blend_is_the_least_that_will_do(seed: int, off_start: float, off_plain: float) -> None:
+def test_one_view_is_fitted_to_and_judges_nothing(
+    backbone: Backbone, pca: PCA, features: Tensor, images: Tensor
+) -> None:
+    (fit,) = make(backbone, pca, replace(OPTIONS, views=1, steps=2)).fit(features[:1], images[:1])
+    assert fit.blend == 0
+    assert fit.query(SIZE).isfinite().all()
+
+
+@given(st.integers(0, 2**32 - 1), st.floats(0, 3), st.floats(0, 3), st.sampled_from([0.0, 0.01, 0.5]))
+def test_the_blend_is_the_least_that_will_do(seed: int, off_start: float, off_plain: float, margin: float) -> None:
     generator = torch.Generator().manual_seed(seed)
     wanted, one, two, three = torch.randn(4, 50, 3, generator=generator, dtype=torch.float64)
     start, plain, alone = wanted + off_start * one, wanted + off_plain * two, wanted + three
@@ -190,14 +201,14 @@ def test_the_blend_is_the_least_that_will_do(seed: int, off_start: float, off_pl
     def off(share: float) -> float:
         return float((wanted - torch.lerp(start, plain, share)).square().sum())
 
-    share, goal = _blend(wanted, start, plain, alone), float((wanted - alone).square().sum())
+    share, goal = _blend(wanted, start, plain, alone, margin), (1 - margin) * float((wanted - alone).square().sum())
     assert 0 <= share <= 1
     assert off(share) <= min(off(other) for other in np.linspace(0, 1, 101)) + 1e-6 or off(share) <= goal + 1e-6
     assert share == 0 or all(off(other) > goal - 1e-6 for other in np.linspace(0, share, 20)[:-1])
 
 
-def test_a_fit_explains_views_it_has_not_seen(fitted: Implicit) -> None:
-    for fit in fitted.fits:
+def test_a_fit_explains_views_it_has_not_seen(backbone: Backbone, pca: PCA, features: Tensor, images: Tensor) -> None:
+    for fit in make(backbone, pca, replace(OPTIONS, blend=False)).fit(features, images):
         assert fit.explained_variance > fit.before + 0.02
 
 
@@ -317,7 +328,12 @@ def test_options_that_leave_nothing_to_fit(wrong: dict[str, float]) -> None:
         FitOptions(**wrong)  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("wrong", [{"strictness": 0.0}, {"pooling": 0.0}])
-def test_options_that_pool_nothing(wrong: dict[str, float]) -> None:
-    with pytest.raises(GeometryError, match="must be positive, or pooling None"):
-        FitOptions(**wrong)  # type: ignore[arg-type]
+def test_a_pool_of_no_width_is_refused() -> None:
+    with pytest.raises(GeometryError, match=r"pooling=0\.0 cells must be positive, or None"):
+        FitOptions(pooling=0.0)
+
+
+@pytest.mark.parametrize("margin", [-0.1, 1.0, float("nan")])
+def test_a_margin_is_a_share(margin: float) -> None:
+    with pytest.raises(GeometryError, match="is a share of an error"):
+        FitOptions(margin=margin)

@@ -705,15 +705,23 @@ def test_keys_are_those_of_the_features_before_a_projection(coarse_stages: int) 
     assert (jbu(features, guidance, (4, 5)) != features).any() == (coarse_stages > 0)
 
 
-def test_stricter_keys_are_those_of_a_smaller_sigma() -> None:
-    features, guidance = random(1, 4, 5, 6), picture(1, 32, 40, 3)
-    jbu = keyed_jbu(1, 0.4)
-    before = jbu.feature_map.clone()
-    strict = jbu.stricter(2.0)(features, guidance, (32, 40))
-    assert torch.allclose(strict, keyed_jbu(1, 0.2)(features, guidance, (32, 40)), atol=1e-5)
-    assert torch.equal(jbu.feature_map, before)
-    plain = JBU(6, kernel="distance")
-    assert plain.stricter(2.0) is plain
+def test_stages_at_the_features_own_size_keep_their_lengths() -> None:
+    """Means of what points elsewhere stay as long as what they are the means of, in all channels together."""
+    features, guidance = random(1, 6, 8, 6), picture(1, 48, 64, 3)
+    unit = features / features.norm(dim=-1, keepdim=True)
+    smoothed = keyed_jbu(2, 1e4)(unit, guidance, (6, 8))
+    assert torch.allclose(smoothed.norm(dim=-1), torch.ones(1, 6, 8), atol=1e-5)
+    # It is smoothed all the same: neighbours point the same way as they did not before.
+    alike = [(maps[:, :, 1:] * maps[:, :, :-1]).sum(-1).mean() for maps in (unit, smoothed)]
+    assert alike[1] > alike[0] + 0.3
+    # Of different lengths the weighted mean: between the shortest and the longest, and doubled with them.
+    found = keyed_jbu(1, 1e4)(features, guidance, (6, 8)).norm(dim=-1)
+    lengths = features.norm(dim=-1)
+    assert lengths.min() < found.min() < found.max() < lengths.max()
+    doubled = keyed_jbu(1, 1e4)(2 * features, guidance, (6, 8)).norm(dim=-1)
+    assert torch.allclose(doubled, 2 * found, rtol=1e-4)
+    nothing = keyed_jbu(1)(torch.zeros(1, 6, 8, 6), guidance, (6, 8))
+    assert torch.equal(nothing, torch.zeros(1, 6, 8, 6))
 
 
 def test_a_steeper_cubic_is_sharper() -> None:
