@@ -69,7 +69,7 @@ class FitOptions:
     width: int = 128
     frequencies: int = 12
     highest: float = 3.5
-    magnitude: float = 0.5
+    magnitude: float = 2.0
     blur: float = 0.0
     pooling: float | None = 0.3
     blend: bool = True
