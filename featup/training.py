@@ -2,7 +2,8 @@
 
 Features are brought to the size of the image, seen in a jittered view, and downsampled by a learned model of the
 backbone's patch; they must then be the features that the backbone gives for that view of the image. A projection of
-the channels commutes with all of that, so a step compares a few random ones in place of all channels.
+the channels commutes with all of that (but for a JBU's stages at the features' own size, which cost little), so a step
+compares a few random ones in place of all channels.
 
 Whatever is drawn follows from the seed, the step and an image's place in the batch of all workers, so that it does not
 matter how many workers share a batch, or where a run was interrupted. Dropout alone draws from torch's own generator.

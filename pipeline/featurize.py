@@ -190,8 +190,8 @@ class Extractor:
 def fit_pca(extractor: Extractor, plan: Plan, components: int, images: int) -> PCA:
     """Fit a PCA on the coarse features of ``images`` samples spread evenly over the data set.
 
-    Projection commutes with upsampling, so the coarse features are the ones to fit on. The samples follow from the
-    plan alone, so the fit is the same in every run.
+    Upsampled features are means of coarse ones, so these are the ones to fit on. The samples follow from the plan
+    alone, so the fit is the same in every run.
 
     Raises:
         ConfigError: not one of the samples can be decoded.

@@ -160,7 +160,8 @@ class Fit:
     Attributes:
         explained_variance: Share of the variance of held-out views' features that the fit explains; 1 at best.
         before: The same for the map the fit started from.
-        blend: Share of bilinear interpolation in that map, see :class:`FitOptions`.
+        blend: Share of bilinear interpolation of the pooled features in what :meth:`query` gives, see
+            :class:`FitOptions`.
     """
 
     explained_variance: float

@@ -150,7 +150,8 @@ class JBU(JointUpsampler):
                 the colours: what looks alike but is not the same thing is kept apart, what is one thing and looks
                 different is joined. :meth:`set_feature_keys` gives them; until then they are zero.
             start_feature: The sigma that ``distance`` starts with along them, in their standard deviations together.
-            coarse_stages: Stages at the features' own size before the doublings, which make tokens of one thing agree.
+            coarse_stages: Stages at the features' own size before the doublings, which make tokens of one thing agree;
+                their means are kept as long as the tokens, see :func:`featup.upsamplers.base.keeping_lengths`.
             start_coarse: The sigma in colour that these start with.
             bicubic_a: Of the interpolation inside a stage. Further below zero it sharpens what the filters then
                 blur; official weights are for the default.
