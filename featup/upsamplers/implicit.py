@@ -160,7 +160,7 @@ class Fit:
     Attributes:
         explained_variance: Share of the variance of held-out views' features that the fit explains; 1 at best.
         before: The same for the map the fit started from.
-        blend: Share of bilinear interpolation of the pooled features in what :meth:`query` gives, see
+        blend: Share of bilinear interpolation of the views' means in what :meth:`query` gives, see
             :class:`FitOptions`.
     """
 
@@ -169,7 +169,8 @@ class Fit:
     blend: float
     _upsampler: "Implicit"
     _network: ImplicitNetwork
-    _features: Tensor
+    _pooled: Tensor
+    _means: Tensor
     _image: Tensor
     _scale: Tensor
     _doubt: ChannelMap
@@ -215,10 +216,10 @@ class Fit:
         if min(top, left) < 0 or min(height, width) < 1 or top + height > size[0] or left + width > size[1]:
             raise GeometryError(f"implicit: window {window} (top, left, height, width) reaches beyond a map of {size}")
         pca = self._upsampler.pca
-        total = (pca.as_channel_map() if projection is None else projection).to(self._features)
-        (base,) = self._upsampler.start(self._features, self._image, size, total)
+        total = (pca.as_channel_map() if projection is None else projection).to(self._pooled)
+        (base,) = self._upsampler.start(self._pooled, self._image, size, total)
         base = base[top : top + height, left : left + width]
-        low = functional.linear(self._features, total.weight, total.bias)
+        low = functional.linear(self._means, total.weight, total.bias)
         # The residual has the unit of the features only here; what the PCA drops, the base alone gives.
         mixing = self._scale[0] * (total.weight @ pca.components.to(total.weight).T).T
         image = as_guidance(self._image, torch.float32)
@@ -376,10 +377,10 @@ def _fit(upsampler: Implicit, features: Tensor, guidance: Tensor, size: tuple[in
     generators = [_generator(options.seed, image) for image in images]
     views = [jitter.sample(options.views + options.held_out, size, generator) for generator in generators]
     told = [_view_features(backbone, *pair, jitter) for pair in zip(images, views, strict=True)]
-    own, features = features, _pooled(options, features, told, views, size)
+    pooled, means = _pooled(options, features, told, views, size)
     # [G, V, h, w, K]
     targets = torch.stack([pca.project(maps) for maps in told])
-    base = upsampler.start(features, images, size, pca.as_channel_map().to(features))
+    base = upsampler.start(pooled, images, size, pca.as_channel_map().to(features))
     shown = options.views - options.judges
     scale = targets.flatten(1, -2).std(1).mean(-1).view(-1, 1, 1).clamp_min(1e-6)
     network = ImplicitNetwork(targets.shape[-1], count, options.width, options.frequencies, options.highest).to(device)
@@ -425,8 +426,19 @@ def _fit(upsampler: Implicit, features: Tensor, guidance: Tensor, size: tuple[in
     for number in range(count):
         one = slice(number, number + 1)
         learned = ChannelMap(doubt[number].T.detach(), doubt_level[number, 0].detach())
-        fit = Fit(0.0, 0.0, 0.0, upsampler, _one(network, number), features[one], guidance[one], scale[one], learned)
-        fits.append(_judged(fit, base[number], own[one], views[number], targets[number], size))
+        fit = Fit(
+            explained_variance=0.0,
+            before=0.0,
+            blend=0.0,
+            _upsampler=upsampler,
+            _network=_one(network, number),
+            _pooled=pooled[one],
+            _means=means[one],
+            _image=guidance[one],
+            _scale=scale[one],
+            _doubt=learned,
+        )
+        fits.append(_judged(fit, base[number], features[one], views[number], targets[number], size))
     return fits
 
 
@@ -447,10 +459,10 @@ def _judged(fit: Fit, base: Tensor, own: Tensor, views: Sequence[View], targets:
     made = fit.query(size)
     if options.judges:
         total = upsampler.pca.as_channel_map().to(own)
-        plain, alone = (upsampler.plain(maps, fit._image, size, total)[0] for maps in (fit._features, own))
+        plain, alone = (upsampler.plain(maps, fit._image, size, total)[0] for maps in (fit._means, own))
         judges = slice(options.views - options.judges, options.views)
         seen = (_seen(maps, views[judges], grid, jitter) for maps in (made, plain, alone))
-        fit = replace(fit, blend=_blend(targets[judges], *seen, options.margin))
+        fit = replace(fit, blend=_blend(options.margin, targets[judges], *seen))
         made.lerp_(plain, fit.blend)
     held_out = views[options.views :], targets[options.views :], jitter
     before, after = (float(view_consistency(maps, *held_out)) for maps in (base, made))
@@ -494,20 +506,26 @@ def _draw(
 
 def _pooled(
     options: FitOptions, features: Tensor, told: list[Tensor], views: list[list[View]], size: tuple[int, int]
-) -> Tensor:
-    """The images' coarse features ``[G, h, w, C]``, and what the views to fit to say beside them."""
+) -> tuple[Tensor, Tensor]:
+    """The images' coarse features ``[G, h, w, C]``, and what the views to fit to say beside them.
+
+    Returns:
+        Their means as long as the features are, which is what a probe takes them for, and the means themselves, which
+        explain the views best.
+    """
     if options.pooling is None:
-        return features
+        return features, features
     jitter, shown = options.jitter, slice(options.views - options.judges)
-    pools = []
+    kept, means = [], []
     for one, maps, drawn in zip(features, told, views, strict=True):
         seen, where = torch.cat([one[None], maps[shown]]), [jitter.identity, *drawn[shown]]
         pool = partial(pool_views, views=where, max_pad=jitter.max_pad, image_size=size, sigma=options.pooling)
-        pools.append(keeping_lengths(pool, seen))
-    return torch.stack(pools)
+        kept.append(keeping_lengths(pool, seen))
+        means.append(pool(seen))
+    return torch.stack(kept), torch.stack(means)
 
 
-def _blend(wanted: Tensor, start: Tensor, plain: Tensor, alone: Tensor, margin: float) -> float:
+def _blend(margin: float, wanted: Tensor, start: Tensor, plain: Tensor, alone: Tensor) -> float:
     """The least share of ``plain`` in ``start`` that is nearer to ``wanted`` than ``alone``, or the nearest there is.
 
     All of one shape. The squared distance is to be less by a share of ``margin``. It is a parabola of the share of

@@ -201,7 +201,7 @@ def test_the_blend_is_the_least_that_will_do(seed: int, off_start: float, off_pl
     def off(share: float) -> float:
         return float((wanted - torch.lerp(start, plain, share)).square().sum())
 
-    share, goal = _blend(wanted, start, plain, alone, margin), (1 - margin) * float((wanted - alone).square().sum())
+    share, goal = _blend(margin, wanted, start, plain, alone), (1 - margin) * float((wanted - alone).square().sum())
     assert 0 <= share <= 1
     assert off(share) <= min(off(other) for other in np.linspace(0, 1, 101)) + 1e-6 or off(share) <= goal + 1e-6
     assert share == 0 or all(off(other) > goal - 1e-6 for other in np.linspace(0, share, 20)[:-1])
