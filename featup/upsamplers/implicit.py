@@ -73,7 +73,7 @@ class FitOptions:
     blur: float = 0.0
     pooling: float | None = 0.3
     blend: bool = True
-    margin: float = 0.01
+    margin: float = 0.02
     seed: int = 0
 
     @property
