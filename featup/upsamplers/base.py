@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from featup.errors import GeometryError
 
-__all__ = ["ChannelMap", "Upsampler", "as_guidance", "keeping_lengths", "row_bands", "stage_sizes"]
+__all__ = ["ChannelMap", "Upsampler", "as_guidance", "keeping_lengths", "of_length", "row_bands", "stage_sizes"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -165,11 +165,14 @@ def keeping_lengths(mean: Callable[[Tensor], Tensor], vectors: Tensor) -> Tensor
     Returns:
         ``[..., C]``.
     """
-    lengths = vectors.norm(dim=-1, keepdim=True)
-    found = mean(torch.cat([vectors, lengths], -1))
-    means, lengths = found[..., :-1], found[..., -1:]
-    kept: Tensor = means * (lengths / means.norm(dim=-1, keepdim=True).clamp_min(1e-6))
-    return kept
+    found = mean(torch.cat([vectors, vectors.norm(dim=-1, keepdim=True)], -1))
+    return of_length(found[..., :-1], found[..., -1:])
+
+
+def of_length(vectors: Tensor, lengths: Tensor) -> Tensor:
+    """Vectors ``[..., C]`` brought to lengths ``[..., 1]``; one of no length keeps it."""
+    brought: Tensor = vectors * (lengths / vectors.norm(dim=-1, keepdim=True).clamp_min(1e-6))
+    return brought
 
 
 def row_bands(size: tuple[int, int], pixels: int | None, device: torch.device) -> Iterator[slice]:

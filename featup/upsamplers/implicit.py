@@ -31,7 +31,7 @@ from featup.inference import resize_images
 from featup.kernels.resample import interpolation_taps, resample
 from featup.losses import explained_variance, reconstruction
 from featup.projection import PCA
-from featup.upsamplers.base import ChannelMap, Upsampler, as_guidance, keeping_lengths, row_bands
+from featup.upsamplers.base import ChannelMap, Upsampler, as_guidance, of_length, row_bands
 from featup.upsamplers.interpolate import Interpolate
 from featup.views import Jitter, View, from_view, pool_views, warp
 
@@ -520,8 +520,8 @@ def _pooled(
     for one, maps, drawn in zip(features, told, views, strict=True):
         seen, where = torch.cat([one[None], maps[shown]]), [jitter.identity, *drawn[shown]]
         pool = partial(pool_views, views=where, max_pad=jitter.max_pad, image_size=size, sigma=options.pooling)
-        kept.append(keeping_lengths(pool, seen))
         means.append(pool(seen))
+        kept.append(of_length(means[-1], pool(seen.norm(dim=-1, keepdim=True))))
     return torch.stack(kept), torch.stack(means)
 
 

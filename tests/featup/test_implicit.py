@@ -160,14 +160,14 @@ class Grey(Upsampler):
 def test_a_start_that_explains_less_than_bilinear_is_blended_until_it_does_not(
     backbone: Backbone, pca: PCA, features: Tensor, images: Tensor
 ) -> None:
-    options = replace(OPTIONS, steps=0, tokens=4000, views=400, held_out=60)
+    options = replace(OPTIONS, steps=0, views=400, held_out=60)
     bilinear, pure, blended = (
         Implicit(backbone, pca, base, replace(options, pooling=pooling, blend=blend)).fit(features[:1], images[:1])[0]
         for base, pooling, blend in ((Interpolate("bilinear"), None, False), (Grey(), 0.3, False), (Grey(), 0.3, True))
     )
     assert pure.explained_variance < bilinear.explained_variance - 0.05
     assert blended.explained_variance == pytest.approx(bilinear.explained_variance, abs=0.02)
-    assert 0.1 < blended.blend < 1
+    assert 0.2 < blended.blend < 1
     assert bilinear.blend == pure.blend == 0
 
 
@@ -178,7 +178,7 @@ def test_what_is_handed_out_is_blended(
     (fit,) = Implicit(backbone, pca, Grey(), replace(OPTIONS, steps=0, pooling=None)).fit(features[:1], images[:1])
     low = pca.project(features[:1])
     plain = torch.nn.functional.interpolate(low.permute(0, 3, 1, 2), size, mode="bilinear")[0].permute(1, 2, 0)
-    assert fit.blend > 0.1
+    assert fit.blend > 0.2
     assert torch.allclose(
         fit.query(size), torch.lerp(low.mean((1, 2))[0].expand_as(plain), plain, fit.blend), atol=1e-5
     )
