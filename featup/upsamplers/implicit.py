@@ -38,6 +38,8 @@ from featup.views import Jitter, View, from_view, pool_views, warp
 __all__ = ["Fit", "FitOptions", "Implicit", "ImplicitNetwork", "view_consistency"]
 
 _VIEW_BATCH = 16
+# Of a map at the size of the image, with as many channels as that takes.
+_PART_BYTES = 1 << 27
 
 
 @dataclass(frozen=True)
@@ -50,10 +52,10 @@ class FitOptions:
     scaled to [-0.5, 0.5]. ``magnitude`` and ``blur`` weigh the residual: its mean square, and the square of its mean
     over a token of the image itself, which pins the coarse features. ``pooling``, in cells of the backbone's grid, is
     how near a token of a view must be to a cell to count there, see :func:`featup.views.pool_views`; ``None`` starts
-    from the coarse features of the image itself. With ``blend``, as much bilinear interpolation is mixed into the
-    fitted map as it takes to explain views a little better, by ``margin`` of the error, than bilinear interpolation of
-    the image's own features does: an edge-preserving upsampler averages out what tokens have of their own, which may be
-    too much.
+    from the coarse features of the image itself. With ``back_project``, what the patches of the fitted map miss of what
+    the views say is interpolated bilinearly and added to it, as much of it as it takes to explain views a little
+    better, by ``margin`` of the error, than bilinear interpolation of the image's own features does: an
+    edge-preserving upsampler averages out what tokens have of their own, which may be too much.
 
     Raises:
         GeometryError: a number that leaves nothing to fit.
@@ -72,14 +74,14 @@ class FitOptions:
     magnitude: float = 2.0
     blur: float = 0.0
     pooling: float | None = 0.3
-    blend: bool = True
+    back_project: bool = True
     margin: float = 0.02
     seed: int = 0
 
     @property
     def judges(self) -> int:
-        """Of the views to fit to, how many, the last ones, are kept for saying how much to blend; of one view none."""
-        return min(self.views - 1, max(1, self.views // 8)) if self.blend else 0
+        """Of the views to fit to, how many, the last ones, are kept to say how much to add back; of one view none."""
+        return min(self.views - 1, max(1, self.views // 8)) if self.back_project else 0
 
     def __post_init__(self) -> None:
         whole = {name: getattr(self, name) for name in ("tokens", "positions", "views", "held_out", "width")}
@@ -160,17 +162,17 @@ class Fit:
     Attributes:
         explained_variance: Share of the variance of held-out views' features that the fit explains; 1 at best.
         before: The same for the map the fit started from.
-        blend: Share of bilinear interpolation of the views' means in what :meth:`query` gives, see
+        added_back: Share of what the fitted map misses of the views' means that :meth:`query` adds to it, see
             :class:`FitOptions`.
     """
 
     explained_variance: float
     before: float
-    blend: float
+    added_back: float
     _upsampler: "Implicit"
     _network: ImplicitNetwork
     _pooled: Tensor
-    _means: Tensor
+    _missing: Tensor
     _image: Tensor
     _scale: Tensor
     _doubt: ChannelMap
@@ -219,13 +221,14 @@ class Fit:
         total = (pca.as_channel_map() if projection is None else projection).to(self._pooled)
         (base,) = self._upsampler.start(self._pooled, self._image, size, total)
         base = base[top : top + height, left : left + width]
-        low = functional.linear(self._means, total.weight, total.bias)
+        missing = self.added_back * functional.linear(self._missing, total.weight)
         # The residual has the unit of the features only here; what the PCA drops, the base alone gives.
         mixing = self._scale[0] * (total.weight @ pca.components.to(total.weight).T).T
         image = as_guidance(self._image, torch.float32)
         colours = _scaled_colours(image)
         rows, cols = (interpolation_taps("bilinear", image.shape[axis + 1], size[axis]) for axis in (0, 1))
-        down_low, across_low = (interpolation_taps("bilinear", low.shape[axis + 1], size[axis]) for axis in (0, 1))
+        taps = (interpolation_taps("bilinear", missing.shape[axis + 1], size[axis]) for axis in (0, 1))
+        down_missing, across_missing = taps
         across = _coordinates(size[1], image.device)[left : left + width]
         down = _coordinates(size[0], image.device)[top : top + height]
         if out is None:
@@ -236,8 +239,8 @@ class Fit:
             grid = torch.stack(torch.meshgrid(down[band], across, indexing="ij"), -1)
             residual = self._network(grid.reshape(1, -1, 2), part.reshape(1, -1, 3))[0] @ mixing
             fitted = base[band] + residual.view(-1, width, base.shape[-1])
-            if self.blend:
-                fitted.lerp_(resample(low, down_low[some], across_low[left : left + width])[0], self.blend)
+            if self.added_back:
+                fitted += resample(missing, down_missing[some], across_missing[left : left + width])[0]
             out[band].copy_(fitted)
         return out
 
@@ -429,44 +432,62 @@ def _fit(upsampler: Implicit, features: Tensor, guidance: Tensor, size: tuple[in
         fit = Fit(
             explained_variance=0.0,
             before=0.0,
-            blend=0.0,
+            added_back=0.0,
             _upsampler=upsampler,
             _network=_one(network, number),
             _pooled=pooled[one],
-            _means=means[one],
+            _missing=torch.zeros_like(pooled[one]),
             _image=guidance[one],
             _scale=scale[one],
             _doubt=learned,
         )
-        fits.append(_judged(fit, base[number], features[one], views[number], targets[number], size))
+        if options.judges:
+            fit = _back_projected(fit, means[one], features[one], views[number], targets[number], size)
+        held_out = views[number][options.views :], targets[number, options.views :], jitter
+        before, after = (float(view_consistency(maps, *held_out)) for maps in (base[number], fit.query(size)))
+        fits.append(replace(fit, explained_variance=after, before=before))
     return fits
 
 
 @torch.no_grad()
-def _judged(fit: Fit, base: Tensor, own: Tensor, views: Sequence[View], targets: Tensor, size: tuple[int, int]) -> Fit:
-    """The fit with its blend, chosen by the views it was not fitted to, and its quality, by those held out.
+def _back_projected(
+    fit: Fit, means: Tensor, own: Tensor, views: Sequence[View], targets: Tensor, size: tuple[int, int]
+) -> Fit:
+    """The fit with what its patches miss of the views' means, and the share of it that is to be added back.
+
+    One step of iterative back-projection (Irani and Peleg, 1991), as far as views say that the fit has not seen. What
+    is added has no detail: the edges of the map stay as they are.
 
     Args:
-        fit: Not blended yet.
-        base: The map it started from ``[H, W, K]``.
+        fit: With nothing added back yet.
+        means: What the views to fit to say together ``[1, h, w, C]``.
         own: The image's own coarse features ``[1, h, w, C]``.
         views: All views of the image, fitted to, judging and held out.
         targets: What the backbone says of them ``[V, h, w, K]``.
-        size: (height, width) of the map to judge.
+        size: (height, width) of the map that is judged.
     """
     upsampler, options = fit._upsampler, fit._upsampler.options
-    grid, jitter = (targets.shape[1], targets.shape[2]), options.jitter
-    made = fit.query(size)
-    if options.judges:
-        total = upsampler.pca.as_channel_map().to(own)
-        plain, alone = (upsampler.plain(maps, fit._image, size, total)[0] for maps in (fit._means, own))
-        judges = slice(options.views - options.judges, options.views)
-        seen = (_seen(maps, views[judges], grid, jitter) for maps in (made, plain, alone))
-        fit = replace(fit, blend=_blend(options.margin, targets[judges], *seen))
-        made.lerp_(plain, fit.blend)
-    held_out = views[options.views :], targets[options.views :], jitter
-    before, after = (float(view_consistency(maps, *held_out)) for maps in (base, made))
-    return replace(fit, explained_variance=after, before=before)
+    total = upsampler.pca.as_channel_map().to(own)
+    grid = (targets.shape[1], targets.shape[2])
+    missing = means - _patch_means(fit, means.shape[-1], size, grid)
+    # A difference has no mean to be centred on.
+    uncentred = ChannelMap(total.weight, torch.zeros_like(total.bias))
+    made, plain = fit.query(size), partial(upsampler.plain, guidance=fit._image, size=size)
+    full = made + plain(missing, projection=uncentred)[0]
+    alone = plain(own, projection=total)[0]
+    judges = slice(options.views - options.judges, options.views)
+    seen = (_seen(maps, views[judges], grid, options.jitter) for maps in (made, full, alone))
+    return replace(fit, added_back=_least_share(options.margin, targets[judges], *seen), _missing=missing)
+
+
+def _patch_means(fit: Fit, channels: int, size: tuple[int, int], grid: tuple[int, int]) -> Tensor:
+    """``[1, h, w, C]``: means over the image's own patches of all channels that a fit says, some at a time."""
+    step = max(1, _PART_BYTES // (4 * size[0] * size[1]))
+    parts = []
+    for some in torch.split(torch.eye(channels, device=fit._pooled.device), step):
+        made = fit.query(size, projection=ChannelMap(some, some.new_zeros(len(some))))
+        parts.append(functional.adaptive_avg_pool2d(made[None].permute(0, 3, 1, 2), grid).permute(0, 2, 3, 1))
+    return torch.cat(parts, -1)
 
 
 class _Origins:
@@ -525,13 +546,14 @@ def _pooled(
     return torch.stack(kept), torch.stack(means)
 
 
-def _blend(margin: float, wanted: Tensor, start: Tensor, plain: Tensor, alone: Tensor) -> float:
-    """The least share of ``plain`` in ``start`` that is nearer to ``wanted`` than ``alone``, or the nearest there is.
+def _least_share(margin: float, wanted: Tensor, start: Tensor, end: Tensor, alone: Tensor) -> float:
+    """The least share of the way from ``start`` to ``end`` that is nearer to ``wanted`` than ``alone``, or the nearest
+    there is.
 
-    All of one shape. The squared distance is to be less by a share of ``margin``. It is a parabola of the share of
-    ``plain``: the first root, or else the vertex.
+    All of one shape. The squared distance is to be less by a share of ``margin``. It is a parabola of the share: the
+    first root, or else the vertex.
     """
-    missing, way = (wanted - start).double(), (plain - start).double()
+    missing, way = (wanted - start).double(), (end - start).double()
     excess = float(missing.square().sum() - (1 - margin) * (wanted - alone).double().square().sum())
     bend, slope = float(way.square().sum()), float((missing * way).sum())
     if excess <= 0 or slope <= 0:

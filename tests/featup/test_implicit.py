@@ -17,7 +17,7 @@ from featup.errors import GeometryError
 from featup.projection import PCA, PCAFit
 from featup.upsamplers import JBU, Bilateral, ChannelMap, Interpolate, RangeKernel, Upsampler, create_trainable
 from featup.upsamplers.base import keeping_lengths
-from featup.upsamplers.implicit import FitOptions, Implicit, ImplicitNetwork, _blend, _generator, view_consistency
+from featup.upsamplers.implicit import FitOptions, Implicit, ImplicitNetwork, _generator, _least_share, view_consistency
 from featup.views import Jitter, View, pool_views, warp
 
 SIZE = (64, 48)
@@ -120,7 +120,9 @@ def test_the_networks_of_a_stack_are_those_alone() -> None:
 
 
 def test_a_fresh_network_adds_nothing(backbone: Backbone, pca: PCA, features: Tensor, images: Tensor) -> None:
-    implicit = make(backbone, pca, FitOptions(steps=0, views=2, held_out=2, jitter=JITTER, pooling=None, blend=False))
+    implicit = make(
+        backbone, pca, FitOptions(steps=0, views=2, held_out=2, jitter=JITTER, pooling=None, back_project=False)
+    )
     found = implicit(features, images, SIZE)
     with torch.no_grad():
         wanted = Bilateral()(features, images, SIZE)
@@ -131,7 +133,7 @@ def test_a_fresh_network_adds_nothing(backbone: Backbone, pca: PCA, features: Te
 def test_a_fresh_fit_is_the_base_of_what_all_views_say(
     backbone: Backbone, pca: PCA, features: Tensor, images: Tensor
 ) -> None:
-    options = replace(OPTIONS, steps=0, pooling=0.3, blend=False)
+    options = replace(OPTIONS, steps=0, pooling=0.3, back_project=False)
     jbu = create_trainable("jbu", features.shape[-1], feature_keys=2, start=(1.0, 0.5)).eval().requires_grad_(False)
     assert isinstance(jbu, JBU)
     jbu.feature_map[0, 0] = jbu.feature_map[1, 1] = 0.7
@@ -157,58 +159,62 @@ class Grey(Upsampler):
         yield slice(0, size[0]), features.mean((1, 2), keepdim=True).expand(-1, *size, -1).clone()
 
 
-def test_a_start_that_explains_less_than_bilinear_is_blended_until_it_does_not(
+def test_a_start_that_explains_less_than_bilinear_is_added_to_until_it_does_not(
     backbone: Backbone, pca: PCA, features: Tensor, images: Tensor
 ) -> None:
-    options = replace(OPTIONS, steps=0, views=400, held_out=60)
-    bilinear, pure, blended = (
-        Implicit(backbone, pca, base, replace(options, pooling=pooling, blend=blend)).fit(features[:1], images[:1])[0]
-        for base, pooling, blend in ((Interpolate("bilinear"), None, False), (Grey(), 0.3, False), (Grey(), 0.3, True))
+    options, one = replace(OPTIONS, steps=0, views=400, held_out=60), (features[:1], images[:1])
+    bilinear, pure, full = (
+        Implicit(backbone, pca, base, replace(options, pooling=pooling, back_project=back)).fit(*one)[0]
+        for base, pooling, back in ((Interpolate("bilinear"), None, False), (Grey(), 0.3, False), (Grey(), 0.3, True))
     )
     assert pure.explained_variance < bilinear.explained_variance - 0.05
-    assert blended.explained_variance == pytest.approx(bilinear.explained_variance, abs=0.02)
-    assert 0.2 < blended.blend < 1
-    assert bilinear.blend == pure.blend == 0
+    assert full.explained_variance == pytest.approx(bilinear.explained_variance, abs=0.02)
+    assert 0.2 < full.added_back < 1
+    assert bilinear.added_back == pure.added_back == 0
 
 
 @pytest.mark.parametrize("size", [SIZE, (128, 96)], ids=["the image's", "larger"])
-def test_what_is_handed_out_is_blended(
+def test_what_the_patches_miss_of_the_views_is_added_back(
     backbone: Backbone, pca: PCA, features: Tensor, images: Tensor, size: tuple[int, int]
 ) -> None:
-    (fit,) = Implicit(backbone, pca, Grey(), replace(OPTIONS, steps=0, pooling=None)).fit(features[:1], images[:1])
-    low = pca.project(features[:1])
-    plain = torch.nn.functional.interpolate(low.permute(0, 3, 1, 2), size, mode="bilinear")[0].permute(1, 2, 0)
-    assert fit.blend > 0.2
-    assert torch.allclose(
-        fit.query(size), torch.lerp(low.mean((1, 2))[0].expand_as(plain), plain, fit.blend), atol=1e-5
-    )
+    options, one = replace(OPTIONS, steps=3, pooling=None), (features[:1], images[:1])
+    # The same views to fit to, of which the second keeps one more to judge by.
+    judged = replace(options, views=options.views + 1, held_out=options.held_out - 1)
+    (before,) = Implicit(backbone, pca, Grey(), replace(options, back_project=False)).fit(*one)
+    (fit,) = Implicit(backbone, pca, Grey(), judged).fit(*one)
+    assert 0.05 < fit.added_back < 1
+    cells = before.query(SIZE).view(4, 16, 3, 16, -1).mean((1, 3))
+    missing = (pca.project(features[0]) - cells).permute(2, 0, 1)[None]
+    added = torch.nn.functional.interpolate(missing, size, mode="bilinear")[0].permute(1, 2, 0)
+    assert added.abs().max() > 0.1
+    assert torch.allclose(fit.query(size), before.query(size) + fit.added_back * added, atol=1e-4)
 
 
 def test_one_view_is_fitted_to_and_judges_nothing(
     backbone: Backbone, pca: PCA, features: Tensor, images: Tensor
 ) -> None:
     (fit,) = make(backbone, pca, replace(OPTIONS, views=1, steps=2)).fit(features[:1], images[:1])
-    assert fit.blend == 0
+    assert fit.added_back == 0
     assert fit.query(SIZE).isfinite().all()
 
 
 @given(st.integers(0, 2**32 - 1), st.floats(0, 3), st.floats(0, 3), st.sampled_from([0.0, 0.01, 0.5]))
-def test_the_blend_is_the_least_that_will_do(seed: int, off_start: float, off_plain: float, margin: float) -> None:
+def test_the_share_is_the_least_that_will_do(seed: int, off_start: float, off_end: float, margin: float) -> None:
     generator = torch.Generator().manual_seed(seed)
     wanted, one, two, three = torch.randn(4, 50, 3, generator=generator, dtype=torch.float64)
-    start, plain, alone = wanted + off_start * one, wanted + off_plain * two, wanted + three
+    start, end, alone = wanted + off_start * one, wanted + off_end * two, wanted + three
 
     def off(share: float) -> float:
-        return float((wanted - torch.lerp(start, plain, share)).square().sum())
+        return float((wanted - torch.lerp(start, end, share)).square().sum())
 
-    share, goal = _blend(margin, wanted, start, plain, alone), (1 - margin) * float((wanted - alone).square().sum())
+    share, goal = _least_share(margin, wanted, start, end, alone), (1 - margin) * float((wanted - alone).square().sum())
     assert 0 <= share <= 1
     assert off(share) <= min(off(other) for other in np.linspace(0, 1, 101)) + 1e-6 or off(share) <= goal + 1e-6
     assert share == 0 or all(off(other) > goal - 1e-6 for other in np.linspace(0, share, 20)[:-1])
 
 
 def test_a_fit_explains_views_it_has_not_seen(backbone: Backbone, pca: PCA, features: Tensor, images: Tensor) -> None:
-    for fit in make(backbone, pca, replace(OPTIONS, blend=False)).fit(features, images):
+    for fit in make(backbone, pca, replace(OPTIONS, back_project=False)).fit(features, images):
         assert fit.explained_variance > fit.before + 0.02
 
 
@@ -294,7 +300,7 @@ def test_a_fit_may_start_from_a_jbu(
     """Which is made for the backbone's channels, and not for those of the PCA."""
     jbu = create_trainable("jbu", features.shape[-1], kernel).eval().requires_grad_(False)
     implicit = Implicit(
-        backbone, pca, jbu, FitOptions(steps=0, views=2, held_out=1, jitter=JITTER, pooling=None, blend=False)
+        backbone, pca, jbu, FitOptions(steps=0, views=2, held_out=1, jitter=JITTER, pooling=None, back_project=False)
     )
     found = implicit(features[:1], images[:1], SIZE)
     assert torch.allclose(found, jbu(features[:1], images[:1], SIZE), atol=1e-4)
@@ -305,7 +311,7 @@ def test_a_fit_goes_beyond_the_stack_it_starts_from(
 ) -> None:
     jbu = JBU(features.shape[-1], stages=2, kernel="distance").eval().requires_grad_(False)
     implicit = Implicit(
-        backbone, pca, jbu, FitOptions(steps=0, views=2, held_out=1, jitter=JITTER, pooling=None, blend=False)
+        backbone, pca, jbu, FitOptions(steps=0, views=2, held_out=1, jitter=JITTER, pooling=None, back_project=False)
     )
     (fit,) = implicit.fit(features[:1], images[:1])
     # 4x3 tokens, of which two stages make 16x12.
