@@ -28,7 +28,7 @@ from torch.nn import functional
 from featup.backbones import Backbone
 from featup.errors import GeometryError
 from featup.inference import resize_images
-from featup.kernels.resample import interpolation_taps, resample
+from featup.kernels.resample import Taps, interpolation_taps, resample
 from featup.losses import explained_variance, reconstruction
 from featup.projection import PCA
 from featup.upsamplers.base import ChannelMap, Upsampler, as_guidance, of_length, row_bands
@@ -38,6 +38,7 @@ from featup.views import Jitter, View, from_view, pool_views, warp
 __all__ = ["Fit", "FitOptions", "Implicit", "ImplicitNetwork", "view_consistency"]
 
 _VIEW_BATCH = 16
+_MISSING_A = -2.0
 # Of a map at the size of the image, with as many channels as that takes.
 _PART_BYTES = 1 << 27
 
@@ -53,8 +54,8 @@ class FitOptions:
     over a token of the image itself, which pins the coarse features. ``pooling``, in cells of the backbone's grid, is
     how near a token of a view must be to a cell to count there, see :func:`featup.views.pool_views`; ``None`` starts
     from the coarse features of the image itself. With ``back_project``, what the patches of the fitted map miss of what
-    the views say is interpolated bilinearly and added to it, as much of it as it takes to explain views a little
-    better, by ``margin`` of the error, than bilinear interpolation of the image's own features does: an
+    the views say is interpolated, by a sharp cubic, and added to it, as much of it as it takes to explain views a
+    little better, by ``margin`` of the error, than bilinear interpolation of the image's own features does: an
     edge-preserving upsampler averages out what tokens have of their own, which may be too much.
 
     Raises:
@@ -227,8 +228,7 @@ class Fit:
         image = as_guidance(self._image, torch.float32)
         colours = _scaled_colours(image)
         rows, cols = (interpolation_taps("bilinear", image.shape[axis + 1], size[axis]) for axis in (0, 1))
-        taps = (interpolation_taps("bilinear", missing.shape[axis + 1], size[axis]) for axis in (0, 1))
-        down_missing, across_missing = taps
+        down_missing, across_missing = _missing_taps(missing, size)
         across = _coordinates(size[1], image.device)[left : left + width]
         down = _coordinates(size[0], image.device)[top : top + height]
         if out is None:
@@ -470,14 +470,22 @@ def _back_projected(
     total = upsampler.pca.as_channel_map().to(own)
     grid = (targets.shape[1], targets.shape[2])
     missing = means - _patch_means(fit, means.shape[-1], size, grid)
+    made = fit.query(size)
     # A difference has no mean to be centred on.
-    uncentred = ChannelMap(total.weight, torch.zeros_like(total.bias))
-    made, plain = fit.query(size), partial(upsampler.plain, guidance=fit._image, size=size)
-    full = made + plain(missing, projection=uncentred)[0]
-    alone = plain(own, projection=total)[0]
+    full = made + resample(functional.linear(missing, total.weight), *_missing_taps(missing, size))[0]
+    alone = upsampler.plain(own, fit._image, size, total)[0]
     judges = slice(options.views - options.judges, options.views)
     seen = (_seen(maps, views[judges], grid, options.jitter) for maps in (made, full, alone))
     return replace(fit, added_back=_least_share(options.margin, targets[judges], *seen), _missing=missing)
+
+
+def _missing_taps(missing: Tensor, size: tuple[int, int]) -> tuple[Taps, Taps]:
+    """For what patches miss, at another size. Their means of what is interpolated are a blur of it: a slope sharper
+    than usual makes up for that."""
+    down, across = (
+        interpolation_taps("bicubic", missing.shape[axis + 1], size[axis], bicubic_a=_MISSING_A) for axis in (0, 1)
+    )
+    return down, across
 
 
 def _patch_means(fit: Fit, channels: int, size: tuple[int, int], grid: tuple[int, int]) -> Tensor:
@@ -531,8 +539,8 @@ def _pooled(
     """The images' coarse features ``[G, h, w, C]``, and what the views to fit to say beside them.
 
     Returns:
-        Their means as long as the features are, which is what a probe takes them for, and the means themselves, which
-        explain the views best.
+        What to start from: their means as long as the features are, which is what a probe takes them for; and the means
+        themselves, which explain the views best.
     """
     if options.pooling is None:
         return features, features

@@ -14,10 +14,18 @@ from torch import Tensor
 
 from featup.backbones import Backbone, create_backbone
 from featup.errors import GeometryError
+from featup.kernels.resample import interpolation_taps, resample
 from featup.projection import PCA, PCAFit
 from featup.upsamplers import JBU, Bilateral, ChannelMap, Interpolate, RangeKernel, Upsampler, create_trainable
 from featup.upsamplers.base import keeping_lengths
-from featup.upsamplers.implicit import FitOptions, Implicit, ImplicitNetwork, _generator, _least_share, view_consistency
+from featup.upsamplers.implicit import (
+    FitOptions,
+    Implicit,
+    ImplicitNetwork,
+    _generator,
+    _least_share,
+    view_consistency,
+)
 from featup.views import Jitter, View, pool_views, warp
 
 SIZE = (64, 48)
@@ -121,7 +129,9 @@ def test_the_networks_of_a_stack_are_those_alone() -> None:
 
 def test_a_fresh_network_adds_nothing(backbone: Backbone, pca: PCA, features: Tensor, images: Tensor) -> None:
     implicit = make(
-        backbone, pca, FitOptions(steps=0, views=2, held_out=2, jitter=JITTER, pooling=None, back_project=False)
+        backbone,
+        pca,
+        FitOptions(steps=0, views=2, held_out=2, jitter=JITTER, pooling=None, back_project=False),
     )
     found = implicit(features, images, SIZE)
     with torch.no_grad():
@@ -184,8 +194,11 @@ def test_what_the_patches_miss_of_the_views_is_added_back(
     (fit,) = Implicit(backbone, pca, Grey(), judged).fit(*one)
     assert 0.05 < fit.added_back < 1
     cells = before.query(SIZE).view(4, 16, 3, 16, -1).mean((1, 3))
-    missing = (pca.project(features[0]) - cells).permute(2, 0, 1)[None]
-    added = torch.nn.functional.interpolate(missing, size, mode="bilinear")[0].permute(1, 2, 0)
+    missing = pca.project(features[0]) - cells
+    down, across = (
+        interpolation_taps("bicubic", held, out, bicubic_a=-2.0) for held, out in zip((4, 3), size, strict=True)
+    )
+    added = resample(missing[None], down, across)[0]
     assert added.abs().max() > 0.1
     assert torch.allclose(fit.query(size), before.query(size) + fit.added_back * added, atol=1e-4)
 
@@ -300,7 +313,10 @@ def test_a_fit_may_start_from_a_jbu(
     """Which is made for the backbone's channels, and not for those of the PCA."""
     jbu = create_trainable("jbu", features.shape[-1], kernel).eval().requires_grad_(False)
     implicit = Implicit(
-        backbone, pca, jbu, FitOptions(steps=0, views=2, held_out=1, jitter=JITTER, pooling=None, back_project=False)
+        backbone,
+        pca,
+        jbu,
+        FitOptions(steps=0, views=2, held_out=1, jitter=JITTER, pooling=None, back_project=False),
     )
     found = implicit(features[:1], images[:1], SIZE)
     assert torch.allclose(found, jbu(features[:1], images[:1], SIZE), atol=1e-4)
@@ -311,7 +327,10 @@ def test_a_fit_goes_beyond_the_stack_it_starts_from(
 ) -> None:
     jbu = JBU(features.shape[-1], stages=2, kernel="distance").eval().requires_grad_(False)
     implicit = Implicit(
-        backbone, pca, jbu, FitOptions(steps=0, views=2, held_out=1, jitter=JITTER, pooling=None, back_project=False)
+        backbone,
+        pca,
+        jbu,
+        FitOptions(steps=0, views=2, held_out=1, jitter=JITTER, pooling=None, back_project=False),
     )
     (fit,) = implicit.fit(features[:1], images[:1])
     # 4x3 tokens, of which two stages make 16x12.
