@@ -38,6 +38,7 @@ from pipeline.store import (
     Layout,
     StoreWriter,
     feature_space,
+    list_differences,
     round_mantissa,
     row_checksum,
     stored_config,
@@ -395,8 +396,7 @@ def take_pca(store: str, config: PrecomputeConfig, setup: Setup) -> tuple[PCA, b
     other = stored_config(store)
     if "pca" not in other[1]["digests"]:
         raise StoreError(f"{store} holds all channels and no PCA; leave pca_from out, or give a store made with --pca")
-    ours, theirs = feature_space(config, asdict(setup)), feature_space(*other)
-    differences = [f"{name}: {theirs[name]!r} there, {one!r} here" for name, one in ours.items() if theirs[name] != one]
+    differences = list_differences(feature_space(*other), feature_space(config, asdict(setup)))
     if differences:
         raise ConfigError(
             f"the PCA of {store} is of other features: {'; '.join(differences)}. Give the options of the backbone that "

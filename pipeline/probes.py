@@ -17,7 +17,7 @@ from pipeline.config import ProbeConfig, describe
 from pipeline.errors import ConfigError, InputError
 from pipeline.featurize import set_threads
 from pipeline.loader import FeatureDataset
-from pipeline.store import feature_space, stored_config, stored_layout
+from pipeline.store import feature_space, list_differences, stored_config, stored_layout
 
 __all__ = [
     "DepthTask",
@@ -314,13 +314,13 @@ def _check_same_features(store: str, other: str) -> None:
 
     How they were upsampled may differ: a probe of coarse features on upsampled ones is what *drop-in* means.
     """
-    spaces = []
-    for url in (store, other):
+
+    def space(url: str) -> dict[str, Any]:
         config, setup = stored_config(url)
         projection = {"channels": setup["channels"], "pca digest": setup["digests"].get("pca")}
-        spaces.append(feature_space(config, setup) | projection)
-    ours, theirs = spaces
-    differences = [f"{name}: {ours[name]!r} and {theirs[name]!r}" for name in ours if ours[name] != theirs[name]]
+        return feature_space(config, setup) | projection
+
+    differences = list_differences(space(store), space(other), owners=(store, other))
     if differences:
         raise ConfigError(
             f"{store} and {other} do not hold the same features: {'; '.join(differences)}. Make both with the same "

@@ -226,10 +226,12 @@ def read_attributes(url: str) -> dict[str, Any] | None:
     return attributes
 
 
-def list_differences(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:
-    """What a store has and what a run wants, name by name, where these are not the same."""
+def list_differences(
+    found: Mapping[str, Any], wanted: Mapping[str, Any], owners: tuple[str, str] = ("the store", "this run")
+) -> list[str]:
+    """What a store has and what a run wants, or any two ``owners`` have, name by name, where it is not the same."""
     return [
-        f"{name}: the store has {found.get(name)!r}, this run has {wanted.get(name)!r}"
+        f"{name}: {owners[0]} has {found.get(name)!r}, {owners[1]} has {wanted.get(name)!r}"
         for name in sorted(found.keys() | wanted.keys())
         if found.get(name) != wanted.get(name)
     ]

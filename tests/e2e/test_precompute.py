@@ -214,7 +214,10 @@ def test_another_store_takes_the_pca(store: Path, shards: Path, tmp_path: Path) 
     plain = [value for value in OPTIONS if value not in ("--pca", 8)]
     command = ("--shards", shards / "train-0001.tar", "--out", out, *plain, "--pca-from")
     text = support.run("precompute", *command, store, "--norm", "layer", "--dry-run", status=1)
-    assert "norm: 'model' there, 'layer' here. Give the options of the backbone that store was made with" in text
+    assert (
+        "norm: the store has 'model', this run has 'layer'. Give the options of the backbone that store was made with"
+        in text
+    )
     assert "8 channels stored" in support.run("precompute", *command, store, "--dry-run")
     assert "input 6 = ok 6 + failed 0" in support.run("precompute", *command, store)
     assert (out / place).read_bytes() == (store / place).read_bytes()
