@@ -368,8 +368,7 @@ def view_consistency(maps: Tensor, views: Sequence[View], targets: Tensor, jitte
 
 def _seen(maps: Tensor, views: Sequence[View], grid: tuple[int, int], jitter: Jitter) -> Tensor:
     """What ``maps [H, W, K]`` say of views: ``[V, h, w, K]``, a token the mean of its patch."""
-    shown = (warp(maps[None], [view], jitter.max_pad).permute(0, 3, 1, 2) for view in views)
-    return torch.cat([functional.adaptive_avg_pool2d(one, grid) for one in shown]).permute(0, 2, 3, 1)
+    return torch.cat([_patch_means(warp(maps[None], [view], jitter.max_pad), grid) for view in views])
 
 
 def _fit(upsampler: Implicit, features: Tensor, guidance: Tensor, size: tuple[int, int]) -> list[Fit]:
@@ -469,14 +468,21 @@ def _back_projected(
     upsampler, options = fit._upsampler, fit._upsampler.options
     total = upsampler.pca.as_channel_map().to(own)
     grid = (targets.shape[1], targets.shape[2])
-    missing = means - _patch_means(fit, means.shape[-1], size, grid)
     made = fit.query(size)
-    # A difference has no mean to be centred on.
-    full = made + resample(functional.linear(missing, total.weight), *_missing_taps(missing, size))[0]
+    missing = functional.linear(means, total.weight, total.bias) - _patch_means(made[None], grid)
+    full = made + resample(missing, *_missing_taps(missing, size))[0]
     alone = upsampler.plain(own, fit._image, size, total)[0]
     judges = slice(options.views - options.judges, options.views)
     seen = (_seen(maps, views[judges], grid, options.jitter) for maps in (made, full, alone))
-    return replace(fit, added_back=_least_share(options.margin, targets[judges], *seen), _missing=missing)
+    share = _least_share(options.margin, targets[judges], *seen)
+    if not share:
+        return fit
+    # Of all channels, some at a time: the PCA does not hold everything that is missing.
+    identity = torch.split(torch.eye(means.shape[-1]).to(means), max(1, _PART_BYTES // (4 * size[0] * size[1])))
+    maps = (fit.query(size, projection=ChannelMap(some, some.new_zeros(len(some)))) for some in identity)
+    return replace(
+        fit, added_back=share, _missing=means - torch.cat([_patch_means(one[None], grid) for one in maps], -1)
+    )
 
 
 def _missing_taps(missing: Tensor, size: tuple[int, int]) -> tuple[Taps, Taps]:
@@ -488,14 +494,9 @@ def _missing_taps(missing: Tensor, size: tuple[int, int]) -> tuple[Taps, Taps]:
     return down, across
 
 
-def _patch_means(fit: Fit, channels: int, size: tuple[int, int], grid: tuple[int, int]) -> Tensor:
-    """``[1, h, w, C]``: means over the image's own patches of all channels that a fit says, some at a time."""
-    step = max(1, _PART_BYTES // (4 * size[0] * size[1]))
-    parts = []
-    for some in torch.split(torch.eye(channels, device=fit._pooled.device), step):
-        made = fit.query(size, projection=ChannelMap(some, some.new_zeros(len(some))))
-        parts.append(functional.adaptive_avg_pool2d(made[None].permute(0, 3, 1, 2), grid).permute(0, 2, 3, 1))
-    return torch.cat(parts, -1)
+def _patch_means(maps: Tensor, grid: tuple[int, int]) -> Tensor:
+    """``[B, H, W, K]`` to the means over the patches of a grid ``[B, h, w, K]``."""
+    return functional.adaptive_avg_pool2d(maps.permute(0, 3, 1, 2), grid).permute(0, 2, 3, 1)
 
 
 class _Origins:

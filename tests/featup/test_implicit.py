@@ -16,7 +16,16 @@ from featup.backbones import Backbone, create_backbone
 from featup.errors import GeometryError
 from featup.kernels.resample import interpolation_taps, resample
 from featup.projection import PCA, PCAFit
-from featup.upsamplers import JBU, Bilateral, ChannelMap, Interpolate, RangeKernel, Upsampler, create_trainable
+from featup.upsamplers import (
+    JBU,
+    Bilateral,
+    ChannelMap,
+    Interpolate,
+    RangeKernel,
+    Upsampler,
+    create_trainable,
+    implicit,
+)
 from featup.upsamplers.base import keeping_lengths
 from featup.upsamplers.implicit import (
     FitOptions,
@@ -185,8 +194,15 @@ def test_a_start_that_explains_less_than_bilinear_is_added_to_until_it_does_not(
 
 @pytest.mark.parametrize("size", [SIZE, (128, 96)], ids=["the image's", "larger"])
 def test_what_the_patches_miss_of_the_views_is_added_back(
-    backbone: Backbone, pca: PCA, features: Tensor, images: Tensor, size: tuple[int, int]
+    backbone: Backbone,
+    pca: PCA,
+    features: Tensor,
+    images: Tensor,
+    size: tuple[int, int],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    # All channels take several parts, the last one smaller.
+    monkeypatch.setattr(implicit, "_PART_BYTES", 4 * SIZE[0] * SIZE[1] * 5)
     options, one = replace(OPTIONS, steps=3, pooling=None), (features[:1], images[:1])
     # The same views to fit to, of which the second keeps one more to judge by.
     judged = replace(options, views=options.views + 1, held_out=options.held_out - 1)
@@ -201,6 +217,15 @@ def test_what_the_patches_miss_of_the_views_is_added_back(
     added = resample(missing[None], down, across)[0]
     assert added.abs().max() > 0.1
     assert torch.allclose(fit.query(size), before.query(size) + fit.added_back * added, atol=1e-4)
+    channels = features.shape[-1]
+    assert channels % 5
+    everything = fit.query(size, projection=ChannelMap(torch.eye(channels), torch.zeros(channels)))
+    assert torch.allclose(pca.project(everything), fit.query(size), atol=1e-3)
+    # Also where the PCA does not reach.
+    cells = everything.view(4, size[0] // 4, 3, size[1] // 3, -1).mean((1, 3))
+    rest = torch.eye(channels) - pca.components.T @ pca.components
+    flat = features[0].mean((0, 1))
+    assert ((cells - features[0]) @ rest).norm() < 0.97 * ((flat - features[0]) @ rest).norm()
 
 
 def test_one_view_is_fitted_to_and_judges_nothing(
