@@ -51,6 +51,10 @@ def dashboard(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         except subprocess.TimeoutExpired:
             os.killpg(head.pid, signal.SIGKILL)
             head.wait()
+        # Ray would go on looking for this cluster in everything that is started on the machine later.
+        recorded = Path("/tmp/ray/ray_current_cluster")
+        if recorded.exists() and recorded.read_text().endswith(f":{port}"):
+            recorded.unlink()
 
 
 def _submit(address: str, *args: object) -> subprocess.CompletedProcess[str]:
