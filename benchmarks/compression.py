@@ -9,8 +9,9 @@ import time
 import numpy as np
 from numcodecs import blosc
 
-from pipeline.loader import FeatureDataset
-from pipeline.store import open_arrays, round_mantissa, stored_layout
+from pipeline.loader.dataset import FeatureDataset
+from pipeline.store.layout import open_arrays, stored_layout
+from pipeline.store.writer import round_mantissa
 
 CODECS = (("zstd", 1), ("zstd", 3), ("lz4", 5))
 

@@ -19,11 +19,12 @@ from pathlib import Path
 
 import psutil
 
-from pipeline.config import PrecomputeConfig, parse_args
-from pipeline.featurize import UnitProcessor
-from pipeline.load import LoadedUnit, decode_options, load_unit
-from pipeline.plan import UnitKey
-from pipeline.run import complete_plan, create_all, layout_of, plan_input, prepare
+from pipeline.compute.load import LoadedUnit, decode_options, load_unit
+from pipeline.compute.prepare import complete_plan, create_all, layout_of, plan_input, prepare
+from pipeline.compute.unit import UnitProcessor
+from pipeline.config.parser import parse_args
+from pipeline.config.precompute import PrecomputeConfig
+from pipeline.inputs.plan import UnitKey
 
 CPU_BOUND = "all, with every core always busy"
 

@@ -18,11 +18,14 @@ from torch import Tensor, nn
 
 from featup.backbones import Backbone
 from featup.errors import WeightsError
-from featup.probes import Probe
+from featup.evaluation.probes import Probe
 from featup.projection import PCA
 from featup.upsamplers.base import ChannelMap, Upsampler
-from featup.upsamplers.baselines import CARAFE, IFA, SAPA, ResizeConv
+from featup.upsamplers.carafe import CARAFE
+from featup.upsamplers.ifa import IFA
 from featup.upsamplers.jbu import JBU
+from featup.upsamplers.resize_conv import ResizeConv
+from featup.upsamplers.sapa import SAPA
 from featup.weights import load_state_dict, load_strict
 
 __all__ = [

@@ -20,7 +20,9 @@ from typing import Any
 
 from featup.errors import WeightsError
 from jobs import exit_status
-from pipeline.config import InputConfig, PrecomputeConfig, Size, TrainConfig
+from pipeline.config.base import InputConfig, Size
+from pipeline.config.precompute import PrecomputeConfig
+from pipeline.config.train import TrainConfig
 
 # About a minute on two cores.
 TRAINING_STEPS = 30
@@ -58,7 +60,8 @@ def _run(args: argparse.Namespace) -> bool:
     if args.weights is None:
         config = replace(config, pretrained=_weights_to_be_had(config))
 
-    from pipeline.run import precompute, verify
+    from pipeline.cluster.precompute import precompute
+    from pipeline.cluster.verify import verify
 
     precompute(config)
     report = verify(config.out, config.object_store_mb)
@@ -115,7 +118,7 @@ def _train(config: PrecomputeConfig, out: Path) -> None:
     """A JBU for the store's backbone, on the store's photographs."""
     import ray
 
-    from pipeline.train import train
+    from pipeline.cluster.train import train
 
     # Ray Train's logs go where they are told only in a Ray that was started for it.
     ray.shutdown()
@@ -132,11 +135,11 @@ def _pictures(config: PrecomputeConfig, checkpoint: Path, folder: Path) -> list[
     from featup.checkpoints import load_pca
     from featup.pictures import pca_colours, side_by_side
     from featup.upsamplers import Interpolate
-    from pipeline.featurize import Extractor
-    from pipeline.index import read_index
-    from pipeline.load import decode_options, load_sample
-    from pipeline.loader import FeatureDataset
-    from pipeline.plan import Plan
+    from pipeline.compute.load import decode_options, load_sample
+    from pipeline.compute.models import Extractor
+    from pipeline.inputs.plan import Plan
+    from pipeline.loader.dataset import FeatureDataset
+    from pipeline.store.index import read_index
 
     folder.mkdir(parents=True, exist_ok=True)
     pca = load_pca(f"{config.out}/plan/pca.safetensors")

@@ -8,7 +8,8 @@ python -m jobs.evaluate --depth-train 'train-*.tar' --depth-val 'val-*.tar' --ca
 import sys
 
 from jobs import exit_status
-from pipeline.config import EvaluateConfig, parse_args
+from pipeline.config.evaluate import EvaluateConfig
+from pipeline.config.parser import parse_args
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -16,7 +17,7 @@ def main(argv: list[str] | None = None) -> int:
     config, _ = parse_args(EvaluateConfig, argv, description=__doc__)
 
     def work() -> bool:
-        from pipeline.evaluation import evaluate
+        from pipeline.evaluation.evaluate import evaluate
 
         evaluate(config)
         return True

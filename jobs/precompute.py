@@ -7,7 +7,8 @@ python -m jobs.precompute --config configs/dinov2_s14.yaml --shards ... --out ..
 import sys
 
 from jobs import exit_status
-from pipeline.config import PrecomputeConfig, parse_args
+from pipeline.config.parser import parse_args
+from pipeline.config.precompute import PrecomputeConfig
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -26,11 +27,11 @@ def main(argv: list[str] | None = None) -> int:
 
     def work() -> bool:
         if options.dry_run:
-            from pipeline.estimate import estimate
+            from pipeline.compute.estimate import estimate
 
             print(estimate(config))
         else:
-            from pipeline.run import precompute
+            from pipeline.cluster.precompute import precompute
 
             precompute(config)
         return True

@@ -7,7 +7,8 @@ python -m jobs.train_jbu --config configs/train_jbu.yaml --shards ... --out ... 
 import sys
 
 from jobs import exit_status
-from pipeline.config import TrainConfig, parse_args
+from pipeline.config.parser import parse_args
+from pipeline.config.train import TrainConfig
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -15,7 +16,7 @@ def main(argv: list[str] | None = None) -> int:
     config, _ = parse_args(TrainConfig, argv, description=__doc__)
 
     def work() -> bool:
-        from pipeline.train import train
+        from pipeline.cluster.train import train
 
         train(config)
         return True

@@ -7,7 +7,8 @@ python -m jobs.train_probe --store out/train --label depth --out out/depth.safet
 import sys
 
 from jobs import exit_status
-from pipeline.config import ProbeConfig, parse_args
+from pipeline.config.parser import parse_args
+from pipeline.config.probe import ProbeConfig
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -15,7 +16,7 @@ def main(argv: list[str] | None = None) -> int:
     config, _ = parse_args(ProbeConfig, argv, description=__doc__)
 
     def work() -> bool:
-        from pipeline.probes import train_probe
+        from pipeline.training.probes import train_probe
 
         train_probe(config)
         return True

@@ -18,7 +18,7 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("--object-store-mb", type=int, default=256, help="of the Ray this job starts for itself")
     args = parser.parse_args(argv)
-    from pipeline.run import verify
+    from pipeline.cluster.verify import verify
 
     def work() -> bool:
         report = verify(args.out, args.object_store_mb, args.check_source)

@@ -13,8 +13,9 @@ import yaml
 from ray.autoscaler._private.util import prepare_config, validate_config
 from ray.scripts.scripts import cli
 
-from pipeline.config import PrecomputeConfig, parse_args
-from pipeline.storage import is_local
+from pipeline.config.parser import parse_args
+from pipeline.config.precompute import PrecomputeConfig
+from pipeline.inputs.storage import is_local
 
 ROOT = Path(__file__).resolve().parent.parent
 TEXT = (ROOT / "cluster.yaml").read_text()

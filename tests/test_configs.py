@@ -7,7 +7,10 @@ import torch
 
 from featup._timm import timm
 from featup.backbones import create_backbone
-from pipeline.config import InputConfig, PrecomputeConfig, TrainConfig, parse_args
+from pipeline.config.base import InputConfig
+from pipeline.config.parser import parse_args
+from pipeline.config.precompute import PrecomputeConfig
+from pipeline.config.train import TrainConfig
 
 RECIPES = sorted((Path(__file__).resolve().parent.parent / "configs").glob("*.yaml"))
 

@@ -6,10 +6,14 @@ from typing import Literal, get_args
 from featup.errors import GeometryError
 from featup.kernels.resample import BICUBIC_A
 from featup.upsamplers.base import ChannelMap, Upsampler
-from featup.upsamplers.baselines import CARAFE, IFA, SAPA, DeepImagePrior, ResizeConv
 from featup.upsamplers.bilateral import Bilateral
+from featup.upsamplers.carafe import CARAFE
+from featup.upsamplers.deep_image_prior import DeepImagePrior
+from featup.upsamplers.ifa import IFA
 from featup.upsamplers.interpolate import Interpolate
 from featup.upsamplers.jbu import JBU, RangeKernel
+from featup.upsamplers.resize_conv import ResizeConv
+from featup.upsamplers.sapa import SAPA
 
 __all__ = [
     "CARAFE",

@@ -11,14 +11,15 @@ from PIL import Image
 
 from featup.backbones import create_backbone
 from featup.checkpoints import load_probe, upsampler_bytes
-from featup.metrics import class_counts, mean_iou, pixel_accuracy
-from featup.probes import cell_shares, fit_segmentation
+from featup.evaluation.metrics import class_counts, mean_iou, pixel_accuracy
+from featup.evaluation.probes import cell_shares, fit_segmentation
 from featup.upsamplers import Interpolate, create_trainable
 from jobs import train_probe
 from jobs.evaluate import main
-from pipeline.decode import DecodeOptions, prepare_sample
-from pipeline.loader import FeatureDataset
-from pipeline.read import iterate_tar
+from pipeline.decode.options import DecodeOptions
+from pipeline.decode.sample import prepare_sample
+from pipeline.inputs.read import iterate_tar
+from pipeline.loader.dataset import FeatureDataset
 from tests.e2e import support
 
 # 0 to 7: what the red channel is, in eighths.

@@ -9,7 +9,7 @@ import pytest
 import zarr
 from PIL import Image
 
-from pipeline.loader import FeatureDataset
+from pipeline.loader.dataset import FeatureDataset
 from tests.e2e import support
 from tests.e2e.support import encode, good_sample, photograph
 

@@ -14,10 +14,10 @@ import zarr
 
 from featup.backbones import create_backbone
 from featup.checkpoints import load_pca, pca_bytes, save_jbu
-from featup.inference import resize_images
+from featup.images import resize_images
+from featup.multiview.implicit import FitOptions, Implicit
 from featup.upsamplers import JBU, Bilateral
-from featup.upsamplers.implicit import FitOptions, Implicit
-from pipeline.loader import FeatureDataset
+from pipeline.loader.dataset import FeatureDataset
 from tests.e2e import support
 
 OPTIONS = (*support.TINY, "--labels", "seg", "--pca", 8, "--rows-per-shard", 4, "--stride", 16)
@@ -57,8 +57,9 @@ def test_plain_zarr_reads_the_store(store: Path) -> None:
 @pytest.mark.ray
 def test_the_features_are_those_of_the_method(store: Path, shards: Path) -> None:
     """Computed again, one image at a time, without the pipeline."""
-    from pipeline.decode import DecodeOptions, prepare_sample
-    from pipeline.read import iterate_tar
+    from pipeline.decode.options import DecodeOptions
+    from pipeline.decode.sample import prepare_sample
+    from pipeline.inputs.read import iterate_tar
 
     backbone = create_backbone("test_vit", stride=16, image_size=(64, 64))
     pca = load_pca(store / "plan" / "pca.safetensors")
@@ -236,8 +237,9 @@ def test_another_store_takes_the_pca(store: Path, shards: Path, tmp_path: Path) 
 @pytest.mark.ray
 def test_implicit_fits_go_into_the_store_with_their_quality(shards: Path, tmp_path: Path) -> None:
     """Whatever batches and units the images come in, a fit is the one the image has alone."""
-    from pipeline.decode import DecodeOptions, prepare_sample
-    from pipeline.read import iterate_tar
+    from pipeline.decode.options import DecodeOptions
+    from pipeline.decode.sample import prepare_sample
+    from pipeline.inputs.read import iterate_tar
 
     out = tmp_path / "store"
     options = ("--upsampler", "implicit", "--fit-steps", 20, "--fit-views", 6, "--fit-seed", 5, "--output-size", 96)

@@ -23,7 +23,8 @@ from safetensors import safe_open
 from tensorboardX.proto.event_pb2 import Event
 
 from featup.checkpoints import load_upsampler
-from pipeline.config import TrainConfig, read_config
+from pipeline.config.base import read_config
+from pipeline.config.train import TrainConfig
 from tests.e2e import support
 
 BACKBONE = ("--backbone", "test_vit", "--pretrained", "false", "--stride", 16, "--size", "32x48")

@@ -1,0 +1,1 @@
+"""How good features are: metrics, linear probes, class activation maps, and rivals that need no upsampler."""

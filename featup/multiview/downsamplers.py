@@ -1,0 +1,187 @@
+"""From high-resolution features to what the backbone would have seen (FeatUp, section 3.1).
+
+A backbone's coarse vector sums up its patch of the image. A downsampler is a small model of that: each cell of the
+coarse grid is a weighted mean over a window of the high-resolution map, the same for all channels. Because it leaves
+the channels alone it commutes with any projection of them: training downsamples a few random projections, with the
+weights from one more channel, and never needs all channels at high resolution.
+"""
+
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from featup.errors import GeometryError
+from featup.kernels.adaptive_conv import adaptive_conv
+from featup.kernels.resample import Taps, resample
+from featup.multiview.views import reflect
+from featup.upsamplers.base import ChannelMap
+
+__all__ = ["AttentionDownsampler", "BlurDownsampler", "Padding"]
+
+
+Padding = Literal["reflect", "valid"]
+_BLUR_SIGMA = 1.0
+_BLUR_RADIUS = 2
+
+
+class _Downsampler(nn.Module):
+    """Where the windows lie: what both downsamplers share."""
+
+    def __init__(self, kernel: tuple[int, int], stride: tuple[int, int], padding: Padding, blur: bool) -> None:
+        super().__init__()
+        if min(*kernel, *stride) < 1:
+            raise GeometryError(
+                f"downsampler: kernel={kernel} and stride={stride} (height, width) must be at least 1; "
+                "take the stride from the backbone"
+            )
+        if padding not in ("reflect", "valid"):
+            raise GeometryError(f"downsampler: unknown padding {padding!r}; there are 'reflect' and 'valid'")
+        self.kernel = kernel
+        self.stride = stride
+        self.padding = padding
+        self.blur = blur
+
+    def extra_repr(self) -> str:
+        """The geometry, in one line."""
+        return f"kernel={self.kernel}, stride={self.stride}, padding={self.padding!r}, blur={self.blur}"
+
+    def windowed(self, values: Tensor, grid: tuple[int, int]) -> Tensor:
+        """``[B, H, W, C]``, blurred and padded or cropped to exactly what the windows of ``grid`` cover."""
+        size = (values.shape[1], values.shape[2])
+        rows, cols = (self._taps(size, grid, axis) for axis in (0, 1))
+        if not self.blur and all(torch.equal(t.index[:, 0], torch.arange(t.size)) for t in (rows, cols)):
+            return values
+        return resample(values, rows, cols)
+
+    def _taps(self, size: tuple[int, int], grid: tuple[int, int], axis: int) -> Taps:
+        kernel, stride = self.kernel[axis], self.stride[axis]
+        needed = (grid[axis] - 1) * stride + kernel
+        fits = needed <= size[axis] if self.padding == "valid" else grid[axis] * stride == size[axis]
+        if not fits or grid[axis] < 1:
+            raise GeometryError(
+                f"downsampler: a map of {size} does not give a grid of {grid} (both height, width) with kernel "
+                f"{self.kernel}, stride {self.stride} and padding {self.padding!r}; 'reflect' needs a map of grid x "
+                "stride, 'valid' one of at least (grid - 1) x stride + kernel"
+            )
+        start = 0 if self.padding == "valid" else (stride - kernel) // 2
+        at = reflect(torch.arange(start, start + needed), size[axis])[:, None]
+        if not self.blur:
+            return Taps(at, torch.ones(at.shape), size[axis])
+        offsets = torch.arange(-_BLUR_RADIUS, _BLUR_RADIUS + 1)
+        weight = (-offsets.square() / (2 * _BLUR_SIGMA**2)).softmax(0)
+        return Taps(reflect(at + offsets, size[axis]), weight.expand(needed, -1), size[axis])
+
+
+class BlurDownsampler(_Downsampler):
+    """One learned kernel for every cell, positive and of sum one."""
+
+    def __init__(self, kernel: tuple[int, int], stride: tuple[int, int], padding: Padding = "reflect") -> None:
+        """
+        Args:
+            kernel: (height, width) of the window, in positions of the high-resolution map.
+            stride: (height, width) of a cell, likewise: the backbone's stride on a map of the image's size.
+            padding: ``reflect``: the window of cell (i, j) is centred on its patch, rows ``i * stride[0]`` to
+                ``(i + 1) * stride[0]`` and columns likewise (where the two cannot share a centre, half a position
+                above and to the left of it); what lies outside the map is its reflection, and a kernel of the
+                stride's size needs none. ``valid``: the first window begins at the first position and nothing is
+                padded; what is left over at the end is not read.
+
+        Raises:
+            GeometryError: a kernel or stride below one, or an unknown padding.
+        """
+        super().__init__(kernel, stride, padding, blur=False)
+        self.weight = nn.Parameter(torch.ones(kernel))
+
+    def forward(self, values: Tensor, grid: tuple[int, int]) -> Tensor:
+        """
+        Args:
+            values: ``[B, H, W, P]``: features, or any projection of them.
+            grid: (height, width) of the result, in cells.
+
+        Returns:
+            ``[B, *grid, P]``.
+
+        Raises:
+            GeometryError: a map that does not give this grid.
+        """
+        filters = self.weight.abs() / self.weight.abs().sum()
+        return adaptive_conv(self.windowed(values, grid), filters.expand(len(values), *grid, -1, -1), self.stride)
+
+
+class AttentionDownsampler(_Downsampler):
+    """Each cell attends within its window: the weights are a softmax over what the features say of themselves.
+
+    A linear map gives every position one logit; a cell's weights are ``softmax(scale * logits + bias)`` over its
+    window, with ``scale`` and ``bias`` learned per tap (FeatUp, section 3.1). Before that, like in the original,
+    logits and values are smoothed by a Gaussian of one position's width.
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        kernel: tuple[int, int],
+        stride: tuple[int, int],
+        dropout: float = 0.2,
+        padding: Padding = "reflect",
+        blur: bool = True,
+    ) -> None:
+        """
+        Args:
+            channels: C of the features.
+            kernel, stride, padding: See :class:`BlurDownsampler`.
+            dropout: Probability that an entry of the features is left out of its logit, in training only.
+            blur: Whether to smooth first; without it and with kernel and stride alike the values are not copied.
+
+        Raises:
+            GeometryError: a kernel or stride below one, an unknown padding, or a dropout outside [0, 1).
+        """
+        super().__init__(kernel, stride, padding, blur)
+        if not 0 <= dropout < 1:
+            raise GeometryError(f"downsampler: dropout={dropout} must be at least 0 and below 1")
+        self.dropout = nn.Dropout(dropout)
+        self.attention = nn.Linear(channels, 1)
+        self.scale = nn.Parameter(torch.ones(kernel))
+        self.bias = nn.Parameter(torch.zeros(kernel))
+
+    @property
+    def logit_projection(self) -> ChannelMap:
+        """The linear map ``C -> 1`` behind :meth:`logit_map`, without dropout: ``weight [1, C]``, ``bias [1]``."""
+        return ChannelMap(self.attention.weight, self.attention.bias)
+
+    def logit_map(self, features: Tensor) -> Tensor:
+        """``[B, H, W, C]`` to the logits ``[B, H, W, 1]``, at whatever resolution the features have.
+
+        In training an entry of the features is dropped with the probability asked for, the others made larger in
+        turn. Where the upsampler is linear over space, the logits of the coarse features may be upsampled instead
+        (their bias apart, if its rows do not sum to one); what is dropped then is dropped for a whole coarse cell.
+        """
+        dropped: Tensor = self.dropout(features)
+        return nn.functional.linear(dropped, self.attention.weight, self.attention.bias)
+
+    def filters(self, logits: Tensor, grid: tuple[int, int]) -> Tensor:
+        """The attention of each cell: ``[B, H, W, 1]`` to ``[B, *grid, *kernel]``, which sums to one per cell."""
+        placed = self.windowed(logits, grid).squeeze(-1)
+        windows = placed.unfold(1, self.kernel[0], self.stride[0]).unfold(2, self.kernel[1], self.stride[1])
+        scored = windows * self.scale + self.bias
+        return scored.flatten(-2).softmax(-1).view_as(scored)
+
+    def forward(self, values: Tensor, logits: Tensor, grid: tuple[int, int]) -> Tensor:
+        """
+        Args:
+            values: ``[B, H, W, P]``: features, or any projection of them.
+            logits: ``[B, H, W, 1]``: :meth:`logit_map` of the features, or the same channel upsampled with the values.
+            grid: (height, width) of the result, in cells.
+
+        Returns:
+            ``[B, *grid, P]``.
+
+        Raises:
+            GeometryError: values and logits of different maps, or a map that does not give this grid.
+        """
+        if values.dim() != 4 or tuple(logits.shape) != (*values.shape[:3], 1):
+            raise GeometryError(
+                f"downsampler: need values [B, H, W, P] and their logits [B, H, W, 1], got {tuple(values.shape)} and "
+                f"{tuple(logits.shape)}; logit_map makes them from the features"
+            )
+        return adaptive_conv(self.windowed(values, grid), self.filters(logits, grid), self.stride)

@@ -1,0 +1,1 @@
+"""Everything that runs on Ray; nothing else in the project imports it."""

@@ -1,0 +1,208 @@
+"""Backbone, upsampler and projection of one config on one device, and the PCA of a data set."""
+
+import hashlib
+import platform
+from dataclasses import asdict, dataclass, replace
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from featup.backbones import Backbone, create_backbone
+from featup.checkpoints import check_backbone, load_pca
+from featup.errors import GeometryError
+from featup.images import resize_images
+from featup.multiview.implicit import Fit, FitOptions, Implicit
+from featup.projection import PCA, PCAFit
+from featup.upsamplers import ChannelMap, Upsampler, create_upsampler
+from featup.weights import file_digest
+from pipeline.compute.load import decode_options, load_sample
+from pipeline.config.base import BackboneConfig
+from pipeline.config.precompute import PrecomputeConfig
+from pipeline.errors import ConfigError, SampleError, StoreError
+from pipeline.inputs import storage
+from pipeline.inputs.plan import Plan
+from pipeline.store.layout import list_differences
+from pipeline.store.provenance import feature_space, stored_config
+
+__all__ = ["Extractor", "Setup", "fit_pca", "make_backbone", "pca_place", "take_pca"]
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What is known of the models before the first unit, and must be the same in every actor.
+
+    ``grid`` is the (height, width) of the coarse features; ``digests`` name the weights, the checkpoint and the PCA.
+    """
+
+    channels: int
+    grid: tuple[int, int]
+    stride: tuple[int, int]
+    layer: int
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+    digests: dict[str, str]
+    device: str
+
+    def with_pca(self, pca: PCA, data: bytes) -> "Setup":
+        """The same with a PCA, ``data`` as a file, whose components are the channels."""
+        digests = self.digests | {"pca": hashlib.sha256(data).hexdigest()}
+        return replace(self, channels=len(pca.components), digests=digests)
+
+
+def make_backbone(config: BackboneConfig) -> Backbone:
+    """The backbone that the options name, on the CPU.
+
+    Raises:
+        FeatupError: a model, layer, size or weights that do not fit.
+    """
+    return create_backbone(
+        config.backbone,
+        weights=storage.local_copy(config.weights) if config.weights else None,
+        pretrained=config.pretrained and config.weights is None,
+        layer=config.layer,
+        stride=config.stride,
+        norm=config.norm,
+        image_size=config.size,
+        kwargs=config.backbone_kwargs,
+        mean=config.mean,
+        std=config.std,
+    )
+
+
+class Extractor:
+    """Backbone, upsampler and projection of one config on one device."""
+
+    def __init__(self, config: PrecomputeConfig, pca: PCA | None = None) -> None:
+        """
+        Raises:
+            FeatupError: a model, layer, size or checkpoint that does not fit.
+        """
+        self.config = config
+        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.backbone: Backbone = make_backbone(config).to(self.device)
+        self.grid = self.backbone.grid(config.size)
+        checkpoint = storage.local_copy(config.checkpoint) if config.checkpoint else None
+        # Of implicit fitting this is what a fit starts from.
+        name = config.fit_base if config.upsampler == "implicit" else config.upsampler
+        self.upsampler: Upsampler = create_upsampler(
+            name,
+            channels=self.backbone.channels,
+            checkpoint=checkpoint,
+            sigma_space=config.sigma_space,
+            sigma_colour=config.sigma_colour,
+        ).to(self.device)
+        self.digests = {"backbone": self.backbone.digest}
+        if checkpoint:
+            check_backbone(checkpoint, self.backbone)
+            self.digests["checkpoint"] = file_digest(checkpoint)
+        largest, target = self.upsampler.largest(self.grid), config.target_size
+        if largest and config.upsampler != "implicit" and (target.height > largest[0] or target.width > largest[1]):
+            raise GeometryError(
+                f"{config.upsampler} brings {self.grid[0]}x{self.grid[1]} to at most {largest[0]}x{largest[1]} and "
+                f"output_size is {target}; ask for less, or train a deeper stack"
+            )
+        self.projection: ChannelMap | None = None
+        self.channels = self.backbone.channels
+        if pca is not None:
+            self.project(pca)
+
+    def project(self, pca: PCA) -> None:
+        """From now on give principal components in place of the channels."""
+        self.projection = pca.as_channel_map()
+        self.channels = len(pca.components)
+        if self.config.upsampler == "implicit":
+            options = FitOptions(steps=self.config.fit_steps, views=self.config.fit_views, seed=self.config.fit_seed)
+            self.upsampler = Implicit(self.backbone, pca, self.upsampler, options, self.config.size)
+
+    def setup(self) -> Setup:
+        """The facts every actor must agree on."""
+        return Setup(
+            channels=self.channels,
+            grid=self.grid,
+            stride=self.backbone.stride,
+            layer=self.backbone.layer,
+            mean=self.backbone.mean,
+            std=self.backbone.std,
+            digests=self.digests,
+            device=torch.cuda.get_device_name()
+            if self.device.type == "cuda"
+            else f"cpu ({platform.processor() or platform.machine()})",
+        )
+
+    @torch.inference_mode()
+    def features(self, images: Tensor) -> Tensor:
+        """Images uint8 ``[B, H, W, 3]`` to coarse features float32 ``[B, h, w, C]``."""
+        images = resize_images(images.to(self.device), self.config.size)
+        dtype = getattr(torch, self.config.precision)
+        with torch.autocast(self.device.type, dtype, enabled=dtype != torch.float32):
+            features: Tensor = self.backbone(images)
+        return features.float()
+
+    @torch.inference_mode()
+    def upsample(self, features: Tensor, images: Tensor, out: Tensor) -> list[Fit]:
+        """Coarse features and their images into ``out`` float16 ``[B, H', W', K]``, projected.
+
+        Returns:
+            The images' fits where they are fitted, else nothing.
+        """
+        self.upsampler(features, images.to(self.device), self.config.target_size, self.projection, out)
+        return self.upsampler.fits if isinstance(self.upsampler, Implicit) else []
+
+
+def fit_pca(extractor: Extractor, plan: Plan, components: int, images: int) -> PCA:
+    """Fit a PCA on the coarse features of ``images`` samples spread evenly over the data set.
+
+    Upsampled features are means of coarse ones, so these are the ones to fit on. The samples follow from the plan
+    alone, so the fit is the same in every run.
+
+    Raises:
+        ConfigError: not one of the samples can be decoded.
+        GeometryError: more components than channels or vectors.
+    """
+    options = decode_options(extractor.config, extractor.backbone.mean)
+    options = replace(options, labels=())
+    fit = PCAFit(extractor.backbone.channels)
+    count = min(images, plan.samples)
+    problems: list[str] = []
+    batch: list[NDArray[np.uint8]] = []
+    for number in range(count):
+        shard, position = plan.sample(int((number + 0.5) * plan.samples / count))
+        try:
+            batch.append(load_sample(plan.index(shard), position, options).image)
+        except SampleError as error:
+            problems.append(str(error))
+        if batch and (len(batch) == extractor.config.batch_size or number == count - 1):
+            fit.add(extractor.features(torch.from_numpy(np.stack(batch))))
+            batch = []
+    if not fit.count:
+        raise ConfigError(
+            f"not one of the {count} samples the PCA is fitted on can be decoded: {problems[0]}; look at the shards"
+        )
+    return fit.solve(components)
+
+
+def pca_place(store: str) -> str:
+    """Where a store keeps its PCA."""
+    return storage.join(store, "plan", "pca.safetensors")
+
+
+def take_pca(store: str, config: PrecomputeConfig, setup: Setup) -> tuple[PCA, bytes]:
+    """Another store's PCA and its file's bytes, for a run with ``config`` and ``setup``.
+
+    Raises:
+        ConfigError: its backbone gives other features than this run's.
+        StoreError: there is no such store, or it has all channels.
+    """
+    other = stored_config(store)
+    if "pca" not in other[1]["digests"]:
+        raise StoreError(f"{store} holds all channels and no PCA; leave pca_from out, or give a store made with --pca")
+    differences = list_differences(feature_space(*other), feature_space(config, asdict(setup)))
+    if differences:
+        raise ConfigError(
+            f"the PCA of {store} is of other features: {'; '.join(differences)}. Give the options of the backbone that "
+            "store was made with, or --pca to fit a PCA to this data set"
+        )
+    place = pca_place(store)
+    return load_pca(storage.local_copy(place)), storage.read_bytes(place)

@@ -1,0 +1,1 @@
+"""Every option, once: frozen dataclasses, checked on construction, read from YAML and the command line."""

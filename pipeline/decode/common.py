@@ -1,0 +1,162 @@
+"""What all image decoders share: size limits, error mapping, EXIF orientation, container checks."""
+
+import re
+import struct
+import threading
+import warnings
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image, ImageFile, UnidentifiedImageError
+
+from pipeline.decode.geometry import Size, Window
+from pipeline.errors import Reason, SampleError
+
+__all__ = ["DecodedImage"]
+
+
+ORIENTATION_TAG = 274
+PILLOW_FORMATS = {
+    "jpeg": ("JPEG",),
+    "png": ("PNG",),
+    "gif": ("GIF",),
+    "webp": ("WEBP",),
+    "bmp": ("BMP",),
+    "tiff": ("TIFF",),
+    "ppm": ("PPM",),
+    "avif": ("AVIF",),
+    "jp2": ("JPEG2000",),
+}
+_PILLOW_LOCK = threading.RLock()
+
+
+@dataclass(frozen=True)
+class DecodedImage:
+    """A decoded photograph.
+
+    Attributes:
+        pixels: uint8 [h, w, 3], RGB, as displayed; smaller than ``source_size`` if ``dct_scaled``.
+        source_size: (height, width) as displayed, at full resolution.
+        extent: (top, left, height, width), the part of ``pixels`` that shows the whole source; less than
+            all of it only where a scaled JPEG ends in a part of a pixel.
+        orientation: EXIF orientation as found, 1 to 8; 1 when there is none.
+        decoder: ``simplejpeg`` or ``pillow``.
+        flags: what was met and done on the way, sorted; the module's text lists them.
+    """
+
+    pixels: npt.NDArray[np.uint8]
+    source_size: Size
+    extent: Window
+    orientation: int
+    decoder: Literal["simplejpeg", "pillow"]
+    flags: tuple[str, ...]
+
+
+@contextmanager
+def failing_as(what: str, reason: Reason) -> Iterator[None]:
+    """Turn whatever a decoder raises on bad bytes into a SampleError."""
+    try:
+        yield
+    except SampleError:
+        raise
+    except Exception as error:
+        text = f"{type(error).__name__}: {error}"
+        if isinstance(error, UnidentifiedImageError):  # its own text holds nothing but a memory address
+            text = "its header is damaged or cut short"
+        if reason is Reason.UNDECODABLE and re.search("truncat|premature end of jpeg", text, re.IGNORECASE):
+            reason = Reason.TRUNCATED
+        raise SampleError(reason, f"{what} cannot be decoded: {text}; fetch or encode the file again") from error
+
+
+@contextmanager
+def controlled(flags: set[str]) -> Iterator[None]:
+    """Decode under our rules: warnings become the flag ``warned``, no switch of the process loosens Pillow.
+
+    Warning filters and Pillow's switches belong to the process, so they are set under a lock and put back.
+    The size limit is ours, checked from the header; Pillow's would warn at another number.
+    """
+    with _PILLOW_LOCK, warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        switches = Image.MAX_IMAGE_PIXELS, ImageFile.LOAD_TRUNCATED_IMAGES
+        Image.MAX_IMAGE_PIXELS, ImageFile.LOAD_TRUNCATED_IMAGES = None, False
+        try:
+            yield
+        finally:
+            Image.MAX_IMAGE_PIXELS, ImageFile.LOAD_TRUNCATED_IMAGES = switches
+            if caught:
+                flags.add("warned")
+
+
+def check_pixels(height: int, width: int, max_pixels: int) -> None:
+    if height * width > max_pixels:
+        raise SampleError(
+            Reason.TOO_LARGE,
+            f"(height, width) = ({height}, {width}) is {height * width} pixels by its header, more than "
+            f"max_pixels = {max_pixels}; raise max_pixels if such photographs are meant to be in the data",
+        )
+
+
+def as_displayed(
+    pixels: npt.NDArray[np.uint8],
+    source_size: Size,
+    extent: Window | None,
+    orientation: int,
+    decoder: Literal["simplejpeg", "pillow"],
+    flags: set[str],
+) -> DecodedImage:
+    if orientation > 1:
+        flags.add("exif_rotated")
+    return DecodedImage(
+        pixels=np.ascontiguousarray(pixels),
+        source_size=source_size,
+        extent=extent or (0.0, 0.0, float(pixels.shape[0]), float(pixels.shape[1])),
+        orientation=orientation,
+        decoder=decoder,
+        flags=tuple(sorted(flags)),
+    )
+
+
+def exif_orientation(payload: bytes, flags: set[str]) -> int:
+    """The orientation, 1 to 8, in an EXIF block's first directory; 1 when it holds none, or nonsense."""
+    tiff = payload.removeprefix(b"Exif\0\0")
+    if not tiff:
+        return 1
+    order = {b"II*\0": "<", b"MM\0*": ">"}.get(tiff[:4])
+    try:
+        if order is None:
+            raise struct.error("no TIFF header")
+        (start,) = struct.unpack_from(order + "I", tiff, 4)
+        (count,) = struct.unpack_from(order + "H", tiff, start)
+        for entry in range(start + 2, start + 2 + 12 * count, 12):
+            tag, kind = struct.unpack_from(order + "HH", tiff, entry)
+            if tag == ORIENTATION_TAG:
+                (value,) = struct.unpack_from(order + ("I" if kind == 4 else "H"), tiff, entry + 8)
+                return int(value) if 1 <= value <= 8 else 1
+    except struct.error:
+        flags.add("warned")
+    return 1
+
+
+def check_container(kind: str, data: bytes) -> None:
+    """Raise ValueError where the container itself tells that bytes are missing or changed.
+
+    Pillow does not verify the checksums of a PNG's pixel data.
+    """
+    if kind == "webp" and (declared := 8 + int.from_bytes(data[4:8], "little")) > len(data):
+        raise ValueError(f"truncated: {len(data)} of {declared} bytes")
+    at = 8
+    while kind == "png":
+        length = int.from_bytes(data[at : at + 4], "big")
+        name, end = data[at + 4 : at + 8], at + 12 + length
+        if end > len(data):
+            raise ValueError(f"truncated: {len(data)} bytes, in or before a chunk that ends at byte {end}")
+        if zlib.crc32(memoryview(data)[at + 4 : end - 4]) != int.from_bytes(data[end - 4 : end], "big"):
+            raise ValueError(f"the checksum of chunk {name!r} at byte {at} does not match: its bytes were changed")
+        if name == b"IEND":
+            return
+        at = end

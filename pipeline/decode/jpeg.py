@@ -1,0 +1,65 @@
+"""JPEG, strictly, by simplejpeg (libjpeg-turbo)."""
+
+import re
+
+import simplejpeg
+
+from pipeline.decode.common import DecodedImage, as_displayed, check_pixels, exif_orientation
+from pipeline.decode.geometry import Size, orient, orient_window
+from pipeline.errors import Reason, SampleError
+
+__all__ = []
+
+
+def decode_jpeg(data: bytes, max_pixels: int, min_size: Size | None, flags: set[str]) -> DecodedImage | None:
+    """Decode strictly with simplejpeg; None where Pillow must: CMYK, and sampling that simplejpeg refuses."""
+    exif, scan = _jpeg_segments(data)
+    try:
+        height, width, colorspace, _ = simplejpeg.decode_jpeg_header(data)
+        check_pixels(height, width, max_pixels)
+        if colorspace in ("CMYK", "YCCK"):
+            simplejpeg.decode_jpeg(data, colorspace="CMYK")  # for its bit-error check; Pillow converts the colours
+            return None
+        orientation = exif_orientation(exif, flags)
+        scale = 1
+        if min_size is not None:
+            least_h, least_w = min_size[::-1] if orientation >= 5 else min_size
+            scales = (n for n in (8, 4, 2) if height // n >= 2 * least_h and width // n >= 2 * least_w)
+            scale = next(scales, 1)
+        # libjpeg rounds a scaled size up, and simplejpeg takes the smallest not below what is asked for.
+        pixels = simplejpeg.decode_jpeg(data, min_height=-(-height // scale), min_width=-(-width // scale))
+    except SampleError:
+        raise
+    except ValueError as error:
+        if scan is None or data.find(b"\xff\xd9", scan) < 0:
+            raise ValueError(f"truncated, {len(data)} bytes without an end-of-image marker ({error})") from error
+        if "subsampling level" in str(error):
+            flags.add("lenient")
+            return None
+        if re.search("data precision|SOF type", str(error)):
+            raise SampleError(Reason.UNSUPPORTED, f"jpeg of a kind that is not read: {error}") from error
+        raise
+    if colorspace == "Gray":
+        flags.add("grey")
+    if scale > 1:
+        flags.add("dct_scaled")
+    extent, _ = orient_window((0.0, 0.0, height / scale, width / scale), pixels.shape[:2], orientation)
+    size = (width, height) if orientation >= 5 else (height, width)
+    return as_displayed(orient(pixels, orientation), size, extent, orientation, "simplejpeg", flags)
+
+
+def _jpeg_segments(data: bytes) -> tuple[bytes, int | None]:
+    """A JPEG's EXIF payload (empty when there is none), and where its first scan begins (None: never)."""
+    exif, at = b"", 2
+    while at + 4 <= len(data):
+        marker = data[at + 1]
+        if data[at] != 0xFF or marker == 0xDA:
+            return exif, at  # a byte that is no marker is damage, and for the decoder to report
+        if marker == 0xFF or marker == 0x01 or 0xD0 <= marker <= 0xD9:
+            at += 1 if marker == 0xFF else 2  # padding, or a marker without a payload
+            continue
+        end = at + 2 + int.from_bytes(data[at + 2 : at + 4], "big")
+        if marker == 0xE1 and not exif and data.startswith(b"Exif\0\0", at + 4):
+            exif = data[at + 4 : end]
+        at = end
+    return exif, None

@@ -1,0 +1,1 @@
+"""Tables and pictures that compare upsamplers on labelled images."""

@@ -1,0 +1,120 @@
+"""A labelled set of images with their coarse features, in memory."""
+
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from featup.backbones import Backbone
+from featup.upsamplers import ChannelMap
+from pipeline.compute.device import device_of
+from pipeline.compute.load import image_options, load_sample
+from pipeline.config.evaluate import EvaluateConfig
+from pipeline.decode.sample import PreparedSample
+from pipeline.errors import InputError, JobFailedError, SampleError
+from pipeline.evaluation.methods import Row
+from pipeline.evaluation.table import plain_task
+from pipeline.inputs import storage
+from pipeline.inputs.plan import Plan, make_plan
+from pipeline.training.tasks import Task
+
+__all__ = ["ImageSet", "load_set"]
+
+
+@dataclass(frozen=True, eq=False)
+class ImageSet:
+    """Decoded images in memory.
+
+    ``images`` uint8 ``[N, H, W, 3]``; ``features`` of the backbone, float32 ``[N, h, w, C]``; ``labels`` as the task
+    prepares them, ``[N, H, W]``, empty without a task; ``keys`` ``[N]``; ``facts`` of where they come from.
+    """
+
+    images: Tensor
+    features: Tensor
+    labels: Tensor
+    keys: tuple[str, ...]
+    facts: dict[str, Any]
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """(height, width) of the images and their labels."""
+        return self.images.shape[1], self.images.shape[2]
+
+    def batches(self, size: int) -> Iterator[slice]:
+        """Some images at a time."""
+        yield from (slice(start, min(start + size, len(self))) for start in range(0, len(self), size))
+
+
+def load_set(
+    config: EvaluateConfig, backbone: Backbone, shards: Sequence[str], task: Task | None, limit: int | None
+) -> ImageSet:
+    """Decode images and labels, with all cores, and make their coarse features.
+
+    Raises:
+        InputError: shards that cannot be found, or hold no sample that can be used.
+        JobFailedError: more samples than allowed cannot be decoded.
+        ConfigError: labels that are not of the task's classes.
+    """
+    index_dir = storage.join(config.out, "plan", "index")
+    storage.make_dirs(index_dir)
+    plan = Plan(make_plan(shards, index_dir, limit), 1, index_dir)
+    options = replace(
+        image_options(config, backbone.mean),
+        labels=() if task is None else (task.kind,),
+        seg_dtype=seg_dtype_of(config),
+        depth_png_scale=config.depth_png_scale,
+        depth_npy_scale=config.depth_npy_scale,
+    )
+
+    def load(number: int) -> tuple[str, PreparedSample | SampleError]:
+        shard, position = plan.sample(number)
+        index = plan.index(shard)
+        try:
+            return index.samples[position].key, load_sample(index, position, options)
+        except SampleError as error:
+            return index.samples[position].key, error
+
+    keys, images, labels, failures = [], [], [], []
+    with ThreadPoolExecutor(torch.get_num_threads()) as pool:
+        for key, sample in pool.map(load, range(plan.samples)):
+            if isinstance(sample, SampleError):
+                failures.append(f"{key}: {sample}")
+                continue
+            keys.append(key)
+            images.append(torch.from_numpy(sample.image))
+            if task is not None:
+                labels.append(task.prepare(torch.from_numpy(sample.labels[task.kind].astype(plain_task(task)))))
+    if len(failures) > config.max_failed_fraction * plan.samples or not images:
+        error = JobFailedError if images else InputError
+        raise error(
+            f"{len(failures)} of {plan.samples} samples of {list(shards)} cannot be used: {'; '.join(failures[:5])}; "
+            "mend the shards, or raise max_failed_fraction"
+        )
+    pixels = torch.stack(images)
+    with torch.inference_mode():
+        maps = [backbone(batch.to(device_of(backbone))).cpu() for batch in torch.split(pixels, config.batch_size)]
+    facts = {"images": len(keys), "failed": failures, "faults": plan.faults, "digest": plan.digest}
+    return ImageSet(pixels, torch.cat(maps), torch.stack(labels) if labels else torch.empty(0), tuple(keys), facts)
+
+
+def evenly_spaced(count: int, wanted: int) -> list[int]:
+    """Numbers of at most ``wanted`` images, spread over the set."""
+    return sorted({round(place) for place in np.linspace(0, count - 1, min(count, wanted))})
+
+
+def seg_dtype_of(config: EvaluateConfig) -> Any:
+    return "uint16" if max(config.classes or 0, config.ignore_index) > 255 else "uint8"
+
+
+def predict(row: Row, images: ImageSet, batch: slice, projection: ChannelMap | None) -> Tensor:
+    """A row's result for some images, at their own size, where the row makes it."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    pixels, features = images.images[batch].to(device), images.features[batch].to(device)
+    return row.predict(pixels, features, projection, images.size)

@@ -1,0 +1,86 @@
+"""File names from patterns: braces and globs, local and remote."""
+
+import glob
+import os
+from collections.abc import Sequence
+
+import braceexpand
+
+from pipeline.errors import InputError
+from pipeline.inputs.storage import is_local, join, local_path, mapped_errors, remote
+
+__all__ = ["expand"]
+
+
+def expand(patterns: Sequence[str]) -> list[str]:
+    """Names of the files that patterns stand for.
+
+    Braces expand as webdataset writes them (``train-{0000..0099}.tar``), then globs (``*``, ``?``, ``[...]``,
+    ``**``; in http URLs ``*`` only). The order is that of the patterns, sorted within a glob. A plain name is
+    kept whether or not it exists, so that a shard that is missing is listed as such later.
+
+    Raises:
+        InputError: nothing to expand, braces that do not close, a glob that matches nothing, a folder where a
+            file is wanted, or the same file twice.
+    """
+    patterns = [patterns] if isinstance(patterns, str) else list(patterns)
+    if not patterns:
+        raise InputError("no input shards are named; give at least one path, URL or pattern")
+    names = [name for pattern in patterns for piece in _braces(pattern) for name in _globs(piece, pattern)]
+    seen: set[str] = set()
+    repeated = []
+    for name in names:
+        identity = os.path.abspath(local_path(name)) if is_local(name) else name
+        if identity in seen:
+            repeated.append(name)
+        seen.add(identity)
+    if repeated:
+        raise InputError(
+            f"{len(repeated)} of {len(names)} input names come twice, first {', '.join(repeated[:3])}; "
+            "probably two patterns overlap. Every shard may be read once: narrow the patterns"
+        )
+    return names
+
+
+def _braces(pattern: str) -> list[str]:
+    try:
+        return list(braceexpand.braceexpand(pattern))
+    except ValueError as error:
+        raise InputError(
+            f"pattern {pattern!r} cannot be expanded: {error}; close every brace, or escape it by a backslash"
+        ) from error
+
+
+def _globs(name: str, pattern: str) -> list[str]:
+    if is_local(name):
+        path = local_path(name)
+        if os.path.isdir(path):
+            raise InputError(f"{name} is a folder, and a tar file is wanted; write {join(name, '*.tar')}")
+        if not glob.has_magic(path) or os.path.lexists(path):
+            return [name]
+        found = sorted(_with_scheme(name, path, file) for file in glob.glob(path, recursive=True))
+    else:
+        scheme, _, rest = name.partition("://")
+        # A question mark begins the query of an http URL, and brackets may be part of its host or its query.
+        magic = "*" if scheme in ("http", "https") else "*?["
+        if not any(sign in rest for sign in magic):
+            return [name]
+        with mapped_errors(name):
+            system, stripped = remote(name)
+            found = sorted(_with_scheme(name, stripped, path) for path in system.glob(stripped))
+    if not found:
+        part = "" if name == pattern else f" (part of {pattern!r})"
+        raise InputError(
+            f"pattern {name!r}{part} matches no file; check the path, whether the shards lie on this "
+            "machine, and the quotes (a shell expands braces and globs that are not quoted)"
+        )
+    return found
+
+
+def _with_scheme(url: str, stripped: str, path: str) -> str:
+    """What a file system calls ``path``, as a URL of the form that ``url`` has."""
+    if "://" in path:
+        return path
+    # Everything before the path stays as it was written: some file systems leave the host out of their paths.
+    before = url.removesuffix(stripped) if url.endswith(stripped) else url.partition("://")[0] + "://"
+    return before + path

@@ -1,0 +1,216 @@
+"""Shapes, types and chunks of the store's arrays, and how they are opened."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, cast
+
+import numpy as np
+import zarr
+from zarr.abc.store import Store as ZarrStore
+from zarr.storage import FsspecStore, LocalStore
+
+from pipeline.decode.kinds import label_spec
+from pipeline.errors import StoreError
+from pipeline.inputs import storage
+
+__all__ = [
+    "FAILED",
+    "NOTHING",
+    "OK",
+    "AnyArray",
+    "ArraySpec",
+    "Layout",
+    "finished_attributes",
+    "list_differences",
+    "open_arrays",
+    "open_group",
+    "read_attributes",
+    "stored_layout",
+    "tile_of",
+]
+
+
+AnyArray = zarr.Array[Any]
+NOTHING, OK, FAILED = 0, 1, 2
+_CHUNK_BYTES = 4 << 20
+
+
+@dataclass(frozen=True)
+class ArraySpec:
+    """One array of the store: shape of a row, chunk within a row, and what stands where nothing was written."""
+
+    name: str
+    dtype: str
+    row_shape: tuple[int, ...]
+    chunk: tuple[int, ...]
+    fill: float
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of one row before compression."""
+        return int(np.prod(self.row_shape, dtype=np.int64)) * np.dtype(self.dtype).itemsize
+
+    @property
+    def shard_shape(self) -> tuple[int, ...]:
+        """Shape of a row in a shard: the row, rounded up to whole chunks."""
+        return tuple(-(-side // chunk) * chunk for side, chunk in zip(self.row_shape, self.chunk, strict=True))
+
+    @property
+    def dims(self) -> tuple[str, ...]:
+        """Names of the dimensions."""
+        return ("row", "y", "x", "channel")[: 1 + len(self.row_shape)]
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Shapes, types and chunks of all arrays; the same for every worker."""
+
+    rows: int
+    rows_per_shard: int
+    height: int
+    width: int
+    channels: int
+    tile: tuple[int, int]
+    labels: tuple[str, ...]
+    seg_dtype: Literal["uint8", "uint16"]
+    valid_mask: bool
+    compression_level: int
+
+    def __post_init__(self) -> None:
+        if self.rows % self.rows_per_shard:
+            raise StoreError(
+                f"{self.rows} rows are not whole shards of {self.rows_per_shard}: two workers would write to one "
+                "shard and lose each other's rows; make rows a multiple of rows_per_shard"
+            )
+
+    @property
+    def arrays(self) -> tuple[ArraySpec, ...]:
+        """Every array, features first and status last."""
+        size = (self.height, self.width)
+        specs = [ArraySpec("features", "float16", (*size, self.channels), (*self.tile, self.channels), float("nan"))]
+        for kind in self.labels:
+            label = label_spec(kind, self.seg_dtype)
+            shape = size if label.per_pixel else ()
+            specs.append(ArraySpec(kind, label.dtype, shape, shape, label.fill))
+        if self.valid_mask:
+            specs.append(ArraySpec("valid", "uint8", size, size, 0))
+        return (*specs, ArraySpec("status", "uint8", (), (), NOTHING))
+
+    @property
+    def sample_bytes(self) -> int:
+        """Bytes of one sample in all arrays, before compression."""
+        return sum(spec.row_bytes for spec in self.arrays)
+
+
+def tile_of(size: tuple[int, int], channels: int, wanted: int | None) -> tuple[int, int]:
+    """(height, width) of a chunk: tiles that divide the image evenly, of at most 4 MiB or ``wanted`` pixels a side."""
+    if wanted is None:
+        wanted = max(1, int((_CHUNK_BYTES / (2 * channels)) ** 0.5))
+    return cast(tuple[int, int], tuple(-(-side // -(-side // wanted)) for side in size))
+
+
+def zarr_store(url: str, *, read_only: bool) -> ZarrStore:
+    """The Zarr storage of ``OUT/features.zarr`` for a local path or an fsspec URL."""
+    place = storage.join(url, "features.zarr")
+    if storage.is_local(place):
+        return LocalStore(storage.local_path(place), read_only=read_only)
+    return FsspecStore.from_url(place, read_only=read_only)
+
+
+def read_attributes(url: str) -> dict[str, Any] | None:
+    """The store's attributes, or ``None`` where there is no store.
+
+    Raises:
+        StoreError: there is a Zarr group that is not a feature store, or a group that cannot be read.
+    """
+    try:
+        root = zarr.open_group(zarr_store(url, read_only=True), mode="r", zarr_format=3)
+    except FileNotFoundError:
+        return None
+    except ValueError as error:
+        raise StoreError(
+            f"{storage.join(url, 'features.zarr')} is not a Zarr group that can be read ({error}): its zarr.json is "
+            "damaged, or not that of a feature store; restore it, or give another --out"
+        ) from error
+    attributes = dict(root.attrs)
+    if "format" not in attributes:
+        raise StoreError(
+            f"{storage.join(url, 'features.zarr')} is a Zarr group and not a feature store; give another --out"
+        )
+    return attributes
+
+
+def list_differences(
+    found: Mapping[str, Any], wanted: Mapping[str, Any], owners: tuple[str, str] = ("the store", "this run")
+) -> list[str]:
+    """What a store has and what a run wants, or any two ``owners`` have, name by name, where it is not the same."""
+    return [
+        f"{name}: {owners[0]} has {found.get(name)!r}, {owners[1]} has {wanted.get(name)!r}"
+        for name in sorted(found.keys() | wanted.keys())
+        if found.get(name) != wanted.get(name)
+    ]
+
+
+def finished_attributes(url: str) -> dict[str, Any] | None:
+    """The attributes of a store that was created whole; ``None`` where there is none, or its creation was cut short."""
+    attributes = read_attributes(url)
+    return None if attributes is None or attributes.get("creating") else attributes
+
+
+def open_group(url: str, *, mode: Literal["r", "r+"] = "r") -> zarr.Group:
+    """The Zarr group of a store.
+
+    Raises:
+        StoreError: there is no store.
+    """
+    try:
+        return zarr.open_group(zarr_store(url, read_only=mode == "r"), mode=mode, zarr_format=3)
+    except FileNotFoundError as error:
+        raise StoreError(
+            f"no feature store at {url} (no group {storage.join(url, 'features.zarr')}); give the folder that was --out"
+        ) from error
+
+
+def open_arrays(url: str, names: Sequence[str], codecs: Literal["zarr", "zarrs"] = "zarr") -> dict[str, AnyArray]:
+    """Arrays of a store, to read from.
+
+    Args:
+        codecs: ``zarr`` decodes in Python and checks every chunk; ``zarrs`` in Rust, faster, with threads that do not
+            survive a fork, and checks chunks only where a whole shard is read at once and its tiles divide the image
+            (zarrs 0.2.3): elsewhere what it reads must be held against the receipts' checksums.
+
+    Raises:
+        StoreError: there is no store.
+    """
+    if codecs == "zarrs":
+        import zarrs  # noqa: F401 - registers the pipeline
+
+        settings: dict[str, Any] = {
+            "codec_pipeline.path": "zarrs.ZarrsCodecPipeline",
+            # Off by default there: a flipped bit would be read as data.
+            "codec_pipeline.validate_checksums": True,
+        }
+    else:
+        settings = {"codec_pipeline.path": "zarr.core.codec_pipeline.BatchedCodecPipeline"}
+    with zarr.config.set(settings):
+        group = open_group(url)
+        return {name: cast(AnyArray, group[name]) for name in names}
+
+
+def stored_layout(url: str) -> Layout:
+    """The layout a store was created with.
+
+    Raises:
+        StoreError: there is no store.
+    """
+    values: dict[str, Any] = {
+        name: tuple(value) if isinstance(value, list) else value for name, value in attributes_of(url)["layout"].items()
+    }
+    return Layout(**values)
+
+
+def attributes_of(url: str) -> dict[str, Any]:
+    attributes = finished_attributes(url)
+    if attributes is None:
+        raise StoreError(f"no feature store at {url}; give the folder that was --out")
+    return attributes

@@ -1,0 +1,1 @@
+"""Training loops: upsamplers over shards, probes over stores."""

@@ -1,0 +1,71 @@
+"""The log of a training run, and its picture."""
+
+import io
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+from matplotlib.figure import Figure
+
+from pipeline.errors import StoreError
+from pipeline.inputs import storage
+
+__all__ = ["plot_log", "read_log"]
+
+
+def say(text: str) -> None:
+    # Ray Train's workers say twice what goes through print.
+    sys.stdout.write(text + "\n")
+    sys.stdout.flush()
+
+
+def write_log(out: str, lines: Sequence[Mapping[str, Any]]) -> None:
+    """Write ``OUT/log.jsonl``, whole: object stores cannot append, and readers never see half a line."""
+    storage.write_atomic(storage.join(out, "log.jsonl"), "".join(json.dumps(line) + "\n" for line in lines).encode())
+
+
+def read_log(out: str, step: int) -> list[dict[str, Any]]:
+    """The lines of ``OUT/log.jsonl`` up to a step, from step 0 on.
+
+    Raises:
+        StoreError: lines are missing: the log is older than the checkpoint, or was changed.
+    """
+    place = storage.join(out, "log.jsonl")
+    lines = [json.loads(line) for line in storage.read_bytes(place).splitlines()] if storage.exists(place) else []
+    lines = [line for line in lines if line["step"] <= step]
+    if [line["step"] for line in lines] != list(range(step + 1)):
+        raise StoreError(
+            f"{place} does not hold a line for each of the steps 0 to {step} that the last checkpoint has behind it: "
+            "it was changed or removed; put it back, or start anew in another --out"
+        )
+    return lines
+
+
+def plot_log(lines: Sequence[Mapping[str, Any]]) -> bytes:
+    """The loss and the explained variance over the steps, as a PNG.
+
+    Args:
+        lines: Of the log, from step 0 on.
+    """
+    figure = Figure(figsize=(9, 4), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    steps = [line["step"] for line in lines[1:]]
+    losses = np.array([line["loss"] for line in lines[1:]])
+    left.plot(steps, losses, color="0.75", linewidth=0.8, label="each step")
+    ends = np.linspace(0, len(losses), min(len(losses), 50) + 1).astype(int)
+    parts = [slice(start, stop) for start, stop in pairwise(ends)]
+    means = [(np.mean(steps[part]), losses[part].mean()) for part in parts]
+    left.plot(*zip(*means, strict=True), label="means")
+    left.set(xlabel="step", ylabel="loss")
+    left.legend()
+    scores = [(line["step"], line["explained_variance"]) for line in lines if "explained_variance" in line]
+    right.plot(*zip(*scores, strict=True), marker=".", label="trained")
+    right.axhline(lines[0]["bilinear"], color="0.5", linestyle="--", label="bilinear")
+    right.set(xlabel="step", ylabel="explained variance, images held out")
+    right.legend()
+    file = io.BytesIO()
+    figure.savefig(file, format="png", dpi=120)
+    return file.getvalue()

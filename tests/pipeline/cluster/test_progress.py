@@ -1,0 +1,117 @@
+import io
+import re
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pipeline.cluster.progress import Progress
+from pipeline.console import human_bytes, human_seconds
+from pipeline.inputs.plan import UnitKey
+from pipeline.store.ledger import Receipt, SampleRecord
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def receipt_of(unit: int, ok: int, failed: int = 0, size: int = 0, error: str = "") -> Receipt:
+    records = [SampleRecord(str(n), n, "ok" if n < ok else "failed") for n in range(ok + failed)]
+    return Receipt(
+        UnitKey(unit, 0, 0, ok + failed, 0), "plan", tuple(records), sizes={"encode_write": size}, error=error
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("count", "text"),
+    [
+        (0, "0 B"), (1, "1 B"), (999, "999 B"), (999.6, "1.0 kB"), (1000, "1.0 kB"), (1500, "1.5 kB"),
+        (999_949, "999.9 kB"), (999_951, "1.0 MB"), (2_340_000_000, "2.3 GB"), (5e12, "5.0 TB"), (1.25e15, "1.2 PB"),
+        (5e18, "5000.0 PB"),
+    ],
+)  # fmt: skip
+def test_bytes_for_people(count: float, text: str) -> None:
+    assert human_bytes(count) == text
+
+
+@given(st.floats(0, 9e17))
+def test_bytes_for_people_are_right_to_their_last_digit(count: float) -> None:
+    number, unit = human_bytes(count).split()
+    scale = 1000 ** ["B", "kB", "MB", "GB", "TB", "PB"].index(unit)
+    assert float(number) < 1000
+    assert abs(float(number) * scale - count) <= (0.5 if unit == "B" else 0.05) * scale * (1 + 1e-9)
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [
+        (0, "0 s"), (12.4, "12 s"), (59.4, "59 s"), (59.6, "1 min 00 s"), (200, "3 min 20 s"), (3599.6, "1 h 00 min"),
+        (3900, "1 h 05 min"), (360_000, "100 h 00 min"),
+    ],
+)  # fmt: skip
+def test_seconds_for_people(seconds: float, text: str) -> None:
+    assert human_seconds(seconds) == text
+
+
+class Clock:
+    """Seconds that pass when the test says so."""
+
+    now = 1000.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def test_counts_of_all_kinds() -> None:
+    progress = Progress(units=4, samples=20, stream=io.StringIO())
+    progress.add(receipt_of(0, ok=5, size=1000))
+    progress.add(receipt_of(1, ok=3, failed=2, size=500))
+    progress.add(receipt_of(2, ok=0, failed=5, error="out of memory"))
+    assert (progress.done_units, progress.failed_units) == (3, 1)
+    assert (progress.done_samples, progress.failed_samples, progress.bytes) == (15, 7, 1500)
+    line = progress.line(now=0.0)
+    assert line.startswith("3/4 units  15/20 samples  ")
+    assert "  7 samples failed, 1 units failed  " in line
+
+
+def test_the_time_left_follows_from_the_pace_since_the_first_unit() -> None:
+    clock = Clock()
+    progress = Progress(units=5, samples=50, stream=io.StringIO(), clock=clock)
+    clock.now += 30
+    assert progress.line(clock.now).endswith(
+        "0/50 samples  0.0 samples/s  0 B/s  0 samples failed  30 s gone, unknown left"
+    )
+    clock.now += 20
+    progress.add(receipt_of(0, ok=10, size=10_000))
+    # One unit tells no pace but that of the whole time: 10 samples in 50 s, 40 to go.
+    assert progress.line(clock.now).endswith("  0.2 samples/s  200 B/s  0 samples failed  50 s gone, 3 min 20 s left")
+    clock.now += 10
+    progress.add(receipt_of(1, ok=20, size=2000))
+    # 20 samples in the 10 s since the first unit, 20 to go; the bytes are those of the whole time.
+    assert progress.line(clock.now).endswith("  2.0 samples/s  200 B/s  0 samples failed  1 min 00 s gone, 10 s left")
+    clock.now += 10
+    progress.add(receipt_of(2, ok=20))
+    assert progress.line(clock.now).endswith(" 1 min 10 s gone, 0 s left")
+
+
+def lines_of(stream: io.StringIO, every: float, waits: list[float]) -> str:
+    """What a run of as many units as there are waits, in seconds, prints."""
+    clock = Clock()
+    progress = Progress(units=len(waits), samples=len(waits), stream=stream, every=every, clock=clock)
+    for unit, wait in enumerate(waits):
+        clock.now += wait
+        progress.add(receipt_of(unit, ok=1))
+    return stream.getvalue()
+
+
+def test_a_log_gets_a_line_now_and_then_and_one_at_the_end() -> None:
+    text = lines_of(io.StringIO(), 10, [4, 4, 4, 4, 8, 1])
+    assert [line[:9] for line in text.splitlines()] == ["3/6 units", "5/6 units", "6/6 units"]
+    assert text.endswith("\n")
+    assert not re.search(r"[\r\x1b]", text)
+
+
+def test_a_terminal_gets_a_line_over_itself_twice_a_second() -> None:
+    text = lines_of(Terminal(), 10, [0.3, 0.3, 0.3, 0.3, 0.1])
+    assert re.fullmatch(r"\x1b\[2K2/5 units [^\n]*\r\x1b\[2K4/5 units [^\n]*\r\x1b\[2K5/5 units [^\n]*\n", text)

@@ -1,0 +1,386 @@
+import dataclasses
+import io
+import json
+import os
+import re
+from contextlib import redirect_stderr
+from pathlib import Path
+from typing import Any, get_args, get_type_hints
+
+import pytest
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pipeline.config.base import Size, describe, read_config
+from pipeline.config.parser import parse_args
+from pipeline.config.precompute import PrecomputeConfig
+from pipeline.errors import ConfigError
+
+NEEDED = ["--shards", "a.tar", "--out", "out"]
+FIELDS = {one.name: one for one in dataclasses.fields(PrecomputeConfig)}
+
+# Every option with a value that is not its default; together they are a config that passes the checks.
+OTHER: dict[str, Any] = {
+    "shards": ("a.tar", "s3://bucket/{00..09}.tar"),
+    "out": "s3://bucket/out",
+    "image_exts": ("png", "webp"),
+    "labels": ("seg", "cls"),
+    "size": Size(352, 480),
+    "geometry": "pad",
+    "max_pixels": 1000,
+    "seg_dtype": "uint16",
+    "label_orientation": "stored",
+    "depth_png_scale": 0.25,
+    "depth_npy_scale": 2.0,
+    "limit": 7,
+    "backbone": "resnet50",
+    "weights": "/w/resnet50.safetensors",
+    "pretrained": False,
+    "layer": 2,
+    "stride": None,
+    "norm": "layer",
+    "backbone_kwargs": {"drop_path_rate": 0.5},
+    "mean": (0.5, 0.25, 0.125),
+    "std": (0.5, 0.5, 0.25),
+    "precision": "bfloat16",
+    "upsampler": "jbu",
+    "checkpoint": "jbu.safetensors",
+    "output_size": Size(176, 240),
+    "sigma_space": 2.0,
+    "sigma_colour": 0.5,
+    "fit_base": "jbu",
+    "fit_steps": 7,
+    "fit_views": 5,
+    "fit_seed": 3,
+    "pca": 16,
+    "pca_images": 8,
+    "pca_from": None,
+    "mantissa_bits": 6,
+    "tile": 44,
+    "rows_per_shard": 4,
+    "compression_level": 3,
+    "actors": 2,
+    "gpus_per_actor": 0.5,
+    "cpus_per_actor": 2.0,
+    "loader_cpus": 0.25,
+    "threads": 3,
+    "batch_size": 4,
+    "max_failed_fraction": 0.5,
+    "unit_attempts": 1,
+    "object_store_mb": 128,
+}
+
+
+def config(**options: Any) -> PrecomputeConfig:
+    return PrecomputeConfig(**{"shards": ("a.tar",), "out": "out", **options})
+
+
+def parse(*argv: str) -> PrecomputeConfig:
+    return parse_args(PrecomputeConfig, argv, description="test")[0]
+
+
+def refused(*argv: str) -> str:
+    """What is said on stderr as the program ends, with spaces for line ends."""
+    stream = io.StringIO()
+    with redirect_stderr(stream), pytest.raises(SystemExit) as caught:
+        parse(*argv)
+    assert caught.value.code == 2
+    return " ".join(stream.getvalue().partition("error:")[2].split())
+
+
+@pytest.fixture
+def recipe(tmp_path: Path) -> Path:
+    return tmp_path / "recipe.yaml"
+
+
+def test_other_values_are_other_values_of_every_option() -> None:
+    assert OTHER.keys() == FIELDS.keys()
+    assert [name for name, value in OTHER.items() if value == FIELDS[name].default] == ["stride", "pca_from"]
+
+
+def words(name: str, value: object) -> list[str]:
+    text = [str(one) for one in value] if isinstance(value, tuple) and not isinstance(value, Size) else [str(value)]
+    if isinstance(value, dict):
+        text = [json.dumps(value)]
+    return [f"--{name}", *(text if not isinstance(value, bool) else [str(value).lower()])]
+
+
+@pytest.mark.parametrize("sign", ["_", "-"], ids=["underscores", "dashes"])
+def test_every_option_can_be_given_on_the_command_line(sign: str) -> None:
+    argv = [word for name, v in OTHER.items() if v is not None for word in words(name.replace("_", sign), v)]
+    assert parse(*argv) == PrecomputeConfig(**OTHER)
+
+
+def test_an_option_and_its_value_may_be_one_word() -> None:
+    found = parse(*NEEDED, "--batch-size=3", "--sigma_space=1.5", "--out=a-b_c/d-e_f")
+    assert (found.batch_size, found.sigma_space, found.out) == (3, 1.5, "a-b_c/d-e_f")
+
+
+def test_a_config_written_as_yaml_reads_back(recipe: Path) -> None:
+    for wanted in (PrecomputeConfig(**OTHER), config()):
+        recipe.write_text(yaml.safe_dump(describe(wanted), sort_keys=False))
+        assert parse("--config", str(recipe)) == wanted
+
+
+def test_the_later_of_file_and_command_line_wins(recipe: Path, tmp_path: Path) -> None:
+    recipe.write_text("batch_size: 3\nlabels: [seg, depth]\nsize: 64x96\nthreads: 2\nshards: [b.tar]\nout: from_file\n")
+    after = parse("--config", str(recipe), *NEEDED, "--batch-size", "5", "--labels", "cls")
+    assert (after.batch_size, after.labels, after.size, after.threads) == (5, ("cls",), Size(64, 96), 2)
+    assert (after.shards, after.out) == (("a.tar",), "out")
+    before = parse(*NEEDED, "--batch-size", "5", "--labels", "cls", "--tile", "8", "--config", str(recipe))
+    assert (before.batch_size, before.labels, before.tile, before.out) == (3, ("seg", "depth"), 8, "from_file")
+    second = tmp_path / "second.yaml"
+    second.write_text("batch_size: 4\n")
+    both = parse("--config", str(recipe), "--config", str(second))
+    assert (both.batch_size, both.labels) == (4, ("seg", "depth"))
+    assert parse("--config", str(recipe), "--threads", "null").threads is None
+
+
+def test_one_word_in_a_file_is_a_list_of_one(recipe: Path) -> None:
+    recipe.write_text("shards: train.tar\nlabels: seg\nout: o\nsize: 224\noutput_size: [64, 96]\n")
+    found = parse("--config", str(recipe))
+    assert (found.shards, found.labels) == (("train.tar",), ("seg",))
+    assert (found.size, found.output_size) == (Size(224, 224), Size(64, 96))
+
+
+def test_extra_arguments_are_not_part_of_the_config() -> None:
+    found, namespace = parse_args(
+        PrecomputeConfig,
+        [*NEEDED, "--dry-run"],
+        description="test",
+        extra=lambda parser: parser.add_argument("--dry_run", action="store_true"),
+    )
+    assert namespace.dry_run is True
+    assert found == config()
+
+
+@pytest.mark.parametrize(
+    ("typo", "nearest"),
+    [("batch-sise", "batch_size"), ("label", "labels"), ("batchsize", "batch_size"), ("upsample", "upsampler")],
+)
+def test_unknown_options_are_refused_with_the_nearest_name(typo: str, nearest: str, recipe: Path) -> None:
+    unknown = typo.replace("-", "_")
+    assert f"unknown option '{unknown}', did you mean '{nearest}'?" in refused(*NEEDED, f"--{typo}", "3")
+    recipe.write_text(f"{unknown}: 3\n")
+    assert f"unknown option '{unknown}', did you mean '{nearest}'?" in refused(*NEEDED, "--config", str(recipe))
+
+
+def test_dashes_in_a_file_are_refused_with_the_name_that_is_meant(recipe: Path) -> None:
+    recipe.write_text("batch-size: 3\n")
+    assert "unknown option 'batch-size', did you mean 'batch_size'?" in refused(*NEEDED, "--config", str(recipe))
+
+
+def test_an_unknown_option_like_no_other_is_refused_without_a_guess(recipe: Path) -> None:
+    recipe.write_text("zzz: 3\n")
+    for argv in (["--zzz", "3"], ["--config", str(recipe)]):
+        text = refused(*NEEDED, *argv)
+        assert "unknown option 'zzz';" in text
+        assert "did you mean" not in text
+
+
+def test_beginnings_of_names_are_refused() -> None:
+    assert "unknown option 'batch', did you mean 'batch_size'?" in refused(*NEEDED, "--batch", "3")
+
+
+@pytest.mark.parametrize(
+    ("argv", "text"),
+    [
+        ((), "shards"),
+        (("--shards", "a.tar"), "out"),
+        ((*NEEDED, "--batch-size", "many"), "batch_size"),
+        ((*NEEDED, "--limit", "1.5"), "limit"),
+        ((*NEEDED, "--geometry", "stretch"), "geometry"),
+        ((*NEEDED, "--labels", "seg", "boxes"), "labels"),
+        ((*NEEDED, "--size", "224by224"), "a size is HEIGHTxWIDTH, such as 352x480, or one number for a square"),
+        ((*NEEDED, "--mean", "0.5", "0.5"), "mean"),
+        ((*NEEDED, "--config", "/none.yaml"), "/none.yaml"),
+        ((*NEEDED, "--limit", "0"), "limit=0 must be at least 1"),
+    ],
+)
+def test_values_that_cannot_be_are_refused(argv: tuple[str, ...], text: str) -> None:
+    assert text in refused(*argv)
+
+
+def test_checks_apply_to_files_too(recipe: Path) -> None:
+    recipe.write_text("mean: [0.5, 0.5]\npca: 0\n")
+    text = refused(*NEEDED, "--config", str(recipe))
+    assert "three numbers each" in text
+    assert "pca=0 must be at least 1" in text
+
+
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        ({"shards": ()}, "shards is empty; give at least one tar"),
+        ({"out": ""}, "out is empty; give the folder or URL of the store"),
+        ({"size": Size(0, 5)}, "size=0x5, output_size=0x5: both sides must be at least 1"),
+        ({"output_size": Size(5, 0)}, "size=224x224, output_size=5x0: both sides must be at least 1"),
+        ({"labels": ("seg", "cls", "seg")}, "labels=('seg', 'cls', 'seg'): one is named twice"),
+        ({"limit": 0}, "limit=0 must be at least 1"),
+        ({"stride": 16, "layer": 2}, "stride=16 and layer=2 both choose the feature map; give one of them"),
+        ({"mean": (0.5, 0.5)}, "mean=(0.5, 0.5), std=None: three numbers each, for red, green and blue"),
+        ({"std": (0.5,)}, "mean=None, std=(0.5,): three numbers each, for red, green and blue"),
+        ({"upsampler": "jbu"}, "upsampler='jbu' with checkpoint=None: those that are trained (jbu, resize_conv"),
+        ({"upsampler": "ifa"}, "upsampler='ifa' with checkpoint=None: those that are trained (jbu, resize_conv"),
+        ({"checkpoint": "a"}, "upsampler='bilateral' with checkpoint='a': those that are trained (jbu, resize_conv"),
+        ({"upsampler": "implicit"}, "fits in the space of a PCA; give --pca"),
+        ({"upsampler": "implicit", "pca": 8, "fit_base": "jbu"}, "need a checkpoint"),
+        ({"pca": 8, "pca_from": "out/a"}, "pca=8 fits a PCA and pca_from='out/a' takes one that is there; give one"),
+        ({"fit_views": 0}, "fit_steps=20 and fit_views=0 must be at least 1"),
+        ({"sigma_space": 0.0}, "sigma_space and sigma_colour must be positive"),
+        ({"sigma_colour": -1.0}, "sigma_space and sigma_colour must be positive"),
+        ({"pca": 0}, "pca=0 must be at least 1"),
+        ({"pca_images": 0}, "pca_images=0 must be at least 1"),
+        ({"mantissa_bits": 0}, "mantissa_bits=0 must be between 1 and 10"),
+        ({"mantissa_bits": 11}, "mantissa_bits=11 must be between 1 and 10"),
+        ({"tile": 0}, "tile=0 must be at least 1"),
+        ({"rows_per_shard": 0}, "rows_per_shard=0 must be at least 1"),
+        ({"compression_level": 0}, "compression_level=0 must be 1 to 9"),
+        ({"compression_level": 10}, "compression_level=10 must be 1 to 9"),
+        ({"actors": 0}, "actors=0 must be at least 1"),
+        ({"batch_size": 0}, "batch_size=0 must be at least 1"),
+        ({"unit_attempts": 0}, "unit_attempts=0 must be at least 1"),
+        ({"max_failed_fraction": -0.1}, "max_failed_fraction=-0.1 must be between 0 and 1"),
+        ({"max_failed_fraction": 1.1}, "max_failed_fraction=1.1 must be between 0 and 1"),
+        ({"threads": 0}, "threads=0 must be at least 1"),
+        (
+            {"cpus_per_actor": 0.5},
+            "cpus_per_actor and loader_cpus are both 0.5: Ray would then run reading and decoding inside the actors",
+        ),
+        (
+            {"cpus_per_actor": 2.0, "loader_cpus": 2.0, "gpus_per_actor": 0.0},
+            "cpus_per_actor and loader_cpus are both 2.0",
+        ),
+    ],
+    ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
+)
+def test_checks(options: dict[str, Any], text: str) -> None:
+    with pytest.raises(ConfigError, match=re.escape(text)):
+        config(**options)
+
+
+def test_all_faults_are_told_at_once() -> None:
+    with pytest.raises(ConfigError, match=r"limit=0 must be at least 1; pca=-1 must be at least 1; actors=0 must"):
+        config(limit=0, pca=-1, actors=0)
+
+
+def test_values_at_the_edge_are_taken() -> None:
+    edge = {"limit": 1, "pca": 1, "pca_images": 1, "tile": 1, "rows_per_shard": 1, "threads": 1, "batch_size": 1}
+    for options in (
+        edge,
+        {"size": Size(1, 1), "mantissa_bits": 1, "compression_level": 9, "max_failed_fraction": 0.0},
+        {"mantissa_bits": 10, "compression_level": 1, "max_failed_fraction": 1.0},
+        {"stride": 16},
+        {"layer": 3},
+        {"cpus_per_actor": 0.5, "gpus_per_actor": 1.0},
+    ):
+        config(**options)
+
+
+def test_a_config_cannot_be_changed() -> None:
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        config().limit = 3  # type: ignore[misc]
+
+
+def test_the_size_of_the_features_is_that_of_the_image_unless_told() -> None:
+    assert config(size=Size(3, 5)).target_size == Size(3, 5)
+    assert config(size=Size(3, 5), output_size=Size(7, 2)).target_size == Size(7, 2)
+
+
+def test_identity_is_what_decides_the_content() -> None:
+    whole = config().identity()
+    runs = {name for name in FIELDS if name not in whole}
+    assert runs == {
+        "shards", "out", "weights", "checkpoint", "actors", "gpus_per_actor", "cpus_per_actor", "loader_cpus",
+        "threads", "batch_size", "max_failed_fraction", "unit_attempts", "object_store_mb", "pca_from",
+    }  # fmt: skip
+    base = describe(PrecomputeConfig(**OTHER))
+    for name, value in OTHER.items():
+        if name in ("upsampler", "checkpoint", "stride", "pca_from"):  # these cannot change alone
+            continue
+        default = FIELDS[name].default if FIELDS[name].default is not dataclasses.MISSING else {}
+        if name in ("shards", "out"):
+            default = (*value, "more") if isinstance(value, tuple) else value + "more"
+        other = PrecomputeConfig(**{**OTHER, name: default})
+        assert (other.identity() == PrecomputeConfig(**OTHER).identity()) == (name in runs), name
+        assert describe(other) != base, name
+
+
+def test_local_paths_become_absolute_and_urls_stay() -> None:
+    here = os.getcwd()
+    found = config(
+        shards=("a/{0..3}.tar", "/b.tar", "s3://c/d.tar", "file:e.tar", "file:///f.tar"),
+        out="../out",
+        weights="w.pth",
+        upsampler="jbu",
+        checkpoint="memory://c",
+        pca_from="train",
+    ).absolute(on_cluster=False)
+    shards = (f"{here}/a/{{0..3}}.tar", "/b.tar", "s3://c/d.tar", f"{here}/e.tar", "file:///f.tar")
+    assert found.shards == shards
+    assert (found.out, found.weights) == (f"{os.path.dirname(here)}/out", f"{here}/w.pth")
+    assert (found.checkpoint, found.pca_from) == ("memory://c", f"{here}/train")
+    assert config(out="/o", shards=("/a",)).absolute(on_cluster=True).weights is None
+
+
+def test_relative_paths_are_refused_on_a_cluster() -> None:
+    text = r"relative paths on a cluster: \['a\.tar', 'out', 'w\.pth'\]; .* give absolute paths or URLs that every node"
+    with pytest.raises(ConfigError, match=text):
+        config(shards=("a.tar", "s3://b/c.tar"), weights="w.pth").absolute(on_cluster=True)
+
+
+CHOICES = {name: get_args(hint) for name, hint in get_type_hints(PrecomputeConfig).items()}
+SIZES = st.builds(Size, st.integers(1, 4000), st.integers(1, 4000))
+COLOURS = st.none() | st.tuples(*[st.floats(0.01, 1)] * 3)
+CONFIGS = st.builds(
+    config,
+    shards=st.lists(st.text(min_size=1), min_size=1).map(tuple),
+    out=st.text(min_size=1),
+    image_exts=st.lists(st.text("abc", min_size=1)).map(tuple),
+    labels=st.lists(st.sampled_from(["seg", "depth", "cls"]), unique=True).map(tuple),
+    size=SIZES,
+    output_size=st.none() | SIZES,
+    geometry=st.sampled_from(CHOICES["geometry"]),
+    weights=st.none() | st.text(),
+    backbone_kwargs=st.dictionaries(st.text("ab", min_size=1), st.integers() | st.booleans() | st.text()),
+    mean=COLOURS,
+    std=COLOURS,
+    stride=st.none() | st.integers(1, 32),
+    sigma_space=st.floats(0.01, 100),
+    pca=st.none() | st.integers(1, 512),
+    gpus_per_actor=st.none() | st.floats(0, 4),
+)
+
+
+@given(CONFIGS)
+def test_plain_values_read_back(wanted: PrecomputeConfig) -> None:
+    plain = describe(wanted)
+    assert list(plain) == list(FIELDS)
+    assert read_config(PrecomputeConfig, json.loads(json.dumps(plain))) == wanted
+    assert read_config(PrecomputeConfig, yaml.safe_load(yaml.safe_dump(plain))) == wanted
+
+
+def test_reading_checks_again() -> None:
+    with pytest.raises(ConfigError, match="limit=-1"):
+        read_config(PrecomputeConfig, {**describe(config()), "limit": -1})
+
+
+@given(st.integers(0, 10**6), st.integers(0, 10**6))
+def test_a_size_reads_back_from_its_text(height: int, width: int) -> None:
+    size = Size(height, width)
+    assert str(size) == f"{height}x{width}"
+    assert Size.parse(str(size)) == Size.parse([height, width]) == Size.parse((height, width)) == size
+    assert Size.parse(size) == size
+    assert Size.parse(height) == Size.parse(str(height)) == Size(height, height)
+
+
+@pytest.mark.parametrize(("text", "size"), [(" 3 X 4 ", (3, 4)), ("03x4", (3, 4)), ("7", (7, 7))])
+def test_spellings_of_a_size(text: str, size: tuple[int, int]) -> None:
+    assert Size.parse(text) == size
+
+
+@pytest.mark.parametrize("text", ["", "x", "3x", "x3", "3x4x5", "-3", "3.5", 3.5, [1.5, 2], [1, 2, 3], [-1, 2], None])
+def test_texts_that_are_no_size(text: object) -> None:
+    with pytest.raises(ValueError, match="a size is HEIGHTxWIDTH, such as 352x480, or one number for a square, not"):
+        Size.parse(text)

@@ -1,0 +1,286 @@
+import dataclasses
+import hashlib
+import io
+import itertools
+import json
+import os
+import tarfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pipeline.errors import InputError
+from pipeline.inputs import storage
+from pipeline.inputs.plan import Plan, PlannedShard, UnitKey, make_plan, plan_shard, rows_of
+
+
+def write_tar(path: Path, keys: list[str], size: int = 10) -> str:
+    """A shard with one image member, of ``size`` bytes, and one label member a key."""
+    with tarfile.open(path, "w") as tar:
+        for key, ext in itertools.product(keys, ("jpg", "cls")):
+            info = tarfile.TarInfo(f"{key}.{ext}")
+            info.size = size if ext == "jpg" else 1
+            tar.addfile(info, io.BytesIO(b"7" * info.size))
+    return str(path)
+
+
+def shards_of(counts: list[tuple[int, int]]) -> tuple[PlannedShard, ...]:
+    """Shards of (samples in the tar, samples used)."""
+    return tuple(
+        PlannedShard(f"s3://b/{n}.tar", 100 + n, "t", samples, used, ()) for n, (samples, used) in enumerate(counts)
+    )
+
+
+USED = st.lists(st.tuples(st.integers(0, 40), st.integers(0, 40)).map(lambda two: (max(two), min(two))), max_size=12)
+
+
+@given(USED, st.integers(1, 16))
+def test_every_sample_gets_exactly_one_row_of_a_unit_of_its_shard(counts: list[tuple[int, int]], rows: int) -> None:
+    plan = Plan(shards_of(counts), rows, "")
+    row_of: dict[tuple[int, int], int] = {}
+    for number in range(plan.units):
+        key = plan.unit(number)
+        assert key.unit == number
+        assert key.row == number * rows
+        assert 1 <= len(key) <= rows
+        assert key.start % rows == 0, "a unit begins on a boundary of its shard"
+        assert key.stop <= counts[key.shard][1]
+        for offset, sample in enumerate(range(key.start, key.stop)):
+            assert (key.shard, sample) not in row_of
+            row_of[key.shard, sample] = key.row + offset
+    wanted = [(shard, sample) for shard, (_, used) in enumerate(counts) for sample in range(used)]
+    assert list(row_of) == wanted, "all samples, in the order of the shards"
+    assert plan.samples == len(wanted)
+    assert [plan.sample(number) for number in range(plan.samples)] == wanted
+    assert len(set(row_of.values())) == len(wanted)
+    assert all(0 <= row < plan.rows for row in row_of.values())
+    assert plan.rows == plan.units * rows
+    assert plan.units == sum(-(-used // rows) for _, used in counts)
+
+
+@given(USED.filter(lambda counts: sum(used for _, used in counts) > 0), st.integers(1, 16), st.data())
+def test_rows_follow_from_the_counts_alone(counts: list[tuple[int, int]], rows: int, data: st.DataObject) -> None:
+    plan = Plan(shards_of(counts), rows, "")
+    other = Plan(
+        tuple(
+            dataclasses.replace(shard, url=f"x{n}", size=1, stamp="", samples=shard.used, faults=("cut",))
+            for n, shard in enumerate(plan.shards)
+        ),
+        rows,
+        "/elsewhere",
+    )
+    order = data.draw(st.permutations(range(plan.units)))
+    assert {n: other.unit(n) for n in order} == {n: plan.unit(n) for n in range(plan.units)}
+
+
+@given(USED, st.integers(1, 16), st.integers(1, 5))
+def test_shards_behind_do_not_move_rows(counts: list[tuple[int, int]], rows: int, more: int) -> None:
+    plan, longer = Plan(shards_of(counts), rows, ""), Plan(shards_of([*counts, (more, more)]), rows, "")
+    assert [longer.unit(n) for n in range(plan.units)] == [plan.unit(n) for n in range(plan.units)]
+
+
+@pytest.mark.parametrize("number", [-1, 3])
+def test_a_unit_beyond_the_plan_is_refused(number: int) -> None:
+    plan = Plan(shards_of([(5, 5), (1, 1)]), 4, "")
+    with pytest.raises(InputError, match=f"unit {number} of a plan with 3 units"):
+        plan.unit(number)
+
+
+def test_a_unit_key_is_a_value() -> None:
+    key = UnitKey(unit=1, shard=0, start=4, stop=7, row=4)
+    assert {key: "a"}[UnitKey(1, 0, 4, 7, 4)] == "a"
+    assert len(key) == 3
+    assert str(key) == "unit 1 (shard 0, samples 4:7, row 4)"
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        key.row = 5  # type: ignore[misc]
+    later = UnitKey(unit=2, shard=0, start=7, stop=8, row=8)
+    assert sorted([later, key]) == [key, later]
+
+
+@pytest.mark.parametrize(
+    "numbers",
+    [(-1, 0, 0, 1, 0), (0, -1, 0, 1, 0), (0, 0, -1, 1, 0), (0, 0, 0, 1, -1), (0, 0, 3, 3, 0), (0, 0, 3, 2, 0)],
+)
+def test_a_unit_key_that_cannot_be_is_refused(numbers: tuple[int, int, int, int, int]) -> None:
+    with pytest.raises(InputError, match="numbers are not negative and a unit has at least one sample"):
+        UnitKey(*numbers)
+
+
+def test_planning_counts_the_samples_of_tars(tmp_path: Path) -> None:
+    for name, count in (("a", 3), ("b", 0), ("c", 5)):
+        write_tar(tmp_path / f"{name}.tar", [f"{n:04d}" for n in range(count)])
+    shards = make_plan([f"{tmp_path}/{{a..c}}.tar"], str(tmp_path / "index"))
+    assert [(Path(shard.url).name, shard.samples, shard.used) for shard in shards] == [
+        ("a.tar", 3, 3), ("b.tar", 0, 0), ("c.tar", 5, 5),
+    ]  # fmt: skip
+    assert [shard.size for shard in shards] == [os.path.getsize(shard.url) for shard in shards]
+    plan = Plan(shards, 2, str(tmp_path / "index"))
+    found = [
+        (key.shard, [sample.key for sample in plan.unit_samples(key)]) for key in map(plan.unit, range(plan.units))
+    ]
+    assert found == [
+        (0, ["0000", "0001"]), (0, ["0002"]), (2, ["0000", "0001"]), (2, ["0002", "0003"]), (2, ["0004"]),
+    ]  # fmt: skip
+
+
+def test_keys_that_repeat_across_shards_are_different_samples(tmp_path: Path) -> None:
+    for name in "ab":
+        write_tar(tmp_path / f"{name}.tar", ["same", "other"])
+    index_dir = str(tmp_path / "index")
+    plan = Plan(make_plan([f"{tmp_path}/*.tar"], index_dir), 4, index_dir)
+    assert [plan.unit(n).row for n in range(plan.units)] == [0, 4]
+    for number in range(2):
+        samples = plan.unit_samples(plan.unit(number))
+        assert [(sample.key, sample.problem) for sample in samples] == [("same", None), ("other", None)]
+
+
+@pytest.mark.parametrize(
+    ("limit", "used"),
+    [(None, [3, 0, 5]), (1, [1, 0, 0]), (3, [3, 0, 0]), (4, [3, 0, 1]), (8, [3, 0, 5]), (99, [3, 0, 5])],
+)
+def test_a_limit_takes_the_first_samples(tmp_path: Path, limit: int | None, used: list[int]) -> None:
+    for name, count in (("a", 3), ("b", 0), ("c", 5)):
+        write_tar(tmp_path / f"{name}.tar", [str(n) for n in range(count)])
+    index_dir = str(tmp_path / "index")
+    shards = make_plan([f"{tmp_path}/*.tar"], index_dir, limit)
+    assert [shard.used for shard in shards] == used
+    assert [shard.samples for shard in shards] == [3, 0, 5]
+    plan = Plan(shards, 2, index_dir)
+    assert plan.samples == sum(used)
+    assert sum(len(plan.unit_samples(plan.unit(n))) for n in range(plan.units)) == sum(used)
+
+
+def test_many_shards_may_be_indexed_at_once(tmp_path: Path) -> None:
+    for n in range(3):
+        write_tar(tmp_path / f"{n}.tar", [str(i) for i in range(n + 1)])
+    asked: list[list[str]] = []
+
+    def index_all(urls: list[str], index_dir: str) -> Iterator[PlannedShard]:
+        asked.append(urls)
+        return (plan_shard(url, index_dir) for url in urls)
+
+    pattern, index_dir = [f"{tmp_path}/*.tar"], str(tmp_path / "index")
+    assert make_plan(pattern, index_dir, 4, index_all) == make_plan(pattern, index_dir, 4)
+    assert asked == [[f"{tmp_path}/{n}.tar" for n in range(3)]]
+
+
+def test_no_sample_at_all_is_an_error_that_lists_the_faults(tmp_path: Path) -> None:
+    write_tar(tmp_path / "a.tar", [])
+    with pytest.raises(InputError, match=r"1 shards and not one sample: .*give tars in WebDataset format"):
+        make_plan([f"{tmp_path}/a.tar"], str(tmp_path / "index"))
+    with pytest.raises(InputError, match=r"2 shards and not one sample: .*none\.tar: .*"):
+        make_plan([f"{tmp_path}/a.tar", f"{tmp_path}/none.tar"], str(tmp_path / "index"))
+
+
+def test_a_missing_shard_among_others_is_a_fault_of_the_plan(tmp_path: Path) -> None:
+    write_tar(tmp_path / "a.tar", ["x"])
+    index_dir = str(tmp_path / "index")
+    plan = Plan(make_plan([f"{tmp_path}/{{none,a}}.tar"], index_dir), 2, index_dir)
+    assert plan.samples == 1
+    (fault,) = plan.faults
+    assert fault.startswith(f"{tmp_path}/none.tar: ")
+
+
+def digest(shards: tuple[PlannedShard, ...], rows: int = 4) -> str:
+    return Plan(shards, rows, "").digest
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda s: (dataclasses.replace(s[0], url="other.tar"), *s[1:]),
+        lambda s: (dataclasses.replace(s[0], size=99), *s[1:]),
+        lambda s: (*s[:-1], dataclasses.replace(s[-1], samples=6)),
+        lambda s: (*s[:-1], dataclasses.replace(s[-1], used=4)),
+        lambda s: s[::-1],
+        lambda s: s[:-1],
+        lambda s: (*s, s[0]),
+    ],
+    ids=["url", "size", "samples", "used", "order", "fewer", "more"],
+)
+def test_the_digest_changes_with_the_input(
+    change: Callable[[tuple[PlannedShard, ...]], tuple[PlannedShard, ...]],
+) -> None:
+    shards = shards_of([(3, 3), (5, 5)])
+    assert digest(change(shards)) != digest(shards)
+
+
+def test_the_digest_is_of_the_input_and_its_rows_only() -> None:
+    shards = shards_of([(3, 3), (5, 5)])
+    assert digest(shards, 4) != digest(shards, 5)
+    touched = tuple(dataclasses.replace(shard, stamp="later", faults=("cut",)) for shard in shards)
+    assert digest(touched) == digest(shards)
+    assert len(bytes.fromhex(digest(shards))) == hashlib.sha256().digest_size
+
+
+TEXTS = st.text(max_size=20)
+SHARDS = st.builds(
+    PlannedShard, TEXTS, st.integers(-1, 2**60), TEXTS, st.integers(0, 9), st.integers(0, 9), st.lists(TEXTS).map(tuple)
+)
+
+
+@given(st.lists(SHARDS, max_size=4).map(tuple), st.integers(1, 1024))
+def test_a_plan_reads_back_from_json(shards: tuple[PlannedShard, ...], rows: int) -> None:
+    plan = Plan(shards, rows, "/index")
+    data = plan.to_json()
+    assert Plan.from_json(data, "/index") == plan
+    assert Plan.from_json(data, "/index").digest == plan.digest
+    assert set(json.loads(data)) == {"rows_per_shard", "shards"}, "where the indices lie is not part of the plan"
+
+
+def test_an_index_is_reused_while_size_and_stamp_of_the_tar_stand(tmp_path: Path) -> None:
+    index_dir = str(tmp_path / "index")
+    url = write_tar(tmp_path / "a.tar", ["a", "b"])
+    first = plan_shard(url, index_dir)
+    before = os.stat(url)
+    # Other names, the same size: only the time stamp can tell.
+    write_tar(tmp_path / "a.tar", ["a", "c"])
+    os.utime(url, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert plan_shard(url, index_dir) == first
+    assert [sample.key for sample in Plan((first,), 4, index_dir).index(0).samples] == ["a", "b"]
+    os.utime(url, ns=(before.st_atime_ns, before.st_mtime_ns + 1))
+    again = plan_shard(url, index_dir)
+    assert again == dataclasses.replace(first, stamp=again.stamp) != first
+    assert [sample.key for sample in Plan((again,), 4, index_dir).index(0).samples] == ["a", "c"]
+
+
+def test_a_tar_planned_anew_in_the_same_process_is_read_by_its_new_index(tmp_path: Path) -> None:
+    # The index of the first plan was remembered by its name alone, and the second plan refused it.
+    index_dir = str(tmp_path / "index")
+    url = write_tar(tmp_path / "a.tar", ["a"])
+    old = Plan((plan_shard(url, index_dir),), 4, index_dir)
+    assert len(old.index(0).samples) == 1
+    write_tar(tmp_path / "a.tar", ["a", "b", "c"], size=3000)
+    new = Plan((plan_shard(url, index_dir),), 4, index_dir)
+    assert [sample.key for sample in new.unit_samples(new.unit(0))] == ["a", "b", "c"]
+
+
+def test_a_plan_refuses_the_index_of_another_version_of_its_shard(tmp_path: Path) -> None:
+    index_dir = str(tmp_path / "index")
+    url = write_tar(tmp_path / "a.tar", ["a", "b"])
+    old = plan_shard(url, index_dir)
+    write_tar(tmp_path / "a.tar", ["a"] + [str(n) for n in range(30)])
+    new = plan_shard(url, index_dir)
+    text = rf"{new.size} bytes with 31 samples now, {old.size} bytes with 2 samples when the plan was made; put the"
+    with pytest.raises(InputError, match=text):
+        Plan((old,), 4, index_dir).index(0)
+
+
+def test_a_plan_whose_index_is_gone_says_so(tmp_path: Path) -> None:
+    index_dir = str(tmp_path / "index")
+    shard = plan_shard(write_tar(tmp_path / "a.tar", ["a"]), index_dir)
+    for name in storage.list_files(index_dir):
+        storage.remove(storage.join(index_dir, name))
+    with pytest.raises(InputError, match=r"no index of .*a\.tar in .*index; run the job again"):
+        Plan((shard,), 4, index_dir).index(0)
+
+
+@settings(max_examples=200)
+@given(st.integers(1, 2**40), st.integers(1, 2**31))
+def test_rows_are_the_largest_power_of_two_that_keeps_a_shard_small(sample: int, target: int) -> None:
+    fits = [2**power for power in range(11) if 2**power * sample <= target]
+    assert rows_of(sample, None, target) == (fits[-1] if fits else 1)
+    assert rows_of(sample, 7, target) == 7

@@ -1,0 +1,210 @@
+import pickle
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from pipeline.errors import ConfigError, StoreError
+from pipeline.loader.dataset import FeatureDataset, Window
+from pipeline.store.create import create_store
+from pipeline.store.layout import FAILED, OK
+from pipeline.store.writer import StoreWriter
+from tests.pipeline.store.test_layout import IDENTITY, KEYS, LAYOUT, Blocks, unit_blocks
+
+ROOT = Path(__file__).resolve().parents[3]
+ALL = ("features", "seg", "depth", "cls", "valid")
+STATUS = ((OK, FAILED, OK, OK), (OK, OK, FAILED))
+GOOD = [0, 2, 3, 4, 5]
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Blocks]:
+    """A store with failures and holes, and everything that is in it."""
+    url = str(tmp_path_factory.mktemp("loader"))
+    create_store(url, LAYOUT, IDENTITY)
+    units = [unit_blocks(LAYOUT, status, seed) for seed, status in enumerate(STATUS)]
+    for number, blocks in enumerate(units):
+        StoreWriter(url, LAYOUT).write(KEYS[number], blocks)
+    return url, {name: np.concatenate([unit[name] for unit in units]) for name in units[0]}
+
+
+def test_only_good_rows_are_there(store: tuple[str, Blocks]) -> None:
+    url, blocks = store
+    dataset = FeatureDataset(url)
+    assert len(dataset) == len(GOOD)
+    samples = list(dataset)  # type: ignore[call-overload]
+    assert [int(sample["row"]) for sample in samples] == GOOD
+    for sample in samples:
+        assert set(sample) == {"features", "row"}
+        assert np.array_equal(sample["features"], blocks["features"][int(sample["row"])].astype(np.float32))
+    assert int(dataset[-1]["row"]) == GOOD[-1]
+    with pytest.raises(IndexError):
+        dataset[len(GOOD)]
+
+
+def test_a_store_without_a_good_sample_is_empty(tmp_path: Path) -> None:
+    create_store(str(tmp_path), LAYOUT, IDENTITY)
+    assert len(FeatureDataset(str(tmp_path))) == 0
+
+
+def test_types_and_values_of_every_array(store: tuple[str, Blocks]) -> None:
+    url, blocks = store
+    sample = FeatureDataset(url, ALL)[1]
+    types = {name: (value.dtype, tuple(value.shape)) for name, value in sample.items()}
+    assert types == {
+        "features": (torch.float32, (6, 10, 3)),
+        "seg": (torch.int64, (6, 10)),
+        "depth": (torch.float32, (6, 10)),
+        "cls": (torch.int64, ()),
+        "valid": (torch.bool, (6, 10)),
+        "row": (torch.int64, ()),
+    }
+    for name in ALL:
+        assert np.array_equal(sample[name].numpy(), blocks[name][2].astype(sample[name].numpy().dtype)), name
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64], ids=str)
+def test_features_come_in_the_type_that_is_asked_for(store: tuple[str, Blocks], dtype: torch.dtype) -> None:
+    url, blocks = store
+    sample = FeatureDataset(url, ("features", "depth"), dtype=dtype)[0]
+    assert sample["features"].dtype == dtype
+    assert torch.equal(sample["features"], torch.from_numpy(blocks["features"][0]).to(dtype))
+    assert sample["depth"].dtype == torch.float32, "metres are not features"
+
+
+@pytest.mark.parametrize(
+    "window", [(0, 0, 6, 10), (0, 0, 1, 1), (5, 9, 1, 1), (1, 3, 4, 5), (4, 4, 2, 4), (2, 0, 3, 10)], ids=str
+)
+@pytest.mark.parametrize("codecs", ["zarr", "zarrs"])
+def test_a_window_is_a_slice_of_the_whole(
+    store: tuple[str, Blocks], window: Window, codecs: Literal["zarr", "zarrs"]
+) -> None:
+    url, _ = store
+    whole, part = FeatureDataset(url, ALL), FeatureDataset(url, ALL, window=window, codecs=codecs)
+    top, left, height, width = window
+    for index in range(len(GOOD)):
+        wanted, found = whole[index], part[index]
+        for name in ("features", "seg", "depth", "valid"):
+            assert found[name].shape[:2] == (height, width)
+            cut = wanted[name][top : top + height, left : left + width]
+            assert torch.equal(found[name].nan_to_num(-1.0), cut.nan_to_num(-1.0)), name
+        assert (found["cls"], found["row"]) == (wanted["cls"], wanted["row"])
+
+
+@pytest.mark.parametrize(
+    "window", [(-1, 0, 2, 2), (0, -1, 2, 2), (0, 0, 0, 2), (0, 0, 2, 0), (5, 0, 2, 2), (0, 9, 2, 2)]
+)
+def test_a_window_outside_of_the_image_is_refused(store: tuple[str, Blocks], window: Window) -> None:
+    text = f"window (top, left, height, width) = {window} is not inside the features' 6x10 (height x width)"
+    with pytest.raises(ConfigError, match=re.escape(text)):
+        FeatureDataset(store[0], window=window)
+
+
+def test_arrays_that_are_not_there_are_refused(store: tuple[str, Blocks], tmp_path: Path) -> None:
+    text = r"has no arrays \['status', 'boxes'\]; it has \['features', 'seg', 'depth', 'cls', 'valid'\]"
+    with pytest.raises(ConfigError, match=text):
+        FeatureDataset(store[0], ("features", "status", "boxes"))
+    with pytest.raises(StoreError, match=f"no feature store at {tmp_path}; give the folder that was --out"):
+        FeatureDataset(str(tmp_path))
+
+
+def negated(sample: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {"negative": -sample["features"], "row": sample["row"]}
+
+
+def test_a_transform_is_called_with_each_sample(store: tuple[str, Blocks]) -> None:
+    dataset = FeatureDataset(store[0], transform=negated)
+    assert set(dataset[0]) == {"negative", "row"}
+    assert torch.equal(dataset[3]["negative"], -FeatureDataset(store[0])[3]["features"])
+
+
+def test_only_names_travel_to_a_worker(store: tuple[str, Blocks]) -> None:
+    dataset = FeatureDataset(store[0], ALL, window=(1, 2, 3, 4), dtype=torch.float16, transform=negated)
+    before = len(pickle.dumps(dataset))
+    wanted = dataset[2]
+    data = pickle.dumps(dataset)
+    assert len(data) == before, "what was opened stays here"
+    copy = pickle.loads(data)
+    assert copy.rows.tolist() == GOOD
+    assert torch.equal(copy[2]["negative"], wanted["negative"])
+    assert torch.equal(dataset[2]["negative"], wanted["negative"]), "the original goes on"
+
+
+def batches(dataset: FeatureDataset, context: str) -> list[dict[str, Any]]:
+    return list(DataLoader(dataset, 2, num_workers=2, multiprocessing_context=context, timeout=100))
+
+
+@pytest.mark.timeout(120)
+@pytest.mark.filterwarnings("ignore:This DataLoader will create 2 worker processes")  # on one core
+@pytest.mark.parametrize("context", ["fork", "spawn"])
+def test_workers_read_what_the_parent_reads(store: tuple[str, Blocks], context: str) -> None:
+    dataset = FeatureDataset(store[0], ("features", "seg", "cls"), window=(1, 2, 5, 7))
+    # Read here first: what the parent has opened must not be in a worker's way.
+    wanted = [dataset[index] for index in range(len(GOOD))]
+    found = batches(dataset, context)
+    assert [len(batch["row"]) for batch in found] == [2, 2, 1]
+    for name in ("features", "seg", "cls", "row"):
+        assert torch.equal(
+            torch.cat([batch[name] for batch in found]), torch.stack([sample[name] for sample in wanted])
+        )  # fmt: skip
+
+
+SCRIPT = """
+import multiprocessing, sys
+from torch.utils.data import DataLoader
+from pipeline.errors import ForkError
+from pipeline.loader import FeatureDataset
+
+def rows(dataset, context):
+    loader = DataLoader(dataset, 2, num_workers=2, multiprocessing_context=context, timeout=60)
+    return [row for batch in loader for row in batch["row"].tolist()]
+
+def first_row(dataset):
+    return dataset[0]["row"].item()
+
+# Without a DataLoader, which takes 5 seconds to close each worker once one has raised.
+def forked(dataset):
+    with multiprocessing.get_context("fork").Pool(1) as pool:
+        return pool.apply_async(first_row, [dataset]).get(60)
+
+if __name__ == "__main__":
+    url = sys.argv[1]
+    print("unused, fork", rows(FeatureDataset(url, codecs="zarrs"), "fork"))
+    used = FeatureDataset(url, codecs="zarrs")
+    used[0]
+    for what, dataset in (("used", used), ("made since", FeatureDataset(url, codecs="zarrs"))):
+        try:
+            print(what, forked(dataset))
+        except ForkError as error:
+            print(what, "ForkError", " ".join(str(error).split()))
+    print("used, spawn", rows(used, "spawn"))
+    print("python, fork", rows(FeatureDataset(url), "fork"))
+"""
+
+
+@pytest.mark.timeout(180)
+def test_threads_that_do_not_survive_a_fork_are_refused_and_do_not_hang(
+    store: tuple[str, Blocks], tmp_path: Path
+) -> None:
+    # In a process of its own, since it is marked for good by its first read through zarrs.
+    script = tmp_path / "script.py"
+    script.write_text(SCRIPT)
+    run = subprocess.run(
+        [sys.executable, str(script), store[0]], cwd=ROOT, env={"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        capture_output=True, text=True, timeout=150, check=False,
+    )  # fmt: skip
+    assert run.returncode == 0, run.stderr[-2000:]
+    lines = run.stdout.splitlines()
+    assert lines[0] == f"unused, fork {GOOD}", "nothing was read here before the fork, so no thread was left behind"
+    for line, what in zip(lines[1:3], ("used", "made since"), strict=True):
+        assert line.startswith(f"{what} ForkError"), line
+        assert re.search(r"process \d+ was forked from \d+, which had read a store through zarrs: its threads", line)
+        assert "multiprocessing_context='spawn' (or 'forkserver'), or codecs='zarr'" in line
+    assert lines[3:] == [f"used, spawn {GOOD}", f"python, fork {GOOD}"]

@@ -1,0 +1,483 @@
+import dataclasses
+import json
+import multiprocessing
+import os
+import re
+import shutil
+from collections.abc import Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, Literal
+
+import google_crc32c
+import numpy as np
+import pytest
+import zarr
+from hypothesis import given
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+
+from pipeline.config.base import Size, describe
+from pipeline.config.precompute import PrecomputeConfig
+from pipeline.errors import StoreError, StoreMismatchError
+from pipeline.inputs import storage
+from pipeline.inputs.plan import UnitKey
+from pipeline.store.create import create_store
+from pipeline.store.layout import FAILED, OK, Layout, open_arrays, open_group, read_attributes, stored_layout, tile_of
+from pipeline.store.provenance import stored_config
+from pipeline.store.writer import StoreWriter, round_mantissa, row_checksum
+
+Blocks = dict[str, NDArray[Any]]
+
+# Nothing square, and tiles that do not divide the image.
+LAYOUT = Layout(
+    rows=8,
+    rows_per_shard=4,
+    height=6,
+    width=10,
+    channels=3,
+    tile=(4, 4),
+    labels=("seg", "depth", "cls"),
+    seg_dtype="uint8",
+    valid_mask=True,
+    compression_level=1,
+)
+IDENTITY = {"identity": {"backbone": "resnet50", "input digest": "abc"}}
+KEYS = {0: UnitKey(0, 0, 0, 4, 0), 1: UnitKey(1, 0, 4, 7, 4)}
+
+
+def fill_blocks(layout: Layout) -> Blocks:
+    """Blocks of a unit in which nothing is."""
+    return {
+        spec.name: np.full((layout.rows_per_shard, *spec.row_shape), spec.fill, spec.dtype) for spec in layout.arrays
+    }
+
+
+def unit_blocks(layout: Layout, status: tuple[int, ...], seed: int = 0) -> Blocks:
+    """Blocks of a unit with random data where ``status`` is OK."""
+    rng = np.random.default_rng(seed)
+    blocks = fill_blocks(layout)
+    for spec in layout.arrays[:-1]:
+        for row in np.flatnonzero(np.array(status) == OK):
+            if spec.dtype.startswith("float"):
+                blocks[spec.name][row] = rng.normal(size=spec.row_shape)
+            else:
+                blocks[spec.name][row] = rng.integers(1, 200, spec.row_shape) if spec.name != "valid" else 1
+    blocks["status"][: len(status)] = status
+    return blocks
+
+
+def read_all(url: str, codecs: Literal["zarr", "zarrs"] = "zarr") -> Blocks:
+    names = [spec.name for spec in stored_layout(url).arrays]
+    return {name: np.asarray(array[:]) for name, array in open_arrays(url, names, codecs).items()}
+
+
+def objects(url: str) -> dict[str, bytes]:
+    """Name and bytes of every chunk and shard."""
+    names = [name for name in storage.list_files(url) if "/c/" in name]
+    return {name.removeprefix("features.zarr/"): storage.read_bytes(storage.join(url, name)) for name in names}
+
+
+def assert_same(found: Mapping[str, NDArray[Any]], wanted: Mapping[str, NDArray[Any]], what: str = "") -> None:
+    assert found.keys() == wanted.keys()
+    for name, values in wanted.items():
+        assert found[name].dtype == values.dtype, (what, name)
+        # Bytes, so that NaN is NaN and -0 is not 0.
+        assert found[name].tobytes() == values.tobytes(), (what, name)
+
+
+@pytest.fixture(params=["path", "memory"])
+def url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    return str(tmp_path / "store") if request.param == "path" else f"memory://test_store{tmp_path}"
+
+
+@pytest.fixture
+def local(tmp_path: Path) -> str:
+    """A created store, on this machine."""
+    create_store(str(tmp_path / "local"), LAYOUT, IDENTITY)
+    return str(tmp_path / "local")
+
+
+def test_what_is_written_is_read(url: str) -> None:
+    create_store(url, LAYOUT, IDENTITY)
+    units = [unit_blocks(LAYOUT, (OK, FAILED, OK, OK), 1), unit_blocks(LAYOUT, (OK, OK, FAILED), 2)]
+    for number in (1, 0):
+        StoreWriter(url, LAYOUT).write(KEYS[number], units[number])
+    wanted = {name: np.concatenate([units[0][name], units[1][name]]) for name in units[0]}
+    for codecs in ("zarr", "zarrs") if storage.is_local(url) else ("zarr",):
+        assert_same(read_all(url, codecs), wanted, codecs)
+
+
+def test_plain_zarr_reads_a_store(local: str) -> None:
+    blocks = unit_blocks(LAYOUT, (OK, OK, FAILED, OK))
+    StoreWriter(local, LAYOUT).write(KEYS[0], blocks)
+    group = zarr.open(f"{local}/features.zarr", mode="r")
+    assert isinstance(group, zarr.Group)
+    shapes = {name: array.shape for name, array in group.arrays()}
+    assert shapes == {
+        "features": (8, 6, 10, 3), "seg": (8, 6, 10), "depth": (8, 6, 10), "cls": (8,), "valid": (8, 6, 10),
+        "status": (8,),
+    }  # fmt: skip
+    assert_same({name: np.asarray(array[:4]) for name, array in group.arrays()}, blocks)
+    names = json.loads((Path(local) / "features.zarr" / "features" / "zarr.json").read_text())["dimension_names"]
+    assert names == ["row", "y", "x", "channel"]
+    assert {name: array.dtype.name for name, array in group.arrays()} == {
+        "features": "float16", "seg": "uint8", "depth": "float32", "cls": "int64", "valid": "uint8", "status": "uint8",
+    }  # fmt: skip
+
+
+def test_a_shard_is_a_unit_and_a_chunk_is_a_tile_with_all_channels(local: str) -> None:
+    arrays = open_arrays(local, ["features", "seg", "cls"])
+    assert (arrays["features"].shards, arrays["features"].chunks) == ((4, 8, 12, 3), (1, 4, 4, 3))
+    assert (arrays["seg"].shards, arrays["seg"].chunks) == ((4, 6, 10), (1, 6, 10))
+    assert (arrays["cls"].shards, arrays["cls"].chunks) == (None, (4,))
+
+
+def test_nothing_written_reads_as_nothing(url: str) -> None:
+    create_store(url, LAYOUT, IDENTITY)
+    found = read_all(url)
+    assert np.isnan(found["features"]).all()
+    assert np.isnan(found["depth"]).all()
+    assert {name: np.unique(found[name]).tolist() for name in ("seg", "cls", "valid", "status")} == {
+        "seg": [255], "cls": [-1], "valid": [0], "status": [0],
+    }  # fmt: skip
+    assert objects(url) == {}
+
+
+def test_holes_cost_no_bytes(local: str) -> None:
+    writer = StoreWriter(local, LAYOUT)
+    full = writer.write(KEYS[0], unit_blocks(LAYOUT, (OK, OK, OK, OK)))
+    part = writer.write(KEYS[1], unit_blocks(LAYOUT, (OK,)))
+    sizes = {name: len(data) for name, data in objects(local).items()}
+    assert full + part == sum(sizes.values())
+    # The index of a shard has 16 bytes for each of its chunks, there or not, and a checksum of 4.
+    index = 16 * 4 * 2 * 3 + 4
+    assert sizes["features/c/1/0/0/0"] - index == pytest.approx((sizes["features/c/0/0/0/0"] - index) / 4, rel=0.1)
+
+
+def test_a_unit_of_failures_has_a_status_and_no_other_object(local: str) -> None:
+    stored = StoreWriter(local, LAYOUT).write(KEYS[0], unit_blocks(LAYOUT, (FAILED, FAILED)))
+    found = objects(local)
+    assert list(found) == ["status/c/0"]
+    assert stored == len(found["status/c/0"])
+    assert read_all(local)["status"].tolist() == [FAILED, FAILED, 0, 0, 0, 0, 0, 0]
+
+
+def test_writing_a_unit_again_replaces_all_of_it(url: str) -> None:
+    create_store(url, LAYOUT, IDENTITY)
+    writer = StoreWriter(url, LAYOUT)
+    kept = unit_blocks(LAYOUT, (OK, OK, OK), 3)
+    writer.write(KEYS[1], kept)
+    before = objects(url)
+    writer.write(KEYS[0], unit_blocks(LAYOUT, (OK, OK, OK, OK), 1))
+    again = unit_blocks(LAYOUT, (OK, FAILED, OK, OK), 2)
+    writer.write(KEYS[0], again)
+    assert_same({name: values[:4] for name, values in read_all(url).items()}, again)
+    writer.write(KEYS[0], fill_blocks(LAYOUT))
+    assert objects(url) == before
+
+
+def test_the_same_data_gives_the_same_bytes(tmp_path: Path) -> None:
+    found = []
+    for name, order in (("a", (0, 1)), ("b", (1, 0)), ("c", (0, 1, 0))):
+        create_store(str(tmp_path / name), LAYOUT, IDENTITY)
+        for number in order:
+            status = (OK, OK, FAILED, OK)
+            StoreWriter(str(tmp_path / name), LAYOUT).write(KEYS[number], unit_blocks(LAYOUT, status, number))
+        files = sorted((tmp_path / name).rglob("*"))
+        found.append({str(f.relative_to(tmp_path / name)): f.read_bytes() for f in files if f.is_file()})
+    assert len(found[0]) == 7 + 2 * 6
+    assert found[0] == found[1] == found[2]
+
+
+BIG = dataclasses.replace(LAYOUT, rows=48, rows_per_shard=4, height=32, width=32, channels=8, tile=(16, 16))
+
+
+def _write_every_other(url: str, first: int, barrier: Any) -> None:
+    writer = StoreWriter(url, BIG)
+    barrier.wait(60)
+    for number in range(first, 12, 2):
+        writer.write(UnitKey(number, 0, 0, 4, 4 * number), unit_blocks(BIG, (OK, OK, OK, OK), number))
+
+
+def test_processes_that_write_neighbouring_units_lose_nothing(tmp_path: Path) -> None:
+    create_store(str(tmp_path), BIG, IDENTITY)
+    context = multiprocessing.get_context("spawn")
+    barrier = context.Barrier(2)
+    processes = [context.Process(target=_write_every_other, args=(str(tmp_path), n, barrier)) for n in range(2)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(120)
+    assert [process.exitcode for process in processes] == [0, 0]
+    units = [unit_blocks(BIG, (OK, OK, OK, OK), number) for number in range(12)]
+    assert_same(read_all(str(tmp_path)), {name: np.concatenate([unit[name] for unit in units]) for name in units[0]})
+
+
+def test_creating_twice_changes_nothing(url: str) -> None:
+    create_store(url, LAYOUT, IDENTITY)
+    blocks = unit_blocks(LAYOUT, (OK, OK))
+    StoreWriter(url, LAYOUT).write(KEYS[0], blocks)
+    before = {name: storage.read_bytes(storage.join(url, name)) for name in storage.list_files(url)}
+    create_store(url, LAYOUT, {**IDENTITY, "versions": {"torch": "99"}})
+    assert {name: storage.read_bytes(storage.join(url, name)) for name in storage.list_files(url)} == before
+
+
+def test_a_store_of_another_identity_is_refused_with_the_differences(url: str) -> None:
+    create_store(url, LAYOUT, IDENTITY)
+    StoreWriter(url, LAYOUT).write(KEYS[0], unit_blocks(LAYOUT, (OK,)))
+    before = objects(url)
+    other = {"identity": {"backbone": "resnet18", "input digest": "abc", "pca digest": "def"}}
+    with pytest.raises(StoreMismatchError) as caught:
+        create_store(url, dataclasses.replace(LAYOUT, channels=5, rows=12), other)
+    lines = str(caught.value).splitlines()
+    assert lines[0] == f"{url} was made with other settings:"
+    assert lines[1:-1] == [
+        "  channels: the store has 3, this run has 5",
+        "  rows: the store has 8, this run has 12",
+        "  backbone: the store has 'resnet50', this run has 'resnet18'",
+        "  pca digest: the store has None, this run has 'def'",
+    ]
+    assert lines[-1] == "Finish it with the settings it was made with, or give another --out."
+    assert objects(url) == before
+
+
+def test_a_store_of_another_format_is_refused(local: str) -> None:
+    group = open_group(local, mode="r+")
+    group.attrs["format"] = "featup-datasets/0"
+    text = "format: the store has 'featup-datasets/0', this run has 'featup-datasets/1'"
+    with pytest.raises(StoreMismatchError, match=text):
+        create_store(local, LAYOUT, IDENTITY)
+
+
+def test_creation_cut_short_is_repeated(local: str) -> None:
+    wanted = {path: path.read_bytes() for path in Path(local).rglob("zarr.json")}
+    # As it is after a kill: marked, one array made with other shapes, the others not there.
+    group = open_group(local, mode="r+")
+    group.attrs.put({"format": "featup-datasets/1", "creating": True})
+    for name in ("seg", "status", "features"):
+        shutil.rmtree(f"{local}/features.zarr/{name}")
+    group.create_array("features", shape=(2, 2), dtype="i4")
+    for read in (stored_layout, stored_config):
+        with pytest.raises(StoreError, match=f"no feature store at {local}"):
+            read(local)
+    create_store(local, LAYOUT, IDENTITY)
+    assert {path: path.read_bytes() for path in Path(local).rglob("zarr.json")} == wanted
+
+
+def test_a_strange_zarr_group_is_refused(url: str) -> None:
+    folder = storage.join(url, "features.zarr")
+    zarr.create_group(folder, attributes={"title": "weather"})
+    for act in (read_attributes, stored_layout, lambda url: create_store(url, LAYOUT, IDENTITY)):
+        with pytest.raises(StoreError, match="is a Zarr group and not a feature store; give another --out"):
+            act(url)
+    assert dict(zarr.open_group(folder, mode="r").attrs) == {"title": "weather"}
+
+
+def test_anything_else_in_its_place_is_refused_and_kept(tmp_path: Path) -> None:
+    # Each of these was deleted, or ended in another library's error.
+    def create() -> None:
+        create_store(str(tmp_path), LAYOUT, IDENTITY)
+
+    folder = tmp_path / "features.zarr"
+    zarr.create_group(folder, zarr_format=2, attributes={"title": "weather"})
+    with pytest.raises(StoreError, match=r"holds 2 files \(\.zattrs \.\.\.\) and no zarr\.json of a Zarr v3 group"):
+        create()
+    assert sorted(os.listdir(folder)) == [".zattrs", ".zgroup"]
+    shutil.rmtree(folder)
+    zarr.create_array(folder, shape=(3,), dtype="i4")
+    with pytest.raises(StoreError, match="is not a Zarr group that can be read"):
+        create()
+    shutil.rmtree(folder)
+    folder.mkdir()
+    create()
+    assert stored_layout(str(tmp_path)) == LAYOUT
+
+
+def test_a_store_whose_attributes_are_lost_or_damaged_is_kept(local: str) -> None:
+    StoreWriter(local, LAYOUT).write(KEYS[0], unit_blocks(LAYOUT, (OK,)))
+    before, attributes = objects(local), Path(local) / "features.zarr" / "zarr.json"
+    whole = attributes.read_bytes()
+    attributes.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(StoreError, match=r"its zarr\.json is damaged"):
+        create_store(local, LAYOUT, IDENTITY)
+    attributes.unlink()
+    with pytest.raises(StoreError, match="or is a store that lost that file, and creating a store would delete it"):
+        create_store(local, LAYOUT, IDENTITY)
+    attributes.write_bytes(whole)
+    create_store(local, LAYOUT, IDENTITY)
+    assert objects(local) == before
+
+
+def test_no_store_says_so(tmp_path: Path) -> None:
+    url = str(tmp_path / "none")
+    assert read_attributes(url) is None
+    for act in (stored_layout, stored_config, open_group, lambda url: open_arrays(url, ["features"])):
+        with pytest.raises(StoreError, match=rf"no feature store at {url}.*give the folder that was --out"):
+            act(url)
+
+
+def test_the_layout_and_the_config_read_back(tmp_path: Path) -> None:
+    url = str(tmp_path)
+    config = PrecomputeConfig(shards=("a.tar",), out=url, size=Size(6, 10), mean=(0.5, 0.25, 0.125))
+    setup = {"channels": 3, "mean": [0.5, 0.25, 0.125]}
+    create_store(url, LAYOUT, {**IDENTITY, "config": describe(config), "setup": setup})
+    assert stored_layout(url) == LAYOUT
+    assert stored_config(url) == (config, setup)
+    text = json.loads((tmp_path / "features.zarr" / "zarr.json").read_text())
+    assert text["attributes"]["config"]["size"] == "6x10"
+
+
+def _changed(blocks: Blocks, name: str, values: NDArray[Any] | None) -> Blocks:
+    rest = {key: block for key, block in blocks.items() if key != name}
+    return rest if values is None else {**rest, name: values}
+
+
+WHOLE = unit_blocks(LAYOUT, (OK, OK, OK, OK))
+
+
+@pytest.mark.parametrize(
+    ("row", "blocks", "text"),
+    [
+        (
+            2,
+            WHOLE,
+            "at row 2; a unit begins a shard of 4 rows, below row 8, and has all of ['cls', 'depth', 'features'",
+        ),
+        (8, WHOLE, "at row 8; a unit begins a shard of 4 rows, below row 8, and has all of"),
+        (4, _changed(WHOLE, "seg", None), "writing ['cls', 'depth', 'features', 'status', 'valid'] at row 4; a unit"),
+        (4, _changed(WHOLE, "more", WHOLE["seg"]), "writing ['cls', 'depth', 'features', 'more', 'seg', 'status', "),
+        (
+            4,
+            _changed(WHOLE, "features", WHOLE["features"][:3]),
+            "features is float16 (3, 6, 10, 3), the store takes float16 (4, 6, 10, 3)",
+        ),
+        (
+            4,
+            _changed(WHOLE, "features", WHOLE["features"].transpose(0, 2, 1, 3)),
+            "features is float16 (4, 10, 6, 3), the store takes float16 (4, 6, 10, 3)",
+        ),
+        (
+            4,
+            _changed(WHOLE, "features", WHOLE["features"].astype(np.float32)),
+            "features is float32 (4, 6, 10, 3), the store takes float16 (4, 6, 10, 3)",
+        ),
+        (4, _changed(WHOLE, "status", WHOLE["status"][:, None]), "status is uint8 (4, 1), the store takes uint8 (4,)"),
+    ],
+    ids=["misaligned", "beyond", "missing", "unknown", "short", "transposed", "type", "status"],
+)
+def test_blocks_that_are_no_whole_unit_are_refused(local: str, row: int, blocks: Blocks, text: str) -> None:
+    key = UnitKey(1, 0, 4, 8, row)
+    with pytest.raises(StoreError, match=re.escape(text)) as caught:
+        StoreWriter(local, LAYOUT).write(key, blocks)
+    assert str(caught.value).startswith(str(key))
+    assert objects(local) == {}, "nothing is written of a unit that is refused"
+
+
+def test_rows_that_are_no_whole_shards_are_refused() -> None:
+    with pytest.raises(StoreError, match="10 rows are not whole shards of 4: two workers would write to one shard"):
+        dataclasses.replace(LAYOUT, rows=10)
+
+
+def test_sizes_of_arrays() -> None:
+    assert LAYOUT.sample_bytes == 6 * 10 * 3 * 2 + 6 * 10 + 6 * 10 * 4 + 8 + 6 * 10 + 1
+    assert [spec.name for spec in LAYOUT.arrays] == ["features", "seg", "depth", "cls", "valid", "status"]
+    wide = dataclasses.replace(LAYOUT, labels=("seg",), seg_dtype="uint16", valid_mask=False)
+    assert [(spec.name, spec.dtype, spec.fill) for spec in wide.arrays[1:]] == [
+        ("seg", "uint16", 65535), ("status", "uint8", 0),
+    ]  # fmt: skip
+
+
+EVEN = dataclasses.replace(LAYOUT, tile=(3, 5))
+
+
+@pytest.mark.parametrize("name", ["features", "seg", "cls", "status"])
+@pytest.mark.parametrize(
+    ("layout", "codecs"), [(LAYOUT, "zarr"), (EVEN, "zarr"), (EVEN, "zarrs")], ids=["ragged", "even", "even-zarrs"]
+)
+def test_a_flipped_bit_is_never_read_as_data(
+    tmp_path: Path, layout: Layout, codecs: Literal["zarr", "zarrs"], name: str
+) -> None:
+    url = str(tmp_path)
+    create_store(url, layout, IDENTITY)
+    blocks = unit_blocks(layout, (OK, OK, OK, OK))
+    StoreWriter(url, layout).write(KEYS[0], blocks)
+    (place,) = [tmp_path / "features.zarr" / found for found in objects(url) if found.startswith(f"{name}/")]
+    whole = place.read_bytes()
+    array = open_arrays(url, [name], codecs)[name]
+    rng = np.random.default_rng(0)
+    for position in rng.choice(len(whole), min(len(whole), 40), replace=False):
+        damaged = bytearray(whole)
+        damaged[position] ^= 1 << int(rng.integers(8))
+        place.write_bytes(damaged)
+        # What a codec raises is the library's choice; that it does is the point.
+        with pytest.raises(Exception, match=r"(?i)checksum|crc|invalid|corrupt|range|byte|size|decod|blosc"):
+            array[:4]
+        if array.ndim > 1 and codecs == "zarr":
+            # One row touches a part of the chunks only: it is what it was, or it is refused.
+            with suppress(ValueError):
+                assert np.asarray(array[1]).tobytes() == blocks[name][1].tobytes()
+    place.write_bytes(whole)
+    assert np.asarray(array[:4]).tobytes() == blocks[name].tobytes()
+
+
+def test_the_checksum_of_a_row_is_that_of_its_bytes() -> None:
+    row = np.arange(24, dtype=np.float16).reshape(2, 3, 4)
+    wanted = google_crc32c.value(b"".join(value.astype("<f2").tobytes() for value in row.ravel()))
+    assert row_checksum(row) == wanted
+    assert row_checksum(row.transpose(2, 0, 1).copy().transpose(1, 2, 0)) == wanted, "whatever its strides"
+    assert google_crc32c.value(b"123456789") == 0xE3069283, "Castagnoli's polynomial"
+
+
+def rounded_by_arithmetic(values: NDArray[np.float16], bits: int) -> NDArray[np.float16]:
+    """float16 values rounded in float64, half to even; those that do not fit, and those not finite, as they are."""
+    exact = values.astype(np.float64)
+    finite = np.isfinite(exact)
+    size = np.abs(np.where(finite & (exact != 0), exact, 1.0))
+    # Numbers below 2^-14 have the spacing of those just above.
+    step = 2.0 ** (np.maximum(np.floor(np.log2(size)), -14) - bits)
+    near = np.round(np.where(finite, exact, 0.0) / step) * step
+    fits = finite & (np.abs(near) <= float(np.finfo(np.float16).max))
+    return np.where(fits, np.where(fits, near, 0.0).astype(np.float16), values)
+
+
+@pytest.mark.parametrize("bits", range(1, 11))
+def test_rounding_every_number_there_is(bits: int) -> None:
+    every = np.arange(65536, dtype=np.uint16).view(np.float16)
+    found = every.copy()
+    round_mantissa(found, bits)
+    wanted = rounded_by_arithmetic(every, bits)
+    different = found.view(np.uint16) != wanted.view(np.uint16)
+    assert not different.any(), [(every[i], found[i], wanted[i]) for i in np.flatnonzero(different)[:5]]
+    again = found.copy()
+    round_mantissa(again, bits)
+    settled = np.abs(found.astype(np.float64)) < 65504
+    assert np.array_equal(again[settled], found[settled]), "rounding twice is rounding once"
+
+
+def test_rounding_in_place_keeps_the_shape() -> None:
+    block = np.random.default_rng(0).normal(size=(2, 3, 5, 4)).astype(np.float16)
+    wanted = rounded_by_arithmetic(block, 4)
+    round_mantissa(block, 4)
+    assert np.array_equal(block, wanted)
+    assert len(np.unique(block.view(np.uint16) & 0b111111)) == 1
+
+
+@given(st.tuples(st.integers(1, 3000), st.integers(1, 3000)), st.integers(1, 4096), st.none() | st.integers(1, 500))
+def test_tiles_are_even_and_as_large_as_allowed(size: tuple[int, int], channels: int, wanted: int | None) -> None:
+    tile = tile_of(size, channels, wanted)
+    most = wanted or int(np.sqrt(2**22 / (2 * channels)))
+    for side, piece in zip(size, tile, strict=True):
+        count = -(-side // piece)
+        assert 1 <= piece <= max(1, most)
+        assert count == -(-side // max(1, most)), "not more tiles than needed"
+        assert piece * count - side < count, "they differ from each other by less than a pixel a tile"
+    if wanted is None and channels <= 2**21:
+        assert 2 * channels * tile[0] * tile[1] <= 2**22
+
+
+def test_known_tiles() -> None:
+    assert tile_of((224, 224), 384, None) == (56, 56)
+    assert tile_of((224, 224), 64, None) == (112, 112)
+    assert tile_of((352, 480), 384, 60) == (59, 60)
+    assert tile_of((7, 7), 8, 100) == (7, 7)
