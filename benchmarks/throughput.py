@@ -70,7 +70,7 @@ def stages_alone(config: PrecomputeConfig) -> dict[str, float]:
     plan = complete_plan(config, shards, setup.channels)
     layout = layout_of(config, plan.rows_per_shard, setup.channels, plan.units)
     create_all(config, plan, layout, setup)
-    processor = UnitProcessor(config, setup, layout, plan.digest)
+    processor = UnitProcessor(config, setup, layout)
     options = decode_options(config, setup.mean)
     units: list[tuple[UnitKey, LoadedUnit]] = []
     started, worked = time.perf_counter(), time.process_time()

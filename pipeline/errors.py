@@ -3,25 +3,37 @@
 PipelineError
 ├── ConfigError        (ValueError)     an option, or a combination of options, that cannot be served
 ├── InputError         (ValueError)     shards that cannot be found, listed or indexed
+│   └── InputChangedError               an input shard is not the one the store was made from
 ├── SampleError        (ValueError)     one sample that cannot be used; carries a Reason
 ├── UnitError          (RuntimeError)   one unit of work that failed for good; carries its key
 ├── StoreError         (RuntimeError)   a store that is missing, incomplete, damaged or of another make
-│   └── StoreMismatchError              a store made with another config, model or plan
+│   ├── StoreMismatchError              a store made with another config, model or plan
+│   ├── StoreFormatError                a store of a format that this program does not read
+│   ├── IncompleteStoreError            a store whose job has not ended, where a whole one is needed
+│   └── LeaseError                      another driver is at work on the store
+├── EnvironmentFault   (RuntimeError)   disk full, access denied, bucket gone: the job stops, nothing is lost
 ├── ForkError          (RuntimeError)   a reader inherited through fork(), which would deadlock
 └── JobFailedError     (RuntimeError)   the run ended, and what it had to do is not all done
 """
 
 from enum import StrEnum
 
+from pipeline.redaction import redact
+
 __all__ = [
     "ConfigError",
+    "EnvironmentFault",
     "ForkError",
+    "IncompleteStoreError",
+    "InputChangedError",
     "InputError",
     "JobFailedError",
+    "LeaseError",
     "PipelineError",
     "Reason",
     "SampleError",
     "StoreError",
+    "StoreFormatError",
     "StoreMismatchError",
     "UnitError",
 ]
@@ -35,6 +47,8 @@ class Reason(StrEnum):
     TRUNCATED = "truncated"
     UNSUPPORTED = "unsupported_format"
     TOO_LARGE = "too_large"
+    TOO_MANY_BYTES = "too_many_bytes"
+    DECODE_TIMEOUT = "decode_timeout"
     LABEL_MISSING = "label_missing"
     LABEL_SIZE = "label_size"
     LABEL_UNDECODABLE = "label_undecodable"
@@ -47,7 +61,10 @@ class Reason(StrEnum):
 
 
 class PipelineError(Exception):
-    """Base of every error raised by ``pipeline``."""
+    """Base of every error raised by ``pipeline``. Credentials in its text are left out, wherever it is raised."""
+
+    def __init__(self, text: str = "") -> None:
+        super().__init__(redact(text))
 
 
 class ConfigError(PipelineError, ValueError):
@@ -58,13 +75,17 @@ class InputError(PipelineError, ValueError):
     """Shards that cannot be found, listed or indexed."""
 
 
+class InputChangedError(InputError):
+    """An input shard whose content is not what the store was made from; the text names it."""
+
+
 class SampleError(PipelineError, ValueError):
     """One sample that cannot be used. The job goes on; the index lists it with its reason."""
 
     def __init__(self, reason: Reason, detail: str) -> None:
         super().__init__(f"{reason.value}: {detail}")
         self.reason = reason
-        self.detail = detail
+        self.detail = redact(detail)
 
     def __reduce__(self) -> tuple[type["SampleError"], tuple[Reason, str]]:
         return (SampleError, (self.reason, self.detail))
@@ -80,6 +101,22 @@ class StoreError(PipelineError, RuntimeError):
 
 class StoreMismatchError(StoreError):
     """A store made with another config, model or plan; the text lists the differences."""
+
+
+class StoreFormatError(StoreError):
+    """A store of a format that this program does not read: too old, or made by a newer program."""
+
+
+class IncompleteStoreError(StoreError):
+    """A store whose job has not ended, where a whole one is needed."""
+
+
+class LeaseError(StoreError):
+    """Another driver is at work on the store, or took it over; the text names it."""
+
+
+class EnvironmentFault(PipelineError, RuntimeError):  # noqa: N818 - a fault of the world around, not of the program
+    """Disk full, access denied, bucket gone: no unit can be written until somebody mends it. The job stops soon."""
 
 
 class ForkError(PipelineError, RuntimeError):

@@ -20,13 +20,13 @@ __all__ = ["Featurizer"]
 class Featurizer:
     """The actor: rows of loaded units in, rows with receipts out. Features never leave it but for the store."""
 
-    def __init__(self, config: PrecomputeConfig, setup: Setup, layout: Layout, plan_digest: str) -> None:
+    def __init__(self, config: PrecomputeConfig, setup: Setup, layout: Layout) -> None:
         # While one thread computes and one writes, each asks for Python's lock all the time: hand it over sooner.
         sys.setswitchinterval(0.0005)
-        self.processor = UnitProcessor(config, setup, layout, plan_digest)
+        self.processor = UnitProcessor(config, setup, layout)
 
     def __call__(self, batch: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
-        """One unit, as ``pipeline.load.load_row`` made it, to ``{"receipt": [JSON]}``."""
+        """One unit, as ``pipeline.compute.load.load_row`` made it, to ``{"receipt": [JSON]}``."""
         receipts = []
         for key, loaded in unpack(batch):
             receipt = loaded if isinstance(loaded, Receipt) else self.processor.process(key, loaded)

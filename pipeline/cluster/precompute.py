@@ -123,7 +123,7 @@ def stages(
         .map(load_row, fn_kwargs={"fetch": ray.get, "reference": reference}, num_cpus=config.loader_cpus)
         .map_batches(
             Featurizer,
-            fn_constructor_args=(config, setup, layout, plan.digest),
+            fn_constructor_args=(config, setup, layout),
             batch_size=1,
             batch_format="numpy",
             num_cpus=config.cpus_per_actor,

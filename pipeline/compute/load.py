@@ -19,6 +19,7 @@ from pipeline.errors import PipelineError, Reason, SampleError
 from pipeline.inputs.plan import Plan, UnitKey
 from pipeline.inputs.read import read_samples
 from pipeline.inputs.tar import IndexedSample, ShardIndex
+from pipeline.redaction import redact
 from pipeline.store.ledger import Receipt, SampleRecord
 
 if TYPE_CHECKING:
@@ -45,11 +46,13 @@ class LoadedUnit:
     """One unit, decoded.
 
     ``blocks``: ``image`` uint8 ``[R, H, W, 3]`` and every label ``[R, ...]``, with ``R`` rows per shard and fill values
-    where there is no good sample; ``records``: one a sample; ``seconds`` and ``sizes`` (bytes): of each stage.
+    where there is no good sample; ``records``: one a sample; ``shard``: the digest of the input shard; ``seconds`` and
+    ``sizes`` (bytes): of each stage.
     """
 
     blocks: dict[str, NDArray[Any]]
     records: tuple[SampleRecord, ...]
+    shard: str
     seconds: dict[str, float]
     sizes: dict[str, int]
 
@@ -144,6 +147,7 @@ def load_unit(plan: Plan, key: UnitKey, options: DecodeOptions) -> LoadedUnit:
                 orientation=sample.orientation,
                 decoder=sample.decoder,
                 sha256=sample.sha256,
+                label_sha256=sample.label_sha256,
             )
         )
     decode_done = time.perf_counter()
@@ -151,6 +155,7 @@ def load_unit(plan: Plan, key: UnitKey, options: DecodeOptions) -> LoadedUnit:
     return LoadedUnit(
         blocks=blocks,
         records=tuple(records),
+        shard=plan.shards[key.shard].digest,
         seconds={"read": read_done - started, "decode": decode_done - read_done},
         sizes={"read": read_bytes, "decode": sum(block.nbytes for block in blocks.values())},
     )
@@ -193,7 +198,7 @@ def load_row(row: dict[str, Any], fetch: Callable[[Any], Any], reference: Any) -
         records = tuple(
             SampleRecord(entry.key, key.row + offset, "ok") for offset, entry in enumerate(plan.unit_samples(key))
         )
-        receipt = failed_unit(key, plan.digest, records, error)
+        receipt = failed_unit(key, plan.shards[key.shard].digest, records, error)
         return {"meta": receipt.to_json(), "failed": True, **empty_blocks(plan.rows_per_shard, options)}
 
 
@@ -203,16 +208,18 @@ def _fetched(fetch: Callable[[Any], Any], reference: Any) -> Any:
     return fetch(reference)
 
 
-def failed_unit(key: UnitKey, plan: str, records: tuple[SampleRecord, ...], error: Exception) -> Receipt:
+def failed_unit(key: UnitKey, shard: str, records: tuple[SampleRecord, ...], error: Exception) -> Receipt:
     """The account of a unit that failed for good; its samples failed with it."""
-    text = f"{type(error).__name__}: {error}"
+    text = redact(f"{type(error).__name__}: {error}")
     lost = tuple(
         replace(record, status="failed", reason=Reason.UNIT_FAILED.value, detail=text)
         if record.status == "ok"
         else record
         for record in records
     )
-    return Receipt(unit=key, plan=plan, samples=lost, worker={"host": platform.node(), "pid": os.getpid()}, error=text)
+    return Receipt(
+        unit=key, shard=shard, samples=lost, worker={"host": platform.node(), "pid": os.getpid()}, error=text
+    )
 
 
 def pack(key: UnitKey, loaded: LoadedUnit) -> dict[str, Any]:
@@ -220,6 +227,7 @@ def pack(key: UnitKey, loaded: LoadedUnit) -> dict[str, Any]:
     meta = {
         "unit": asdict(key),
         "records": [asdict(record) for record in loaded.records],
+        "shard": loaded.shard,
         "seconds": loaded.seconds,
         "sizes": loaded.sizes,
     }
@@ -235,7 +243,7 @@ def unpack(batch: Mapping[str, NDArray[Any]]) -> Iterator[tuple[UnitKey, LoadedU
             continue
         meta = json.loads(text)
         records = Receipt.from_json(
-            json.dumps({"unit": meta["unit"], "plan": "", "samples": meta["records"]}).encode()
+            json.dumps({"unit": meta["unit"], "shard": "", "samples": meta["records"]}).encode()
         ).samples
         # Ray hands out read-only views of its object store; labels of failed samples are overwritten later.
         blocks = {
@@ -243,4 +251,4 @@ def unpack(batch: Mapping[str, NDArray[Any]]) -> Iterator[tuple[UnitKey, LoadedU
             for name, column in batch.items()
             if name not in ("meta", "failed")
         }
-        yield UnitKey(**meta["unit"]), LoadedUnit(blocks, records, meta["seconds"], meta["sizes"])
+        yield UnitKey(**meta["unit"]), LoadedUnit(blocks, records, meta["shard"], meta["seconds"], meta["sizes"])

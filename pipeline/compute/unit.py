@@ -35,14 +35,13 @@ class UnitProcessor:
     Computing and writing each have a lock of their own: while one thread writes a unit, the other computes the next.
     """
 
-    def __init__(self, config: PrecomputeConfig, setup: Setup, layout: Layout, plan_digest: str) -> None:
+    def __init__(self, config: PrecomputeConfig, setup: Setup, layout: Layout) -> None:
         """
         Raises:
             StoreError: the weights this process found are not those the store was made for, or there is no store.
         """
         self.config = config
         self.layout = layout
-        self.plan_digest = plan_digest
         self.threads = set_threads(config.threads, config.actors)
         pca, pca_digest = None, {}
         if config.projects:
@@ -66,7 +65,7 @@ class UnitProcessor:
 
         Returns the receipt, or, where every attempt failed, a receipt with ``error`` that is not in the ledger.
         """
-        done = self.ledger.get(key, self.plan_digest)
+        done = self.ledger.get(key, loaded.shard)
         if done is not None:
             return done
         attempt = 0
@@ -77,7 +76,7 @@ class UnitProcessor:
             except (FeatupError, PipelineError, OSError, RuntimeError, ValueError) as error:
                 # Anything else is a fault of this program and ends the job with its traceback.
                 if attempt == self.config.unit_attempts:
-                    return failed_unit(key, self.plan_digest, loaded.records, error)
+                    return failed_unit(key, loaded.shard, loaded.records, error)
 
     def _process(self, key: UnitKey, loaded: LoadedUnit) -> Receipt:
         seconds, sizes = dict(loaded.seconds), dict(loaded.sizes)
@@ -105,7 +104,7 @@ class UnitProcessor:
                 }
             receipt = Receipt(
                 unit=key,
-                plan=self.plan_digest,
+                shard=loaded.shard,
                 samples=records,
                 checksums=checksums,
                 seconds=seconds,

@@ -63,6 +63,7 @@ class PreparedSample:
         orientation: EXIF orientation as found.
         decoder: ``simplejpeg`` or ``pillow``.
         sha256: hex digest of the image's bytes.
+        label_sha256: kind -> hex digest of the label's bytes.
     """
 
     image: npt.NDArray[np.uint8]
@@ -73,6 +74,7 @@ class PreparedSample:
     orientation: int
     decoder: Literal["simplejpeg", "pillow"]
     sha256: str
+    label_sha256: dict[str, str]
 
 
 def decode_image(data: bytes, *, max_pixels: int, min_size: Size | None = None) -> DecodedImage:
@@ -129,6 +131,7 @@ def prepare_sample(members: Mapping[str, bytes], options: DecodeOptions) -> Prep
     label_transform = transform.resized(options.label_size or options.size)
     flags = set(decoded.flags)
     labels: dict[str, npt.NDArray[Any]] = {}
+    label_sha256: dict[str, str] = {}
     for kind in options.labels:
         spec = label_spec(kind, options.seg_dtype)
         ext, label_data = _first(members, spec.extensions, f"{kind} label", Reason.LABEL_MISSING)
@@ -152,6 +155,7 @@ def prepare_sample(members: Mapping[str, bytes], options: DecodeOptions) -> Prep
                 flags.add("label_reoriented")
             label = apply_label(upright.astype(spec.dtype, copy=False), label_transform, spec.fill)
         labels[kind] = label
+        label_sha256[kind] = hashlib.sha256(label_data).hexdigest()
     return PreparedSample(
         image=apply_image(decoded.pixels, transform, options.fill, decoded.extent),
         labels=labels,
@@ -161,6 +165,7 @@ def prepare_sample(members: Mapping[str, bytes], options: DecodeOptions) -> Prep
         orientation=decoded.orientation,
         decoder=decoded.decoder,
         sha256=hashlib.sha256(data).hexdigest(),
+        label_sha256=label_sha256,
     )
 
 

@@ -48,7 +48,10 @@ class UnitKey:
 
 @dataclass(frozen=True)
 class PlannedShard:
-    """What planning keeps of one input shard: ``samples`` in it, of which the first ``used`` are in the plan."""
+    """What planning keeps of one input shard: ``samples`` in it, of which the first ``used`` are in the plan.
+
+    ``digest`` is :attr:`pipeline.inputs.tar.ShardIndex.digest`, which names the content wherever the shard lies.
+    """
 
     url: str
     size: int
@@ -56,6 +59,7 @@ class PlannedShard:
     samples: int
     used: int
     faults: tuple[str, ...]
+    digest: str
 
 
 @dataclass(frozen=True)
@@ -97,8 +101,8 @@ class Plan:
 
     @cached_property
     def digest(self) -> str:
-        """Identity of the input and its rows: sha256 over each shard's name, size and sample count."""
-        content = [[shard.url, shard.size, shard.samples, shard.used] for shard in self.shards]
+        """Identity of the input and its rows: sha256 over each shard's content and sample count."""
+        content = [[shard.digest, shard.samples, shard.used] for shard in self.shards]
         return hashlib.sha256(json.dumps([self.rows_per_shard, content]).encode()).hexdigest()
 
     def unit(self, number: int) -> UnitKey:
@@ -155,7 +159,7 @@ def plan_shard(url: str, index_dir: str) -> PlannedShard:
     """Index one input shard (or reuse its index) and keep what planning needs of it."""
     index = cached_index(url, index_dir)
     count = len(index.samples)
-    return PlannedShard(url, index.size, index.stamp, count, count, index.faults)
+    return PlannedShard(url, index.size, index.stamp, count, count, index.faults, index.digest)
 
 
 def make_plan(

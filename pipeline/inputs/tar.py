@@ -5,11 +5,13 @@ webdataset, ends without a word at the first header it cannot read, or raises an
 this index goes on behind the damage, lists what is lost, and keeps every sample that can be read.
 """
 
+import hashlib
 import re
 import tarfile
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 
 from pipeline.errors import InputError, Reason
 from pipeline.inputs import storage
@@ -81,6 +83,15 @@ class ShardIndex:
     stamp: str
     samples: tuple[IndexedSample, ...]
     faults: tuple[str, ...]
+
+    @cached_property
+    def digest(self) -> str:
+        """Identity of the content as far as headers tell: sha256 over each member's name, size and header, hex."""
+        content = hashlib.sha256()
+        for sample in self.samples:
+            for member in sample.members:
+                content.update(f"{sample.key}.{member.ext}\0{member.size}\0{member.mark}\0".encode())
+        return content.hexdigest()
 
 
 def split_name(name: str) -> tuple[str, str] | None:

@@ -106,8 +106,8 @@ def write_index(out: str, plan: Plan, ledger: Ledger, failures: Mapping[int, Rec
     try:
         with pq.ParquetWriter(path, SCHEMA, compression="zstd") as writer:
             rows: list[dict[str, object]] = []
-            keys = (plan.unit(number) for number in range(plan.units))
-            for key, found in ledger.receipts(keys, plan.digest):
+            keys = map(plan.unit, range(plan.units))
+            for key, found in ledger.receipts((key, plan.shards[key.shard].digest) for key in keys):
                 receipt = found or failures.get(key.unit)
                 if receipt is None or len(receipt.samples) != len(key):
                     counted = "no receipt" if receipt is None else f"{len(receipt.samples)} samples in its receipt"

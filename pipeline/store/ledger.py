@@ -5,10 +5,11 @@ samples, rows), never by a worker, so any later run of the same plan finds it.
 """
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from itertools import islice
+from typing import Any, TypeVar
 
 from pipeline.errors import StoreError
 from pipeline.inputs import storage
@@ -16,11 +17,14 @@ from pipeline.inputs.plan import UnitKey
 
 __all__ = ["Ledger", "Receipt", "SampleRecord"]
 
+T = TypeVar("T")
+
 
 @dataclass(frozen=True)
 class SampleRecord:
     """What became of one sample. ``status`` is ``"ok"`` or ``"failed"``; a failed one has a ``reason``.
 
+    ``sha256`` is that of the image's bytes, ``label_sha256`` those of its labels' bytes by kind.
     ``explained_variance``, of images that are fitted, is the share of held-out views' variance that the fit explains.
     """
 
@@ -35,6 +39,7 @@ class SampleRecord:
     orientation: int = 1
     decoder: str = ""
     sha256: str = ""
+    label_sha256: dict[str, str] = field(default_factory=dict)
     explained_variance: float | None = None
 
 
@@ -42,13 +47,16 @@ class SampleRecord:
 class Receipt:
     """Proof of a unit written, or (``error`` set) the account of a unit that failed.
 
+    ``shard`` is the digest of the input shard that the unit was made from, see
+    :attr:`pipeline.inputs.plan.PlannedShard.digest`.
+
     ``checksums`` holds for each array the crc32c of every row as stored, ``None`` where nothing was written;
     ``seconds`` and ``sizes`` (bytes) count per stage (read, decode, features, upsample, encode_write); ``worker`` names
     the host and process.
     """
 
     unit: UnitKey
-    plan: str
+    shard: str
     samples: tuple[SampleRecord, ...]
     checksums: dict[str, list[int | None]] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
@@ -94,11 +102,11 @@ class Ledger:
             raise StoreError(f"{receipt.unit} failed ({receipt.error}) and cannot be committed")
         storage.write_atomic(self._place(receipt.unit.unit), receipt.to_json())
 
-    def get(self, key: UnitKey, plan: str) -> Receipt | None:
+    def get(self, key: UnitKey, shard: str) -> Receipt | None:
         """The receipt of a unit that is done, or ``None``.
 
         Raises:
-            StoreError: there is a receipt, and it belongs to another plan or another unit, or cannot be read.
+            StoreError: there is a receipt, and it belongs to another input or another unit, or cannot be read.
         """
         try:
             receipt = Receipt.from_json(storage.read_bytes(self._place(key.unit)))
@@ -109,10 +117,10 @@ class Ledger:
                 f"{self._place(key.unit)} is no receipt ({type(error).__name__}: {error}): the file is damaged; remove "
                 "it and run the job again, which then makes this unit anew"
             ) from error
-        if (receipt.unit, receipt.plan) != (key, plan):
+        if (receipt.unit, receipt.shard) != (key, shard):
             raise StoreError(
-                f"{self._place(key.unit)} is the receipt of {receipt.unit} of plan {receipt.plan[:12]}, expected "
-                f"{key} of plan {plan[:12]}; the ledger was mixed up with another store's: restore it, or start anew"
+                f"{self._place(key.unit)} is the receipt of {receipt.unit} of input {receipt.shard[:12]}, expected "
+                f"{key} of input {shard[:12]}; the ledger was mixed up with another store's: restore it, or start anew"
             )
         return receipt
 
@@ -122,14 +130,20 @@ class Ledger:
         return {int(name[:-5]) for name in names if name.endswith(".json")}
 
     def receipts(
-        self, keys: Iterator[UnitKey], plan: str, threads: int = 16
+        self, keys: Iterable[tuple[UnitKey, str]], threads: int = 16
     ) -> Iterator[tuple[UnitKey, Receipt | None]]:
-        """(key, receipt or ``None``) in the order of ``keys``, read by several threads."""
+        """(key, receipt or ``None``) of units and their shards' digests, in this order, read by several threads."""
+
+        def get(pair: tuple[UnitKey, str]) -> tuple[UnitKey, Receipt | None]:
+            return pair[0], self.get(*pair)
+
         with ThreadPoolExecutor(threads) as pool:
-            batch: list[UnitKey] = []
-            for key in keys:
-                batch.append(key)
-                if len(batch) == 64 * threads:
-                    yield from zip(batch, pool.map(lambda one: self.get(one, plan), batch), strict=True)
-                    batch = []
-            yield from zip(batch, pool.map(lambda one: self.get(one, plan), batch), strict=True)
+            for batch in _batched(keys, 64 * threads):
+                yield from pool.map(get, batch)
+
+
+def _batched(items: Iterable[T], count: int) -> Iterator[list[T]]:
+    """Items in lists of ``count``, the last one shorter."""
+    remaining = iter(items)
+    while batch := list(islice(remaining, count)):
+        yield batch

@@ -90,7 +90,7 @@ def verify_unit(out: str, plan: Plan, number: int, check_source: SourceCheck | N
     """
     key = plan.unit(number)
     try:
-        receipt = Ledger(storage.join(out, "ledger")).get(key, plan.digest)
+        receipt = Ledger(storage.join(out, "ledger")).get(key, plan.shards[key.shard].digest)
     except (PipelineError, ValueError) as error:
         return Finding(number, 0, 0, 0, (f"{key}: {error}",))
     if receipt is None:

@@ -15,7 +15,7 @@ from pipeline.plan import Plan, PlannedShard
 from pipeline.run import connect, layout_of, stages
 
 config = PrecomputeConfig(shards=("a.tar",), out="out", size=Size(64, 64))
-plan = Plan((PlannedShard("a.tar", 1, "", 8, 8, ()),), 2, "index")
+plan = Plan((PlannedShard("a.tar", 1, "", 8, 8, (), "d"),), 2, "index")
 setup = Setup(4, (4, 4), (16, 16), 0, (0.5,) * 3, (0.5,) * 3, {}, "cpu")
 connect(100)
 stages(config, plan, layout_of(config, 2, 4, plan.units), setup, np.arange(plan.units), 0.0).explain()

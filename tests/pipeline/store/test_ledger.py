@@ -26,9 +26,9 @@ def key_of(unit: int, count: int = 2, rows: int = 4) -> UnitKey:
     return UnitKey(unit, 0, unit * rows, unit * rows + count, unit * rows)
 
 
-def receipt_of(unit: int, count: int = 2, plan: str = PLAN) -> Receipt:
+def receipt_of(unit: int, count: int = 2, shard: str = PLAN) -> Receipt:
     key = key_of(unit, count)
-    return Receipt(key, plan, tuple(SampleRecord(f"k{n}", key.row + n, "ok") for n in range(count)))
+    return Receipt(key, shard, tuple(SampleRecord(f"k{n}", key.row + n, "ok") for n in range(count)))
 
 
 def test_what_is_committed_is_done(url: str) -> None:
@@ -103,17 +103,17 @@ def test_readers_see_whole_receipts_while_they_are_replaced(tmp_path: Path) -> N
 @pytest.mark.parametrize(
     ("key", "plan", "text"),
     [
-        (key_of(3, 2), "f" * 64, "expected unit 3 (shard 0, samples 12:14, row 12) of plan ffffffffffff; the ledger"),
-        (key_of(3, 1), PLAN, "expected unit 3 (shard 0, samples 12:13, row 12) of plan 0123456789ab; the ledger was"),
-        (UnitKey(3, 1, 12, 14, 12), PLAN, "expected unit 3 (shard 1, samples 12:14, row 12) of plan 0123456789ab"),
-        (UnitKey(3, 0, 12, 14, 24), PLAN, "expected unit 3 (shard 0, samples 12:14, row 24) of plan 0123456789ab"),
+        (key_of(3, 2), "f" * 64, "expected unit 3 (shard 0, samples 12:14, row 12) of input ffffffffffff; the ledger"),
+        (key_of(3, 1), PLAN, "expected unit 3 (shard 0, samples 12:13, row 12) of input 0123456789ab; the ledger was"),
+        (UnitKey(3, 1, 12, 14, 12), PLAN, "expected unit 3 (shard 1, samples 12:14, row 12) of input 0123456789ab"),
+        (UnitKey(3, 0, 12, 14, 24), PLAN, "expected unit 3 (shard 0, samples 12:14, row 24) of input 0123456789ab"),
     ],
     ids=["plan", "samples", "shard", "row"],
 )
 def test_a_receipt_of_another_plan_or_unit_is_refused(url: str, key: UnitKey, plan: str, text: str) -> None:
     ledger = Ledger(url)
     ledger.commit(receipt_of(3))
-    found = "is the receipt of unit 3 (shard 0, samples 12:14, row 12) of plan 0123456789ab, "
+    found = "is the receipt of unit 3 (shard 0, samples 12:14, row 12) of input 0123456789ab, "
     with pytest.raises(StoreError, match=re.escape(found + text)):
         ledger.get(key, plan)
 
@@ -142,19 +142,19 @@ def test_receipts_come_in_the_order_of_their_keys(url: str) -> None:
         ledger.commit(receipt_of(unit))
     # More keys than are read at once by two threads.
     order = [3, 1, 0, 2, *range(10, 300)]
-    found = list(ledger.receipts(map(key_of, order), PLAN, threads=2))
+    found = list(ledger.receipts(((key_of(unit), PLAN) for unit in order), threads=2))
     assert [key.unit for key, _ in found] == order
     assert [receipt for _, receipt in found[:4]] == [receipt_of(3), None, receipt_of(0), receipt_of(2)]
     assert not any(receipt for _, receipt in found[4:])
-    assert list(ledger.receipts(iter([]), PLAN)) == []
+    assert list(ledger.receipts([])) == []
 
 
 def test_reading_many_receipts_stops_at_a_strange_one(url: str) -> None:
     ledger = Ledger(url)
     ledger.commit(receipt_of(0))
-    ledger.commit(receipt_of(1, plan="f" * 64))
-    with pytest.raises(StoreError, match="of plan ffffffffffff, expected"):
-        list(ledger.receipts(map(key_of, (0, 1)), PLAN))
+    ledger.commit(receipt_of(1, shard="f" * 64))
+    with pytest.raises(StoreError, match="of input ffffffffffff, expected"):
+        list(ledger.receipts((key_of(unit), PLAN) for unit in (0, 1)))
 
 
 TEXTS = st.text(st.characters(exclude_categories=["Cs"]), max_size=20)
@@ -179,7 +179,7 @@ RECEIPTS = st.builds(
         lambda unit, shard, start, count, row: UnitKey(unit, shard, start, start + count, row),
         *[COUNTS] * 3, st.integers(1, 99), COUNTS,
     ),
-    plan=TEXTS,
+    shard=TEXTS,
     samples=st.lists(SAMPLES, max_size=4).map(tuple),
     checksums=st.dictionaries(TEXTS, st.lists(st.none() | st.integers(0, 2**32 - 1), max_size=4), max_size=3),
     seconds=st.dictionaries(TEXTS, st.floats(allow_nan=False), max_size=3),
