@@ -194,7 +194,7 @@ class Lease:
         """
         if not self._lost and self.info.age(self._clock()) > 2 * self.info.interval:
             try:
-                self._renew()
+                self._renew(timeout=self.info.interval)
             except OSError as error:
                 silent = self.info.age(self._clock())
                 if silent > self._stale_after:
@@ -243,10 +243,14 @@ class Lease:
                 # Tried again at the next beat; when that is overdue, check() tries as well and raises what goes wrong.
                 continue
 
-    def _renew(self) -> None:
-        with self._lock:
+    def _renew(self, timeout: float = -1) -> None:
+        if not self._lock.acquire(timeout=timeout):
+            raise TimeoutError(f"the store does not answer a renewal for {human_seconds(timeout)}")
+        try:
             if not self._lost:
                 self._replace(self.info)
+        finally:
+            self._lock.release()
 
     def _replace(self, info: LeaseInfo) -> None:
         """Write ``info`` with a new heartbeat over this driver's last version of the file, or set ``_lost``."""
