@@ -25,7 +25,8 @@ import torch
 import yaml
 
 from featup.errors import FeatupError
-from pipeline.cluster.connect import connect, default_gpus
+from pipeline.cluster.connect import connect
+from pipeline.cluster.resources import default_gpus
 from pipeline.cluster.planning import index_on_ray
 from pipeline.compute.models import make_backbone
 from pipeline.compute.prepare import plan_input, versions
