@@ -65,7 +65,7 @@ def precompute(config: PrecomputeConfig) -> Summary:
     for fault in plan.faults:
         print(f"input fault: {fault}", flush=True)
 
-    todo = np.array([unit for unit in range(plan.units) if unit not in done], dtype=np.int64)
+    todo = done.todo(plan.units)
     left = sum(len(plan.unit(int(unit))) for unit in todo)
     print(
         f"{config.out}: {plan.samples} samples in {plan.units} units, {len(done)} units done before, "

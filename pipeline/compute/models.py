@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from featup.backbones import Backbone, create_backbone
-from featup.checkpoints import check_backbone, load_pca
+from featup.checkpoints import check_backbone
 from featup.errors import GeometryError
 from featup.images import resize_images
 from featup.multiview.implicit import Fit, FitOptions, Implicit
@@ -24,7 +24,7 @@ from pipeline.errors import ConfigError, SampleError, StoreError
 from pipeline.inputs import storage
 from pipeline.inputs.plan import Plan
 from pipeline.store.layout import list_differences
-from pipeline.store.provenance import feature_space, stored_config
+from pipeline.store.provenance import feature_space, pca_place, stored_config, stored_pca
 
 __all__ = ["Extractor", "Setup", "fit_pca", "make_backbone", "pca_place", "take_pca"]
 
@@ -183,17 +183,12 @@ def fit_pca(extractor: Extractor, plan: Plan, components: int, images: int) -> P
     return fit.solve(components)
 
 
-def pca_place(store: str) -> str:
-    """Where a store keeps its PCA."""
-    return storage.join(store, "plan", "pca.safetensors")
-
-
 def take_pca(store: str, config: PrecomputeConfig, setup: Setup) -> tuple[PCA, bytes]:
     """Another store's PCA and its file's bytes, for a run with ``config`` and ``setup``.
 
     Raises:
         ConfigError: its backbone gives other features than this run's.
-        StoreError: there is no such store, or it has all channels.
+        StoreError: there is no such store, it is not complete, it has all channels, or its PCA file was replaced.
     """
     other = stored_config(store)
     if "pca" not in other[1]["digests"]:
@@ -204,5 +199,4 @@ def take_pca(store: str, config: PrecomputeConfig, setup: Setup) -> tuple[PCA, b
             f"the PCA of {store} is of other features: {'; '.join(differences)}. Give the options of the backbone that "
             "store was made with, or --pca to fit a PCA to this data set"
         )
-    place = pca_place(store)
-    return load_pca(storage.local_copy(place)), storage.read_bytes(place)
+    return stored_pca(store)
