@@ -40,8 +40,8 @@ def choose_device(gpus: float | None) -> torch.device:
         return torch.device("cpu")
     if not torch.cuda.is_available():
         raise ConfigError(
-            f"{gpus:g} GPUs are asked for and torch {torch.__version__} sees none: there is no GPU, its driver does not "
-            "fit, or this torch is a build for CPUs; give --gpus-per-actor 0, or install torch for CUDA"
+            f"{gpus:g} GPUs are asked for and torch {torch.__version__} sees none: there is no GPU, its driver does "
+            "not fit, or this torch is a build for CPUs; give --gpus-per-actor 0, or install torch for CUDA"
         )
     return torch.device("cuda")
 
