@@ -173,9 +173,10 @@ class UnitProcessor:
         } | {"status": status}
         with self._writing:
             self.writer.write(key, blocks)
-            receipt = replace(
-                failed, error="", checksums={spec.name: [None] * len(loaded.records) for spec in self.layout.arrays}
-            )
+            nothing: dict[str, list[int | None]] = {
+                spec.name: [None] * len(loaded.records) for spec in self.layout.arrays
+            }
+            receipt = replace(failed, error="", checksums=nothing)
             self.ledger.commit(receipt)
         self.ledger.end_attempt(key.unit)
         return Outcome(receipt)

@@ -37,7 +37,7 @@ def test_the_device_follows_the_option() -> None:
         assert choose_device(None).type == choose_device(1).type == "cuda"
     else:
         assert choose_device(None) == torch.device("cpu")
-        with pytest.raises(ConfigError, match="torch sees none|sees none") as error:
+        with pytest.raises(ConfigError, match="sees none") as error:
             choose_device(1)
         assert "--gpus-per-actor 0" in str(error.value)
 
