@@ -135,9 +135,7 @@ def holder(url: str) -> LeaseInfo | None:
 class Lease:
     """The right to write to a store, held until :meth:`release`; a context manager. See :meth:`acquire`."""
 
-    def __init__(
-        self, place: str, info: LeaseInfo, token: str, stale_after: float, clock: Callable[[], float]
-    ) -> None:
+    def __init__(self, place: str, info: LeaseInfo, token: str, stale_after: float, clock: Callable[[], float]) -> None:
         self.place, self.info = place, info
         self._token, self._stale_after, self._clock = token, stale_after, clock
         self._lost = ""
