@@ -210,8 +210,12 @@ class StoreSnapshot:
                 if self.facts[number].failed:
                     yield from self._indexed_failures(number)
                 continue
-            receipts = self.segment_receipts(number) if number in segments else self.open_receipts(open_units.get(number, ()))
-            found = [sample for _, receipt in receipts if isinstance(receipt, Receipt) for sample in self._failures(receipt)]
+            receipts = (
+                self.segment_receipts(number) if number in segments else self.open_receipts(open_units.get(number, ()))
+            )
+            found = [
+                sample for _, receipt in receipts if isinstance(receipt, Receipt) for sample in self._failures(receipt)
+            ]
             if number in self.failed_units:
                 found += self._indexed_failures(number, set(self.failed_units[number]))
             yield from sorted(found, key=lambda sample: sample.row)
@@ -230,10 +234,11 @@ class StoreSnapshot:
             chosen &= np.isin(table["unit"].to_numpy(), list(units))
         return [FailedSample(**row) for row in table.take(np.flatnonzero(chosen)).select(names).to_pylist()]
 
-    def failures_of_failed_units(self) -> list[FailedSample]:
-        """The samples of the units that failed for good."""
+    def uncovered_lost_samples(self) -> list[FailedSample]:
+        """The samples of the units that failed for good and that no partition that stands covers."""
+        numbers = self.failed_units.keys() - self.facts.keys()
         return [
-            sample for number, units in self.failed_units.items() for sample in self._indexed_failures(number, set(units))
+            sample for number in numbers for sample in self._indexed_failures(number, set(self.failed_units[number]))
         ]
 
     def _plan(self) -> Plan:
@@ -244,7 +249,9 @@ class StoreSnapshot:
 
 def _read_plan(url: str) -> Plan | None:
     try:
-        return Plan.from_json(storage.read_bytes(storage.join(url, "plan", "plan.json")), storage.join(url, "plan", "index"))
+        return Plan.from_json(
+            storage.read_bytes(storage.join(url, "plan", "plan.json")), storage.join(url, "plan", "index")
+        )
     except FileNotFoundError:
         return None
     except (ValueError, KeyError, TypeError) as error:

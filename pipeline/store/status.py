@@ -1,19 +1,20 @@
 """How far a store is: what its receipts, index, plan and lease say, while a job runs or after it. Only reads.
 
-Counts of compacted units come from the index, or from the statuses in their segments where the index does not cover them
-yet. Single receipts are read of open units, and of the last segment for its times.
+Counts of compacted units come from the index, or from the statuses in their segments where the index does not cover
+them yet. Single receipts are read of open units, and of the last segment for its times.
 """
 
 import time
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
-from pipeline.errors import StoreError
+import numpy as np
+
+from pipeline.inputs.plan import Plan
 from pipeline.redaction import redact
 from pipeline.store.lease import LeaseInfo
 from pipeline.store.receipt import Receipt
-from pipeline.store.segments import UNITS_PER_SEGMENT
 from pipeline.store.snapshot import FailedSample, StoreSnapshot, UnitStatus
 
 __all__ = ["FailedSample", "StoreStatus", "UnitStatus", "collect_status", "list_failed", "list_units"]
@@ -34,7 +35,7 @@ class StoreStatus:
 
     ``state`` is ``complete``, ``running`` (a driver holds the lease and renews it), ``stopped`` or ``not started``.
     ``units == units_done + units_failed + units_left`` and ``samples == ok + failed + samples_left``; they are ``None``
-    where there is no plan yet. The samples of units that failed for good count as failed; the next run tries them again.
+    where there is no plan yet. The samples of units that failed for good count as failed; the next run tries them.
     Of ``units_left``, ``units_begun`` are worked on, or were when their process died. ``unread_reasons`` are failed
     samples whose reason was not looked up. ``damaged`` are the errors of receipts that cannot be read, whose samples
     count as left.
@@ -82,7 +83,21 @@ def collect_status(url: str, clock: Callable[[], float] = time.time) -> StoreSta
     """
     snapshot = StoreSnapshot(url)
     status = _bare_status(snapshot, clock())
-    return status if snapshot.plan is None else _with_times(_with_counts(status, snapshot), snapshot)
+    if snapshot.plan is None:
+        return status
+    uncovered = snapshot.uncovered_open
+    covered = snapshot.done.open[~np.isin(snapshot.done.open, uncovered)].tolist()[-_TIMED_UNITS:]
+    units: list[UnitStatus] = []
+    damaged: list[str] = []
+    for _, receipt in snapshot.open_receipts([*uncovered, *covered]):
+        if isinstance(receipt, Receipt):
+            units.append(UnitStatus.of(receipt))
+        elif receipt is not None:
+            damaged.append(str(receipt))
+    status = replace(status, damaged=tuple(damaged))
+    uncovered_units = set(uncovered)
+    counted = _with_counts(status, snapshot, snapshot.plan, [unit for unit in units if unit.unit in uncovered_units])
+    return _with_times(counted, snapshot, units)
 
 
 def list_failed(url: str, reasons: Collection[str] = ()) -> Iterator[FailedSample]:
@@ -120,12 +135,12 @@ def _bare_status(snapshot: StoreSnapshot, now: float) -> StoreStatus:
     )
 
 
-def _with_counts(status: StoreStatus, snapshot: StoreSnapshot) -> StoreStatus:
-    plan = snapshot.plan
-    assert plan is not None
+def _with_counts(
+    status: StoreStatus, snapshot: StoreSnapshot, plan: Plan, open_units: Sequence[UnitStatus]
+) -> StoreStatus:
+    """Units and samples by what became of them; ``open_units`` are those that neither index nor segments cover."""
     ok = failed = 0
     reasons: Counter[str] = Counter()
-    damaged = []
     for facts in snapshot.facts.values():
         ok, failed = ok + facts.ok, failed + facts.failed
         reasons.update(facts.reasons)
@@ -138,17 +153,12 @@ def _with_counts(status: StoreStatus, snapshot: StoreSnapshot) -> StoreStatus:
         for _, receipt in snapshot.segment_receipts(number):
             if isinstance(receipt, Receipt):
                 reasons.update(UnitStatus.of(receipt).reasons)
-    for _, receipt in snapshot.open_receipts(snapshot.uncovered_open):
-        if isinstance(receipt, Receipt):
-            unit = UnitStatus.of(receipt)
-            ok, failed = ok + unit.samples - unit.failed, failed + unit.failed
-            reasons.update(unit.reasons)
-        elif receipt is not None:
-            damaged.append(str(receipt))
-    for number in snapshot.failed_units.keys() - snapshot.facts.keys():
-        lost = snapshot.failures_of_failed_units(number)
-        failed += len(lost)
-        reasons.update(sample.reason for sample in lost)
+    for unit in open_units:
+        ok, failed = ok + unit.samples - unit.failed, failed + unit.failed
+        reasons.update(unit.reasons)
+    for sample in snapshot.uncovered_lost_samples():
+        failed += 1
+        reasons[sample.reason] += 1
     units_done = int(snapshot.done.mask(plan.units).sum())
     units_failed = sum(map(len, snapshot.failed_units.values()))
     return replace(
@@ -164,22 +174,41 @@ def _with_counts(status: StoreStatus, snapshot: StoreSnapshot) -> StoreStatus:
         samples_left=plan.samples - ok - failed,
         reasons=dict(reasons.most_common()),
         unread_reasons=failed - reasons.total(),
-        damaged=tuple(damaged),
         input_faults=tuple(map(redact, plan.faults)),
     )
 
 
-def _with_times(status: StoreStatus, snapshot: StoreSnapshot) -> StoreStatus:
-    units = [UnitStatus.of(receipt) for _, receipt in snapshot.recent_receipts() if isinstance(receipt, Receipt)]
+def _with_times(status: StoreStatus, snapshot: StoreSnapshot, units: list[UnitStatus]) -> StoreStatus:
+    """The rate and the slowest units, of ``units`` and where those are few of the last segment's."""
+    if len(units) < _RATE_UNITS and len(snapshot.done.segments):
+        receipts = snapshot.segment_receipts(int(snapshot.done.segments[-1]))
+        units = [*units, *(UnitStatus.of(receipt) for _, receipt in receipts if isinstance(receipt, Receipt))]
     since = snapshot.lease.started_epoch if snapshot.lease is not None and status.holder_lives else 0.0
     rate, rate_units = _rate(units, since)
-    running = status.state == "running" and status.samples_left is not None
     return replace(
         status,
         rate=rate,
         rate_units=rate_units,
         finished=max((unit.finished for unit in units if unit.finished is not None), default=None),
-        seconds_left=status.samples_left / rate if running and rate else None,
+        seconds_left=(status.samples_left or 0) / rate if rate and status.state == "running" else None,
         slowest=tuple(sorted(units, key=lambda unit: -unit.total_seconds)[:_SLOWEST]),
         timed_units=len(units),
     )
+
+
+def _rate(units: Sequence[UnitStatus], since: float) -> tuple[float | None, int]:
+    """(samples per second, over how many units) of those that were done last, by a run that began at ``since``.
+
+    The first of them begins the time, so its samples do not count.
+    """
+    ends = sorted(
+        (unit.finished, unit.samples) for unit in units if unit.finished is not None and unit.finished >= since
+    )
+    if not ends:
+        return None, 0
+    last = ends[-1][0]
+    recent = [
+        end for place, end in enumerate(ends) if end[0] > last - _RATE_SECONDS or place >= len(ends) - _RATE_UNITS
+    ]
+    span = last - recent[0][0]
+    return (sum(samples for _, samples in recent[1:]) / span, len(recent)) if span > 0 else (None, 0)
