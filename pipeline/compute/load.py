@@ -72,6 +72,8 @@ def image_options(config: "BackboneConfig", mean: tuple[float, float, float]) ->
         geometry=config.geometry,
         image_exts=config.image_exts,
         max_pixels=config.max_pixels,
+        max_bytes=config.max_bytes,
+        decode_timeout=config.decode_timeout,
         fill=(red, green, blue),
     )
 

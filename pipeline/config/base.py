@@ -80,6 +80,8 @@ class BackboneConfig(Checked):
         "how an image gets that size: squash, center_crop, or pad (keeps the aspect, with a valid mask)",
     )
     max_pixels: int = option(100_000_000, "images with more pixels than this are not decoded")
+    max_bytes: int = option(256 << 20, "a sample with a member of more bytes than this fails")
+    decode_timeout: float = option(60.0, "a sample whose decoding takes longer than this, in seconds, fails")
 
     backbone: str = option("vit_small_patch14_dinov2.lvd142m", "name of a timm model")
     weights: str | None = option(None, "local .safetensors or .pth file with the backbone's weights", run=True)

@@ -21,6 +21,8 @@ class DecodeOptions:
         labels: kinds of label every sample must have, from ``LABELS``.
         image_exts: lower-case WebDataset extensions of images; the first one present is used.
         max_pixels: an image or label with more pixels, by its header, is refused before it is decoded.
+        max_bytes: a larger member, image or label, is not read.
+        decode_timeout: seconds that the decoding of one sample may take.
         fill: (r, g, b) of padding. The default is ImageNet's mean, which normalises to about zero.
         seg_dtype: store dtype of ``seg``; larger class ids are refused.
         depth_png_scale: metres per step of ``depth.png``.
@@ -39,6 +41,8 @@ class DecodeOptions:
     labels: tuple[str, ...] = ()
     image_exts: tuple[str, ...] = IMAGE_EXTS
     max_pixels: int = 100_000_000
+    max_bytes: int = 256 << 20
+    decode_timeout: float = 60.0
     fill: tuple[int, int, int] = (124, 116, 104)
     seg_dtype: Literal["uint8", "uint16"] = "uint8"
     depth_png_scale: float = 0.001

@@ -29,6 +29,8 @@ OTHER: dict[str, Any] = {
     "size": Size(352, 480),
     "geometry": "pad",
     "max_pixels": 1000,
+    "max_bytes": 2000,
+    "decode_timeout": 1.5,
     "seg_dtype": "uint16",
     "label_orientation": "stored",
     "depth_png_scale": 0.25,
