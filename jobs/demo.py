@@ -20,9 +20,10 @@ from typing import Any
 
 from featup.errors import WeightsError
 from jobs import exit_status
-from pipeline.config.base import InputConfig, Size
+from pipeline.config.base import InputConfig
 from pipeline.config.precompute import PrecomputeConfig
 from pipeline.config.train import TrainConfig
+from pipeline.options import Size
 
 # About a minute on two cores.
 TRAINING_STEPS = 30

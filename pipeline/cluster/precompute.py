@@ -109,6 +109,12 @@ def _prepare_remotely(config: PrecomputeConfig, shards: tuple[PlannedShard, ...]
     return prepare(config, shards)
 
 
+def _reserved_cpus(config: PrecomputeConfig) -> tuple[float, float]:
+    """CPUs of an actor and of a loading task, never the same."""
+    actor = config.cpus_per_actor or (0.5 if config.loader_cpus == 1.0 else 1.0)
+    return actor, config.loader_cpus or (0.25 if actor == 0.5 else 0.5)
+
+
 def stages(
     config: PrecomputeConfig, plan: Plan, layout: Layout, setup: Setup, todo: NDArray[np.int64], gpus: float
 ) -> ray.data.Dataset:
@@ -118,15 +124,16 @@ def stages(
     stages apart whose resources differ, which the config sees to.
     """
     reference = ray.put((plan, todo, decode_options(config, setup.mean)))
+    actor_cpus, loader_cpus = _reserved_cpus(config)
     return (
         ray.data.range(len(todo), override_num_blocks=min(len(todo), MOST_BLOCKS))
-        .map(load_row, fn_kwargs={"fetch": ray.get, "reference": reference}, num_cpus=config.loader_cpus)
+        .map(load_row, fn_kwargs={"fetch": ray.get, "reference": reference}, num_cpus=loader_cpus)
         .map_batches(
             Featurizer,
             fn_constructor_args=(config, setup, layout),
             batch_size=1,
             batch_format="numpy",
-            num_cpus=config.cpus_per_actor,
+            num_cpus=actor_cpus,
             num_gpus=gpus or None,
             # Two calls at once, of which one computes and the other writes.
             compute=ray.data.ActorPoolStrategy(
