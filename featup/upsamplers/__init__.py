@@ -1,17 +1,18 @@
 """Upsamplers, all behind one protocol: see :class:`featup.upsamplers.base.Upsampler`."""
 
 from pathlib import Path
-from typing import Literal, get_args
+from typing import get_args
 
 from featup.errors import GeometryError
 from featup.kernels.resample import BICUBIC_A
+from featup.names import RangeKernel, TrainableName, UpsamplerName
 from featup.upsamplers.base import ChannelMap, Upsampler
 from featup.upsamplers.bilateral import Bilateral
 from featup.upsamplers.carafe import CARAFE
 from featup.upsamplers.deep_image_prior import DeepImagePrior
 from featup.upsamplers.ifa import IFA
 from featup.upsamplers.interpolate import Interpolate
-from featup.upsamplers.jbu import JBU, RangeKernel
+from featup.upsamplers.jbu import JBU
 from featup.upsamplers.resize_conv import ResizeConv
 from featup.upsamplers.sapa import SAPA
 
@@ -32,9 +33,6 @@ __all__ = [
     "create_trainable",
     "create_upsampler",
 ]
-
-UpsamplerName = Literal["nearest", "bilinear", "bicubic", "bilateral", "jbu", "resize_conv", "carafe", "sapa", "ifa"]
-TrainableName = Literal["jbu", "resize_conv", "carafe", "sapa", "ifa"]
 
 
 def create_upsampler(

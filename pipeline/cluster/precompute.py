@@ -24,7 +24,7 @@ from pipeline.cluster.planning import MOST_BLOCKS, index_on_ray
 from pipeline.cluster.progress import Progress
 from pipeline.cluster.resources import Allotment, allot, await_resources, cluster_resources
 from pipeline.cluster.signals import Stopped, stopping_on_signals
-from pipeline.compute.load import load_row, load_settings
+from pipeline.compute.load import decode_options, load_row
 from pipeline.compute.models import Setup
 from pipeline.compute.prepare import (
     check_options,
@@ -275,7 +275,7 @@ def stages(
     Loading and featurizing must not be fused, or the actor would wait for every unit to be read and decoded: Ray keeps
     stages apart whose resources differ, which the allotment sees to.
     """
-    reference = ray.put((plan, todo, load_settings(config, setup.mean), config.out))
+    reference = ray.put((plan, todo, decode_options(config, setup.mean), config.out))
     return (
         ray.data.range(len(todo), override_num_blocks=min(len(todo), MOST_BLOCKS))
         .map(load_row, fn_kwargs={"fetch": ray.get, "reference": reference}, num_cpus=allotment.loader_cpus)

@@ -3,7 +3,7 @@
 import hashlib
 import sys
 from collections.abc import Iterator
-from dataclasses import MISSING, asdict, fields, replace
+from dataclasses import asdict, replace
 from importlib.metadata import version
 from typing import Any
 
@@ -12,7 +12,7 @@ import yaml
 from featup.checkpoints import pca_bytes
 from pipeline.compute.device import set_threads
 from pipeline.compute.models import Extractor, Setup, fit_pca, keep_weights, take_pca, weights_place
-from pipeline.config.base import InputConfig, describe, plain_value
+from pipeline.config.base import InputConfig, describe
 from pipeline.config.precompute import PrecomputeConfig
 from pipeline.errors import StoreMismatchError
 from pipeline.inputs import storage
@@ -167,11 +167,7 @@ def _refuse(out: str, stored: dict[str, Any], wanted: dict[str, Any]) -> None:
 
 def _defaults() -> dict[str, Any]:
     """Options that decide what is written, with their defaults: what an older store is taken to have been made with."""
-    return {
-        one.name: plain_value(one.default if one.default is not MISSING else one.default_factory())  # type: ignore[misc]
-        for one in fields(PrecomputeConfig)
-        if not one.metadata["run"] and (one.default is not MISSING or one.default_factory is not MISSING)
-    }
+    return PrecomputeConfig(shards=("-",), out="-").identity()
 
 
 def _plan_files(config: PrecomputeConfig) -> dict[str, str]:

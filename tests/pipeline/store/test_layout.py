@@ -17,11 +17,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from pipeline.config.base import Size, describe
+from pipeline.config.base import describe
 from pipeline.config.precompute import PrecomputeConfig
 from pipeline.errors import StoreError, StoreMismatchError
 from pipeline.inputs import storage
 from pipeline.inputs.plan import UnitKey
+from pipeline.options import Size
 from pipeline.store.create import create_store
 from pipeline.store.layout import FAILED, OK, Layout, open_arrays, open_group, read_attributes, stored_layout, tile_of
 from pipeline.store.provenance import stored_config
