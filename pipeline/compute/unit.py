@@ -217,7 +217,7 @@ class UnitProcessor:
                 continue
             for row, fit in zip(rows, fits, strict=False):
                 records[row] = replace(records[row], explained_variance=fit.explained_variance)
-                if not fit.explained_variance > fit.before:
+                if not fit.explained_variance > fit.initial_explained_variance:
                     records[row] = replace(records[row], flags=(*records[row].flags, "fit_no_better"))
             for row, one in zip(rows, place, strict=True):
                 # float16 ends at 65504: what does not fit is infinite, and would poison a probe.
