@@ -152,7 +152,12 @@ class UnitProcessor:
                 checksums=checksums,
                 seconds=seconds,
                 sizes=sizes,
-                worker={"host": platform.node(), "pid": os.getpid(), "threads": self.threads},
+                worker={
+                    "host": platform.node(),
+                    "pid": os.getpid(),
+                    "threads": self.threads,
+                    "finished": round(time.time(), 3),
+                },
             )
             self.ledger.commit(receipt)
         self._spare.append(features)

@@ -37,6 +37,8 @@ from pipeline.store.processes import has_ended, process_start, this_machine
 __all__ = ["Lease", "LeaseInfo", "holder"]
 
 VERSION = 1
+INTERVAL = 10.0
+STALE_AFTER = 60.0
 # Clocks of hosts that keep time differ by less; a heartbeat further in the future has no age.
 _CLOCK_SKEW = 2.0
 # Seconds that a released file may take to vanish before its holder counts as gone.
@@ -83,7 +85,7 @@ class LeaseInfo:
             content: dict[str, Any] = json.loads(data)
             version = int(content["version"])
             info = LeaseInfo(**{name: value for name, value in content.items() if name in names})
-            float(info.interval), float(info.heartbeat_epoch), int(info.pid)
+            float(info.interval), float(info.heartbeat_epoch), int(info.pid), info.started_epoch
         except (ValueError, KeyError, TypeError) as error:
             raise LeaseError(
                 f"{place} is no lease ({type(error).__name__}: {error}): the file is damaged; make sure that no driver "
@@ -104,6 +106,15 @@ class LeaseInfo:
     def process_is_gone(self) -> bool:
         """Whether the holder ran on this machine since its last start, and its process has ended."""
         return self.machine == this_machine() != "" and has_ended(self.pid, self.process_start)
+
+    @property
+    def started_epoch(self) -> float:
+        """When the lease was taken, in seconds since 1970 by the holder's clock."""
+        return datetime.fromisoformat(self.started).timestamp()
+
+    def lives(self, now: float) -> bool:
+        """Whether the holder renews its lease, as far as one look tells."""
+        return self.age(now) < max(STALE_AFTER, 3 * self.interval) and not self.process_is_gone
 
     def text(self, now: float) -> str:
         """Who it is, in one line."""
@@ -140,7 +151,12 @@ class Lease:
 
     @classmethod
     def acquire(
-        cls, url: str, *, interval: float = 10.0, stale_after: float = 60.0, clock: Callable[[], float] = time.time
+        cls,
+        url: str,
+        *,
+        interval: float = INTERVAL,
+        stale_after: float = STALE_AFTER,
+        clock: Callable[[], float] = time.time,
     ) -> "Lease":
         """Take the lease of a store, and renew it in the background from now on.
 
