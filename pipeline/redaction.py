@@ -8,7 +8,7 @@ __all__ = ["redact"]
 # that no part of it stays; punctuation at its end is the sentence's.
 _URL = r"\b(?!file:)[A-Za-z][A-Za-z0-9+.-]*://"
 _USER = re.compile(rf"(?P<scheme>{_URL})[^\s/?#'\"<>]*@")
-_QUERY = re.compile(rf"(?P<url>{_URL}[^\s?#'\"<>]*)[?#][^\s'\"<>]*?(?=[)\],;.:]*(?:[\s'\"<>]|$))")
+_QUERY = re.compile(rf"(?P<url>{_URL}[^\s?'\"<>]*)\?[^\s'\"<>]*?(?=[)\],;.:]*(?:[\s'\"<>]|$))")
 
 
 def redact(text: str) -> str:

@@ -94,3 +94,41 @@ def test_a_saved_index_that_is_damaged_is_none(tmp_path: Path, caplog: pytest.Lo
     with caplog.at_level(logging.WARNING), pytest.raises(InputError, match=r"no index of .*run the job again"):
         saved_index(url, cache)
     assert name in caplog.text, "the log says which file it was"
+
+
+def test_a_new_signature_meets_the_saved_index(tmp_path: Path, server: str) -> None:
+    # The signature was part of the index's name, and stood in the index: each run indexed all shards again.
+    cache = tmp_path / "cache"
+    secret = f"{server.replace('//', '//user:password@')}/tar.tar?X-Amz-Signature="
+    data = tar_bytes(three())
+    requests = 0
+
+    def read(url: str, start: int, stop: int) -> bytes:
+        nonlocal requests
+        requests += 1
+        return data[start:stop].ljust(stop - start, b"\0")
+
+    first = cached_index(secret + "5ec7e7", str(cache), read=read)
+    assert first.samples
+    assert requests
+    requests = 0
+    again = cached_index(secret + "0ther", str(cache), read=read)
+    assert requests == 0
+    assert again.samples == first.samples
+    assert again.url == secret + "0ther", "what reads the tar needs the new signature"
+    assert saved_index(secret + "third", str(cache)).url == secret + "third"
+    (saved,) = cache.iterdir()
+    content = pq.read_schema(saved).metadata[b"about"].decode() + saved.read_bytes().decode("latin-1")
+    assert not any(word in content for word in ("5ec7e7", "password", "Signature"))
+
+
+def test_an_index_of_an_older_format_is_made_again(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    url, cache = str(tmp_path / "a.tar"), tmp_path / "cache"
+    (tmp_path / "a.tar").write_bytes(tar_bytes(three()))
+    index = cached_index(url, str(cache))
+    (saved,) = cache.iterdir()
+    table = pq.read_table(saved)
+    pq.write_table(table.replace_schema_metadata({**table.schema.metadata, b"tarindex": b"1"}), saved)
+    with caplog.at_level(logging.WARNING):
+        assert cached_index(url, str(cache)) == index
+    assert "index of format b'1', wanted b'2'" in caplog.text
