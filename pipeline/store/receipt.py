@@ -42,7 +42,7 @@ class Receipt:
 
     ``checksums`` holds for each array the crc32c of every row as stored, ``None`` where nothing was written;
     ``seconds`` and ``sizes`` (bytes) count per stage (read, decode, features, upsample, encode_write); ``worker`` names
-    the host and process.
+    the host and process, and when they ``finished`` the unit (seconds since 1970).
     """
 
     unit: UnitKey
