@@ -12,6 +12,7 @@ from pipeline.console import human_bytes
 from pipeline.errors import StoreError
 from pipeline.inputs import storage
 from pipeline.inputs.plan import Plan
+from pipeline.inputs.remote import filesystem
 from pipeline.store.create import withdraw_complete
 from pipeline.store.index import partition_count
 from pipeline.store.layout import Layout, store_attributes
@@ -101,7 +102,7 @@ def stored_plan(out: str) -> Plan:
     place = storage.join(out, "plan", "plan.json")
     store_attributes(out)
     try:
-        data = storage.with_retries(lambda: storage.read_bytes(place), what=f"reading {place}")
+        data = storage.read_bytes(place)
         return Plan.from_json(data, storage.join(out, "plan", "index"))
     except FileNotFoundError as error:
         raise StoreError(f"no feature store at {out} ({place} is missing); give the folder that was --out") from error
@@ -178,7 +179,7 @@ def _files(out: str) -> Iterator[tuple[str, str]]:
         for folder, _, names in os.walk(storage.local_path(out)):
             yield from ((folder, name) for name in names)
         return
-    system, path = storage.remote(out)
+    system, path = filesystem(out)
     walk: Iterator[tuple[str, Any, Any]] = system.walk(path)
     for folder, _, names in walk:
         yield from ((system.unstrip_protocol(folder), name) for name in names)

@@ -9,7 +9,7 @@ from typing import Any, TypeAlias
 import numpy as np
 import pyarrow as pa
 
-from pipeline.errors import DamagedReceiptError, InputChangedError, InputError, PipelineError
+from pipeline.errors import DamagedReceiptError, EnvironmentFault, InputChangedError, InputError, PipelineError
 from pipeline.inputs import storage
 from pipeline.inputs.plan import Plan, UnitKey
 from pipeline.redaction import redact
@@ -118,7 +118,7 @@ def verify_unit(
             damages += check_source(out, plan, key, receipt, arrays)
         except InputChangedError as error:
             input_problems.append(f"{key}: {error}")
-        except (InputError, OSError) as error:
+        except (InputError, EnvironmentFault, OSError) as error:
             unreadable = redact(str(error))
     good = int((status == OK).sum())
     return Finding(
@@ -181,7 +181,7 @@ def _check_index(out: str, plan: Plan, receipt: Receipt) -> Iterator[str]:
     key = receipt.unit
     place = partition_place(out, key.unit // UNITS_PER_SEGMENT)
     try:
-        state = storage.with_retries(lambda: storage.stat(place), what=f"looking up {place}")
+        state = storage.stat(place)
         partition = _partition(place, state.size, state.stamp)
     except (PipelineError, OSError) as error:
         yield f"{key}: its part of the index cannot be read: {error}"
