@@ -18,6 +18,7 @@ from pipeline.store.layout import OK, Layout
 from pipeline.store.writer import StoreWriter
 from pipeline.training.probes import train_probe
 from pipeline.training.tasks import DepthTask, PixelDraw, SegmentationTask, Task, draw_rows
+from tests.pipeline.store.support import finish_store
 
 NAN = float("nan")
 SIZE = (6, 10)
@@ -52,6 +53,7 @@ def make_store(
     seg[:, :2], depth[:, :2], stored[:, :2] = 255, np.nan, 50 * stored[:, :2]
     blocks = {"features": stored, "seg": seg, "depth": depth, "status": np.full(images, OK, np.uint8)}
     StoreWriter(url, layout).write(UnitKey(unit=0, shard=0, start=0, stop=images, row=0), blocks)
+    finish_store(url, [[OK] * images], images)
     return url
 
 
