@@ -1,15 +1,15 @@
-"""Trains a learned upsampler on the images of shards; the one place that knows Ray Train.
+"""Training of a learned upsampler on the images of shards, by Ray Train.
 
 Every worker has its share of every step's batch, decoded ahead of time, and gradients are averaged over the workers.
-What a step sees follows from the seed and its number alone, so a run that was interrupted goes on from its last
-checkpoint as if it had not been, with as many workers as there are now.
+A step's images follow from the seed and the step's number alone, so that an interrupted run goes on from its last
+checkpoint to the same result, with as many workers as there are now.
 
-What a run leaves in ``OUT``::
+A run leaves in ``OUT``::
 
     OUT/last.safetensors  OUT/best.safetensors    the upsampler after the last step, and where it was best
     OUT/log.jsonl  OUT/loss.png                   a line per step, and the picture of it
     OUT/config.yaml                               all options
-    OUT/plan/  OUT/checkpoints/                   tar indices and what the run is; Ray Train's checkpoints
+    OUT/plan/  OUT/checkpoints/                   tar indices and the record of the run; Ray Train's checkpoints
 """
 
 import json
@@ -31,21 +31,17 @@ from pipeline.compute.models import make_backbone
 from pipeline.compute.prepare import plan_input, versions
 from pipeline.config.base import describe
 from pipeline.config.train import TrainConfig
-from pipeline.errors import JobFailedError, PipelineError, StoreMismatchError
+from pipeline.errors import JobFailedError, PipelineError
 from pipeline.inputs import storage
 from pipeline.inputs.plan import Plan
-from pipeline.store.layout import list_differences
 from pipeline.training.log import plot_log, read_log
-from pipeline.training.loop import (
-    TrainingWorker,
-    describe_backbone,
-)
+from pipeline.training.loop import Session, TrainingWorker, describe_backbone
 from pipeline.training.order import SampleOrder
+from pipeline.training.run import check_run, record_run
 
 __all__ = ["train"]
 
 
-_FORMAT = "featup-datasets/1"
 _CHECKPOINTS = "checkpoints"
 
 
@@ -57,20 +53,28 @@ def train(config: TrainConfig) -> None:
         StoreMismatchError: ``out`` holds a run with other options, input or weights.
     """
     config = config.absolute(on_cluster=bool(os.environ.get("RAY_ADDRESS")))
-    _check_run(config, config.identity())
+    check_run(config.out, config.identity())
     # Ray Train has a helper that warns every second where there is no dashboard to ask.
     connect(config.object_store_mb, ray.LoggingConfig(log_level="ERROR"))
+    order, result = _run(config)
+    lines = read_log(config.out, config.steps)
+    storage.write_atomic(storage.join(config.out, "loss.png"), plot_log(lines))
+    _conclude(config, order, result.metrics, lines)
+
+
+def _run(config: TrainConfig) -> tuple[SampleOrder, ray.train.Result]:
+    """Record the run and let the workers train; the order of its samples, and what Ray Train returns."""
     shards = plan_input(config, index_all=index_on_ray)
     plan = Plan(shards, 1, storage.join(config.out, "plan", "index"))
     order = SampleOrder(plan.samples, config.holdout, config.seed)
     gpus = default_gpus(config.gpus_per_worker)
-    # Also tells of options that do not fit, before any worker starts.
+    # Options that do not fit the backbone are refused here, before any worker starts.
     backbone = describe_backbone(config, make_backbone(config))
     identity = config.identity() | {"backbone digest": backbone["digest"]}
     identity |= {"input shards": len(shards), "input samples": plan.samples, "input digest": plan.digest}
-    _check_run(config, identity)
+    check_run(config.out, identity)
     provenance = {"identity": identity, "config": describe(config), "backbone": backbone, "versions": versions()}
-    storage.write_atomic(_run_place(config), json.dumps({"format": _FORMAT, **provenance}).encode())
+    record_run(config.out, provenance)
     storage.write_atomic(
         storage.join(config.out, "config.yaml"), yaml.safe_dump(describe(config), sort_keys=False).encode()
     )
@@ -100,64 +104,53 @@ def train(config: TrainConfig) -> None:
         ),
     )
     try:
-        result = trainer.fit()
-    except ray.train.WorkerGroupError as error:
-        for failure in error.worker_failures.values():
-            cause = getattr(failure, "_base_exc", failure)
-            if isinstance(cause, (PipelineError, FeatupError)):
-                raise cause from None
-        raise JobFailedError(
-            f"the workers failed {config.worker_attempts} times, last by: {error}. Run the same command again to go "
-            "on from the last checkpoint"
-        ) from error
-    lines = read_log(config.out, config.steps)
-    storage.write_atomic(storage.join(config.out, "loss.png"), plot_log(lines))
-    _conclude(config, order, result.metrics, lines)
+        return order, trainer.fit()
+    except ray.train.TrainingFailedError as error:
+        raise _failure(error, config) from error
+
+
+def _failure(error: ray.train.TrainingFailedError, config: TrainConfig) -> Exception:
+    """The reason that a run ended for, in one line; an error of this project's own as it was raised."""
+    failures = getattr(error, "worker_failures", None) or {0: getattr(error, "controller_failure", error)}
+    # Ray wraps what a worker raised, and then holds what was raised inside.
+    causes = [getattr(failure, "_base_exc", failure) for failure in failures.values()]
+    for cause in causes:
+        if isinstance(cause, (PipelineError, FeatupError)):
+            return cause
+    text = next((line for line in str(causes[0]).splitlines() if line.strip()), "")
+    cure = "run the same command again to go on from the last checkpoint"
+    if isinstance(causes[0], torch.OutOfMemoryError):
+        cure += f", with more than {config.workers} workers to share batch_size={config.batch_size}, or start anew in "
+        cure += "another --out with a smaller one"
+    return JobFailedError(
+        f"the workers failed {config.worker_attempts} times, last by {type(causes[0]).__name__}: {text.strip()}; {cure}"
+    )
 
 
 def _conclude(
     config: TrainConfig, order: SampleOrder, metrics: Mapping[str, Any], lines: Sequence[Mapping[str, Any]]
 ) -> None:
-    """The account, and whether the job failed by it."""
-    draws = config.steps * config.batch_size
-    failed = metrics["failed_draws"]
+    """Print the summary, and fail the job where too many samples had to be replaced."""
+    sampled, replaced = config.steps * config.batch_size, metrics["replaced"]
     print(
         f"input {order.samples} = train {len(order)} + held out {order.holdout}; "
-        f"drawn {draws} = used {draws - failed} + failed {failed}, the next in order standing in for these; "
+        f"sampled {sampled} = used {sampled - replaced} + replaced {replaced}, by the next samples in order; "
         f"{metrics['failed_samples']} samples cannot be decoded"
     )
     for text in metrics["failures"]:
         print(f"  {text}")
     scores = {line["step"]: line["explained_variance"] for line in lines if "explained_variance" in line}
     print(
-        f"explained variance on images held out: {metrics['best']:.4f} at step {metrics['best_step']}, "
+        f"explained variance on held-out images: {metrics['best']:.4f} at step {metrics['best_step']}, "
         f"{scores[config.steps]:.4f} at the end, {lines[0]['bilinear']:.4f} by bilinear; "
         f"{storage.join(config.out, 'best.safetensors')}",
         flush=True,
     )
-    if failed > config.max_failed_fraction * draws:
+    if replaced > config.max_failed_fraction * sampled:
         raise JobFailedError(
-            f"{failed} of {draws} draws failed ({failed / draws:.2%}), more than "
-            f"max_failed_fraction={config.max_failed_fraction:.2%}; what was trained is there. Look at the reasons, "
-            "mend the shards and train again, or raise the limit"
-        )
-
-
-def _run_place(config: TrainConfig) -> str:
-    return storage.join(config.out, "plan", "run.json")
-
-
-def _check_run(config: TrainConfig, wanted: Mapping[str, Any]) -> None:
-    """Refuse another run's folder before anything in it is touched."""
-    place = _run_place(config)
-    if not storage.exists(place):
-        return
-    found = json.loads(storage.read_bytes(place))["identity"]
-    differences = list_differences({name: found.get(name) for name in wanted}, wanted)
-    if differences:
-        raise StoreMismatchError(
-            f"{config.out} was begun with other options, input or weights:\n  " + "\n  ".join(differences) + "\n"
-            "Finish it with those it was begun with, or give another --out."
+            f"{replaced} of {sampled} sampled images could not be decoded ({replaced / sampled:.2%}), more than "
+            f"max_failed_fraction={config.max_failed_fraction:.2%}; the trained upsampler is there. Look at the "
+            "reasons, mend the shards and train again, or raise the limit"
         )
 
 
@@ -194,12 +187,12 @@ def _whole_json(place: str) -> bytes | None:
 
 
 def _train_worker(arguments: Mapping[str, Any]) -> None:
-    """What Ray Train runs in each worker."""
+    """The function that Ray Train runs in each worker."""
     config = arguments["config"]
     TrainingWorker(config, arguments["plan"], arguments["provenance"], _RaySession(config)).run()
 
 
-class _RaySession:
+class _RaySession(Session):
     """A worker's connection to the others, by Ray Train."""
 
     def __init__(self, config: TrainConfig) -> None:

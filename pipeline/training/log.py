@@ -2,7 +2,6 @@
 
 import io
 import json
-import sys
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from typing import Any
@@ -13,17 +12,11 @@ from matplotlib.figure import Figure
 from pipeline.errors import StoreError
 from pipeline.inputs import storage
 
-__all__ = ["plot_log", "read_log"]
-
-
-def say(text: str) -> None:
-    # Ray Train's workers say twice what goes through print.
-    sys.stdout.write(text + "\n")
-    sys.stdout.flush()
+__all__ = ["plot_log", "read_log", "write_log"]
 
 
 def write_log(out: str, lines: Sequence[Mapping[str, Any]]) -> None:
-    """Write ``OUT/log.jsonl``, whole: object stores cannot append, and readers never see half a line."""
+    """Write ``OUT/log.jsonl`` whole: object stores cannot append, and a reader never reads half a line."""
     storage.write_atomic(storage.join(out, "log.jsonl"), "".join(json.dumps(line) + "\n" for line in lines).encode())
 
 
@@ -64,7 +57,7 @@ def plot_log(lines: Sequence[Mapping[str, Any]]) -> bytes:
     scores = [(line["step"], line["explained_variance"]) for line in lines if "explained_variance" in line]
     right.plot(*zip(*scores, strict=True), marker=".", label="trained")
     right.axhline(lines[0]["bilinear"], color="0.5", linestyle="--", label="bilinear")
-    right.set(xlabel="step", ylabel="explained variance, images held out")
+    right.set(xlabel="step", ylabel="explained variance, held-out images")
     right.legend()
     file = io.BytesIO()
     figure.savefig(file, format="png", dpi=120)

@@ -16,7 +16,7 @@ from pipeline.store.create import create_store
 from pipeline.store.layout import OK, Layout
 from pipeline.store.writer import StoreWriter
 from pipeline.training.probes import train_probe
-from pipeline.training.tasks import DepthTask, PixelDraw, SegmentationTask, Task, draw_rows
+from pipeline.training.tasks import DepthTask, SegmentationTask, Task, sample_indices as draw_rows
 
 NAN = float("nan")
 SIZE = (6, 10)
