@@ -25,8 +25,9 @@ import torch
 import yaml
 
 from featup.errors import FeatupError
-from pipeline.cluster.connect import connect, default_gpus
+from pipeline.cluster.connect import connect
 from pipeline.cluster.planning import index_on_ray
+from pipeline.cluster.resources import default_gpus
 from pipeline.compute.models import make_backbone
 from pipeline.compute.prepare import plan_input, versions
 from pipeline.config.base import describe

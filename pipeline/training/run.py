@@ -1,4 +1,4 @@
-"""A training run as its folder records it: ``OUT/plan/run.json``, with the options, input and weights it was begun with."""
+"""A training run as its folder records it, in ``OUT/plan/run.json``: the options, input and weights it was begun with."""
 
 import json
 from collections.abc import Mapping
