@@ -12,10 +12,11 @@ A run leaves in ``OUT``::
     OUT/plan/  OUT/checkpoints/                   tar indices and the record of the run; Ray Train's checkpoints
 """
 
-import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+import sys
+import threading
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Future, wait
 from typing import Any
 
 import ray
@@ -27,48 +28,61 @@ import yaml
 from featup.errors import FeatupError
 from pipeline.cluster.connect import connect
 from pipeline.cluster.planning import index_on_ray
-from pipeline.cluster.resources import default_gpus
+from pipeline.cluster.resources import cluster_resources, default_gpus
+from pipeline.cluster.signals import Stopped, stopping_on_signals
+from pipeline.cluster.train_worker import CHECKPOINTS, mend_snapshot, train_worker
 from pipeline.compute.models import make_backbone
 from pipeline.compute.prepare import plan_input, versions
 from pipeline.config.base import describe
 from pipeline.config.train import TrainConfig
-from pipeline.errors import JobFailedError, PipelineError
+from pipeline.errors import ConfigError, JobFailedError, PipelineError
 from pipeline.inputs import storage
 from pipeline.inputs.plan import Plan
-from pipeline.training.log import plot_log, read_log
-from pipeline.training.loop import Session, TrainingWorker, describe_backbone
+from pipeline.store.lease import Lease
+from pipeline.training.log import plot_log, read_log, recorded_steps
+from pipeline.training.loop import describe_backbone
 from pipeline.training.order import SampleOrder
 from pipeline.training.run import check_run, record_run
 
 __all__ = ["train"]
 
 
-_CHECKPOINTS = "checkpoints"
-
-
 def train(config: TrainConfig) -> None:
     """Train to the last step, from the last checkpoint where there is one. Running it again when done changes nothing.
 
     Raises:
+        ConfigError: this machine does not have what the workers ask for.
         JobFailedError: the workers failed for good, or too many samples could not be decoded.
+        LeaseError: another driver is at work on ``out``.
         StoreMismatchError: ``out`` holds a run with other options, input or weights.
+        SystemExit: with 130 or 143 after Ctrl-C or SIGTERM.
     """
-    config = config.absolute(on_cluster=bool(os.environ.get("RAY_ADDRESS")))
+    on_cluster = bool(os.environ.get("RAY_ADDRESS"))
+    config = config.absolute(on_cluster=on_cluster)
     check_run(config.out, config.identity())
-    # Ray Train has a helper that warns every second where there is no dashboard to ask.
-    connect(config.object_store_mb, ray.LoggingConfig(log_level="ERROR"))
-    order, result = _run(config)
-    lines = read_log(config.out, config.steps)
-    storage.write_atomic(storage.join(config.out, "loss.png"), plot_log(lines))
-    _conclude(config, order, result.metrics, lines)
+    with Lease.acquire(config.out) as lease:
+        # Ray Train has a helper that warns every second where there is no dashboard to ask.
+        connect(config.object_store_mb, ray.LoggingConfig(log_level="ERROR"))
+        try:
+            with stopping_on_signals():
+                _run(config, lease, on_cluster)
+        except Stopped as stop:
+            print(
+                f"stopped: {recorded_steps(config.out)} of {config.steps} steps are behind the last checkpoint; the "
+                "same command goes on from there",
+                file=sys.stderr,
+                flush=True,
+            )
+            raise SystemExit(stop.exit_status) from None
 
 
-def _run(config: TrainConfig) -> tuple[SampleOrder, ray.train.Result]:
-    """Record the run and let the workers train; the order of its samples, and what Ray Train returns."""
+def _run(config: TrainConfig, lease: Lease, on_cluster: bool) -> None:
+    """Record the run, let the workers train, and write the picture and the summary."""
+    gpus = default_gpus(config.gpus_per_worker)
+    _check_resources(config, gpus, on_cluster)
     shards = plan_input(config, index_all=index_on_ray)
     plan = Plan(shards, 1, storage.join(config.out, "plan", "index"))
     order = SampleOrder(plan.samples, config.holdout, config.seed)
-    gpus = default_gpus(config.gpus_per_worker)
     # Options that do not fit the backbone are refused here, before any worker starts.
     backbone = describe_backbone(config, make_backbone(config))
     identity = config.identity() | {"backbone digest": backbone["digest"]}
@@ -87,9 +101,9 @@ def _run(config: TrainConfig) -> tuple[SampleOrder, ray.train.Result]:
         f"channels; {config.steps} steps of {config.batch_size} images, workers: {config.workers}",
         flush=True,
     )
-    _mend_snapshot(config)
+    mend_snapshot(config)
     trainer = ray.train.torch.TorchTrainer(
-        _train_worker,
+        train_worker,
         train_loop_config={"config": config, "plan": plan, "provenance": provenance},
         scaling_config=ray.train.ScalingConfig(
             num_workers=config.workers,
@@ -97,7 +111,7 @@ def _run(config: TrainConfig) -> tuple[SampleOrder, ray.train.Result]:
             resources_per_worker={"CPU": config.cpus_per_worker} | ({"GPU": gpus} if gpus else {}),
         ),
         run_config=ray.train.RunConfig(
-            name=_CHECKPOINTS,
+            name=CHECKPOINTS,
             storage_path=config.out,
             checkpoint_config=ray.train.CheckpointConfig(num_to_keep=2),
             failure_config=ray.train.FailureConfig(max_failures=config.worker_attempts - 1),
@@ -105,9 +119,57 @@ def _run(config: TrainConfig) -> tuple[SampleOrder, ray.train.Result]:
         ),
     )
     try:
-        return order, trainer.fit()
+        result = _fit(trainer, lease)
     except ray.train.TrainingFailedError as error:
         raise _failure(error, config) from error
+    lines = read_log(config.out, config.steps)
+    storage.write_atomic(storage.join(config.out, "loss.png"), plot_log(lines))
+    _conclude(config, order, result.metrics, lines)
+
+
+def _check_resources(config: TrainConfig, gpus: float, on_cluster: bool) -> None:
+    """Hold what the workers ask for against what there is; on a cluster, more machines may join.
+
+    Raises:
+        ConfigError: the job would wait for ever.
+    """
+    resources, _ = cluster_resources()
+    cpus, needed_cpus, needed_gpus = (
+        resources.get("CPU", 0.0),
+        config.workers * config.cpus_per_worker,
+        config.workers * gpus,
+    )
+    if needed_cpus <= cpus and needed_gpus <= resources.get("GPU", 0.0):
+        return
+    text = (
+        f"{config.workers} workers of {config.cpus_per_worker:g} CPUs and {gpus:g} GPUs need {needed_cpus:g} CPUs and "
+        f"{needed_gpus:g} GPUs, there are {cpus:g} and {resources.get('GPU', 0.0):g}"
+    )
+    if not on_cluster:
+        raise ConfigError(
+            f"the job would wait for ever: {text}; give fewer --workers, less --cpus-per-worker or --gpus-per-worker"
+        )
+    print(f"waiting for machines to join: {text}", flush=True)
+
+
+def _fit(trainer: ray.train.torch.TorchTrainer, lease: Lease) -> ray.train.Result:
+    """Train, in a thread of its own: on the main thread Ray Train answers Ctrl-C by exit status 0.
+
+    The thread is a daemon, so that it keeps no process alive that is to stop.
+    """
+    future: Future[ray.train.Result] = Future()
+
+    def fit() -> None:
+        try:
+            future.set_result(trainer.fit())
+        except BaseException as error:  # noqa: BLE001 - raised again where the result is asked for
+            future.set_exception(error)
+
+    threading.Thread(target=fit, name="fit", daemon=True).start()
+    while not future.done():
+        wait([future], timeout=1.0)
+        lease.check()
+    return future.result()
 
 
 def _failure(error: ray.train.TrainingFailedError, config: TrainConfig) -> Exception:
@@ -153,76 +215,3 @@ def _conclude(
             f"max_failed_fraction={config.max_failed_fraction:.2%}; the trained upsampler is there. Look at the "
             "reasons, mend the shards and train again, or raise the limit"
         )
-
-
-def _snapshot_places(config: TrainConfig) -> tuple[str, str]:
-    """Ray Train's list of its checkpoints, and our copy of it."""
-    folder = storage.join(config.out, _CHECKPOINTS)
-    return storage.join(folder, "checkpoint_manager_snapshot.json"), storage.join(config.out, "plan", "snapshot.json")
-
-
-def _mend_snapshot(config: TrainConfig) -> None:
-    # Ray Train writes its list of checkpoints in place: a crash right then leaves half of it, and no way to go on.
-    place, copy = _snapshot_places(config)
-    if storage.exists(place) and _whole_json(place) is None:
-        data = _whole_json(copy) if storage.exists(copy) else None
-        if data is None:
-            storage.remove(place)
-        else:
-            storage.write_atomic(place, data)
-
-
-def _copy_snapshot(config: TrainConfig) -> None:
-    place, copy = _snapshot_places(config)
-    if storage.exists(place) and (data := _whole_json(place)) is not None:
-        storage.write_atomic(copy, data)
-
-
-def _whole_json(place: str) -> bytes | None:
-    data = storage.read_bytes(place)
-    try:
-        json.loads(data)
-    except ValueError:
-        return None
-    return data
-
-
-def _train_worker(arguments: Mapping[str, Any]) -> None:
-    """The function that Ray Train runs in each worker."""
-    config = arguments["config"]
-    TrainingWorker(config, arguments["plan"], arguments["provenance"], _RaySession(config)).run()
-
-
-class _RaySession(Session):
-    """A worker's connection to the others, by Ray Train."""
-
-    def __init__(self, config: TrainConfig) -> None:
-        context = ray.train.get_context()
-        self.rank: int = context.get_world_rank()
-        self.workers: int = context.get_world_size()
-        self.workers_here: int = context.get_local_world_size()
-        self.device: torch.device = ray.train.torch.get_device()
-        self._config = config
-
-    def prepare(self, model: torch.nn.Module) -> torch.nn.Module:
-        prepared: torch.nn.Module = ray.train.torch.prepare_model(
-            model,
-            # A nearer size runs fewer stages than the stack has: the others get no gradient.
-            parallel_strategy_kwargs={"find_unused_parameters": True},
-        )
-        return prepared
-
-    @contextmanager
-    def last_checkpoint(self) -> Iterator[str | None]:
-        checkpoint = ray.train.get_checkpoint()
-        if checkpoint is None:
-            yield None
-            return
-        with checkpoint.as_directory() as folder:
-            yield folder
-
-    def before_checkpoint(self) -> None:
-        _copy_snapshot(self._config)
-
-    def report(self, metrics: dict[str, Any], checkpoint: str | None = None) -> None:
-        ray.train.report(metrics, checkpoint=checkpoint and ray.train.Checkpoint.from_directory(checkpoint))

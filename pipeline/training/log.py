@@ -12,29 +12,42 @@ from matplotlib.figure import Figure
 from pipeline.errors import StoreError
 from pipeline.inputs import storage
 
-__all__ = ["plot_log", "read_log", "write_log"]
+__all__ = ["plot_log", "read_log", "recorded_steps", "write_log"]
 
 
 def write_log(out: str, lines: Sequence[Mapping[str, Any]]) -> None:
     """Write ``OUT/log.jsonl`` whole: object stores cannot append, and a reader never reads half a line."""
-    storage.write_atomic(storage.join(out, "log.jsonl"), "".join(json.dumps(line) + "\n" for line in lines).encode())
+    storage.write_atomic(_place(out), "".join(json.dumps(line) + "\n" for line in lines).encode())
 
 
 def read_log(out: str, step: int) -> list[dict[str, Any]]:
-    """The lines of ``OUT/log.jsonl`` up to a step, from step 0 on.
+    """Read the lines of ``OUT/log.jsonl`` up to a step, from step 0 on.
 
     Raises:
         StoreError: lines are missing: the log is older than the checkpoint, or was changed.
     """
-    place = storage.join(out, "log.jsonl")
-    lines = [json.loads(line) for line in storage.read_bytes(place).splitlines()] if storage.exists(place) else []
-    lines = [line for line in lines if line["step"] <= step]
+    lines = [line for line in _lines(out) if line["step"] <= step]
     if [line["step"] for line in lines] != list(range(step + 1)):
         raise StoreError(
-            f"{place} does not hold a line for each of the steps 0 to {step} that the last checkpoint has behind it: "
-            "it was changed or removed; put it back, or start anew in another --out"
+            f"{_place(out)} does not hold a line for each of the steps 0 to {step} that the last checkpoint has behind "
+            "it: it was changed or removed; put it back, or start anew in another --out"
         )
     return lines
+
+
+def recorded_steps(out: str) -> int:
+    """The last step in ``OUT/log.jsonl``, which is written with each checkpoint; 0 where there is no log."""
+    lines = _lines(out)
+    return int(lines[-1]["step"]) if lines else 0
+
+
+def _lines(out: str) -> list[dict[str, Any]]:
+    place = _place(out)
+    return [json.loads(line) for line in storage.read_bytes(place).splitlines()] if storage.exists(place) else []
+
+
+def _place(out: str) -> str:
+    return storage.join(out, "log.jsonl")
 
 
 def plot_log(lines: Sequence[Mapping[str, Any]]) -> bytes:

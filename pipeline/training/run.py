@@ -1,4 +1,4 @@
-"""A training run as its folder records it, in ``OUT/plan/run.json``: the options, input and weights it was begun with."""
+"""The record of a training run, ``OUT/plan/run.json``: the options, input and weights it was begun with."""
 
 import json
 from collections.abc import Mapping
