@@ -71,7 +71,7 @@ def _check_scans(data: bytes, first_scan: int | None) -> None:
     if scans > MAX_SCANS:
         raise SampleError(
             Reason.TOO_LARGE,
-            f"jpeg with {scans} scans, more than the {MAX_SCANS} that are decoded: it would take minutes and looks like "
+            f"jpeg with {scans} scans, more than the limit of {MAX_SCANS}: it would decode for minutes and looks like "
             "a decompression bomb; encode it again if it is a photograph",
         )
 

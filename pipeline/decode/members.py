@@ -41,7 +41,5 @@ def check_bytes(sizes: Iterable[tuple[str, int]], max_bytes: int) -> None:
 
 def hash_members(members: Mapping[str, bytes], options: DecodeOptions) -> tuple[str, dict[str, str]]:
     """sha256, in hex, of the image's bytes (empty where there is no image) and of each label's bytes by kind."""
-    digests = {
-        kind: hashlib.sha256(members[ext]).hexdigest() for kind, ext in select_members(members, options).items()
-    }
+    digests = {kind: hashlib.sha256(members[ext]).hexdigest() for kind, ext in select_members(members, options).items()}
     return digests.pop(IMAGE, ""), digests
