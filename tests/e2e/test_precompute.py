@@ -13,7 +13,7 @@ import torch
 import zarr
 
 from featup.backbones import create_backbone
-from featup.checkpoints import load_pca, pca_bytes, save_jbu
+from featup.checkpoints import load_pca, pca_bytes, upsampler_bytes
 from featup.images import resize_images
 from featup.multiview.implicit import FitOptions, Implicit
 from featup.upsamplers import JBU, Bilateral
@@ -160,7 +160,7 @@ def _mixed_shard(path: Path) -> Path:
 def test_patch_14_by_jbu_with_padding_depth_and_classes(tmp_path: Path) -> None:
     shard = _mixed_shard(tmp_path / "mixed.tar")
     torch.manual_seed(0)
-    save_jbu(JBU(channels=384), tmp_path / "jbu.safetensors")
+    (tmp_path / "jbu.safetensors").write_bytes(upsampler_bytes(JBU(channels=384)))
     out = tmp_path / "out"
     command = ("--shards", shard, "--out", out, "--backbone", "vit_small_patch14_dinov2", "--pretrained", "false")
     command = (*command, "--upsampler", "jbu", "--checkpoint", tmp_path / "jbu.safetensors", "--pca", 16)
