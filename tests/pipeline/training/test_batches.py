@@ -1,7 +1,6 @@
 """The images of each training step: which they are, replacements, decoding ahead of time."""
 
 import re
-from pathlib import Path
 
 import numpy as np
 import pytest
