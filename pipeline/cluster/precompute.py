@@ -24,7 +24,7 @@ from pipeline.cluster.planning import MOST_BLOCKS, index_on_ray
 from pipeline.cluster.progress import Progress
 from pipeline.cluster.resources import Allotment, allot, await_resources, cluster_resources
 from pipeline.cluster.signals import Stopped, stopping_on_signals
-from pipeline.compute.load import load_row, load_settings
+from pipeline.compute.load import decode_options, load_row
 from pipeline.compute.models import Setup
 from pipeline.compute.prepare import (
     check_options,
@@ -33,9 +33,10 @@ from pipeline.compute.prepare import (
     layout_of,
     plan_store,
     prepare,
-    recheck_input,
+    stored_plan,
     units_to_retry,
 )
+from pipeline.compute.recheck import recheck_input
 from pipeline.config.precompute import PrecomputeConfig
 from pipeline.errors import JobFailedError, PipelineError, StoreError
 from pipeline.inputs import storage
@@ -123,8 +124,9 @@ def _run(config: PrecomputeConfig, lease: Lease, state: _State, on_cluster: bool
             f"{config.out} has receipts and no arrays: features.zarr was removed or moved, and the receipts would make "
             "this run leave it empty; put it back, or remove the ledger folder as well"
         )
-    update = plan_store(config, index_all=index_on_ray)
-    recheck_input(config, update, ledger)
+    old = stored_plan(config.out)
+    update = plan_store(config, old, index_all=index_on_ray)
+    recheck_input(config, old, update, ledger, lambda text: print(text, flush=True))
     setup: Setup = ray.get(
         _prepare_remotely.options(num_cpus=min(1.0, allotment.cpus), num_gpus=allotment.gpus_per_actor).remote(
             config, update.shards
@@ -234,8 +236,8 @@ def _follow(
                 continue
             if row["fault"] in ("environment", "input"):
                 raise JobFailedError(
-                    f"{receipt.error}. The job stops, as no other unit would fare better; {state.done} of "
-                    f"{state.units} units are done, and once this is mended the same command goes on"
+                    f"{receipt.error}. The job stops here with {state.done} of {state.units} units done, as no other "
+                    "unit would fare better"
                 )
             state.failures[receipt.unit.unit] = receipt
             print(f"{receipt.unit} failed: {receipt.error}", file=sys.stderr, flush=True)
@@ -275,7 +277,7 @@ def stages(
     Loading and featurizing must not be fused, or the actor would wait for every unit to be read and decoded: Ray keeps
     stages apart whose resources differ, which the allotment sees to.
     """
-    reference = ray.put((plan, todo, load_settings(config, setup.mean), config.out))
+    reference = ray.put((plan, todo, decode_options(config, setup.mean), config.out))
     return (
         ray.data.range(len(todo), override_num_blocks=min(len(todo), MOST_BLOCKS))
         .map(load_row, fn_kwargs={"fetch": ray.get, "reference": reference}, num_cpus=allotment.loader_cpus)

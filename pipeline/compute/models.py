@@ -14,7 +14,7 @@ from featup.backbones import Backbone, create_backbone
 from featup.checkpoints import check_backbone
 from featup.errors import GeometryError
 from featup.images import resize_images
-from featup.multiview.implicit import Fit, FitOptions, Implicit
+from featup.multiview.implicit import Fit, Implicit
 from featup.projection import PCA, PCAFit
 from featup.upsamplers import ChannelMap, Upsampler, create_upsampler
 from featup.weights import file_digest
@@ -150,8 +150,7 @@ class Extractor:
         self.projection = pca.as_channel_map()
         self.channels = len(pca.components)
         if self.config.upsampler == "implicit":
-            options = FitOptions(steps=self.config.fit_steps, views=self.config.fit_views, seed=self.config.fit_seed)
-            self.upsampler = Implicit(self.backbone, pca, self.upsampler, options, self.config.size)
+            self.upsampler = Implicit(self.backbone, pca, self.upsampler, self.config.fit_options, self.config.size)
 
     def setup(self) -> Setup:
         """The facts every actor must agree on."""
