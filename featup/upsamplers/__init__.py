@@ -4,17 +4,18 @@ The protocol is :class:`Upsampler`; there is a file for each method, and two fun
 """
 
 from pathlib import Path
-from typing import Literal, get_args
+from typing import get_args
 
 from featup.errors import GeometryError
 from featup.kernels.resample import BICUBIC_A
+from featup.names import RangeKernel, TrainableName, UpsamplerName
 from featup.upsamplers.base import ChannelMap, Upsampler
 from featup.upsamplers.bilateral import Bilateral
 from featup.upsamplers.carafe import CARAFE
 from featup.upsamplers.deep_image_prior import DeepImagePrior
 from featup.upsamplers.ifa import IFA
 from featup.upsamplers.interpolate import Interpolate
-from featup.upsamplers.jbu import JBU, RangeKernel
+from featup.upsamplers.jbu import JBU
 from featup.upsamplers.resize_conv import ResizeConv
 from featup.upsamplers.sapa import SAPA
 
@@ -35,9 +36,6 @@ __all__ = [
     "create_trainable",
     "create_upsampler",
 ]
-
-UpsamplerName = Literal["nearest", "bilinear", "bicubic", "bilateral", "jbu", "resize_conv", "carafe", "sapa", "ifa"]
-TrainableName = Literal["jbu", "resize_conv", "carafe", "sapa", "ifa"]
 
 
 def create_upsampler(

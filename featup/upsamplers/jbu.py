@@ -1,7 +1,6 @@
 """The learned stack of joint bilateral upsamplers (FeatUp, section 3.2, equations 5 to 7)."""
 
 from collections.abc import Sequence
-from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -10,17 +9,16 @@ from torch.nn import functional
 from featup.errors import GeometryError
 from featup.kernels.resample import BICUBIC_A
 from featup.kernels.window_correlation import window_correlation
+from featup.names import RangeKernel
 from featup.upsamplers.base import ChannelMap
 from featup.upsamplers.joint import JointUpsampler
 
-__all__ = ["IMAGENET_MEAN", "IMAGENET_STD", "JBU", "JBUStage", "RangeKernel"]
+__all__ = ["IMAGENET_MEAN", "IMAGENET_STD", "JBU", "JBUStage"]
 
 # The normalisation of the guidance in official checkpoints, whatever the backbone's own is.
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 _LEAST_LOGIT = -20.0
-
-RangeKernel = Literal["projection", "distance"]
 
 
 class JBUStage(nn.Module):

@@ -7,7 +7,9 @@ from collections.abc import Sequence
 import braceexpand
 
 from pipeline.errors import InputError
-from pipeline.inputs.storage import is_local, join, local_path, mapped_errors, remote
+from pipeline.inputs.remote import filesystem, is_local, join, local_path
+from pipeline.inputs.retry import retried
+from pipeline.redaction import redact
 
 __all__ = ["expand"]
 
@@ -21,7 +23,7 @@ def expand(patterns: Sequence[str]) -> list[str]:
 
     Raises:
         InputError: nothing to expand, braces that do not close, a glob that matches nothing, a folder where a
-            file is wanted, or the same file twice.
+            file is wanted, the same file twice, or URLs that differ in their query alone.
     """
     patterns = [patterns] if isinstance(patterns, str) else list(patterns)
     if not patterns:
@@ -39,6 +41,13 @@ def expand(patterns: Sequence[str]) -> list[str]:
             f"{len(repeated)} of {len(names)} input names come twice, first {', '.join(repeated[:3])}; "
             "probably two patterns overlap. Every shard may be read once: narrow the patterns"
         )
+    by_stored_name: dict[str, str] = {}
+    for name in names:
+        if by_stored_name.setdefault(redact(name), name) != name:
+            raise InputError(
+                f"two of the inputs differ only in what follows the question mark of {redact(name)}, and that is left "
+                "out of everything that is stored, as it may be a signature; give them different paths, or copy them"
+            )
     return names
 
 
@@ -58,27 +67,27 @@ def _globs(name: str, pattern: str) -> list[str]:
             raise InputError(f"{name} is a folder, and a tar file is wanted; write {join(name, '*.tar')}")
         if not glob.has_magic(path) or os.path.lexists(path):
             return [name]
-        found = sorted(_with_scheme(name, path, file) for file in glob.glob(path, recursive=True))
+        matches = sorted(_with_scheme(name, path, file) for file in glob.glob(path, recursive=True))
     else:
         scheme, _, rest = name.partition("://")
         # A question mark begins the query of an http URL, and brackets may be part of its host or its query.
         magic = "*" if scheme in ("http", "https") else "*?["
         if not any(sign in rest for sign in magic):
             return [name]
-        with mapped_errors(name):
-            system, stripped = remote(name)
-            found = sorted(_with_scheme(name, stripped, path) for path in system.glob(stripped))
-    if not found:
+        system, stripped = filesystem(name)
+        files = retried(lambda: system.glob(stripped), name, "listing")
+        matches = sorted(_with_scheme(name, stripped, path) for path in files)
+    if not matches:
         part = "" if name == pattern else f" (part of {pattern!r})"
         raise InputError(
             f"pattern {name!r}{part} matches no file; check the path, whether the shards lie on this "
             "machine, and the quotes (a shell expands braces and globs that are not quoted)"
         )
-    return found
+    return matches
 
 
 def _with_scheme(url: str, stripped: str, path: str) -> str:
-    """What a file system calls ``path``, as a URL of the form that ``url`` has."""
+    """A path as the file system lists it, as a URL of the form that ``url`` has."""
     if "://" in path:
         return path
     # Everything before the path stays as it was written: some file systems leave the host out of their paths.

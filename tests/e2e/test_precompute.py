@@ -59,7 +59,7 @@ def test_the_features_are_those_of_the_method(store: Path, shards: Path) -> None
     """Computed again, one image at a time, without the pipeline."""
     from pipeline.decode.options import DecodeOptions
     from pipeline.decode.sample import prepare_sample
-    from pipeline.inputs.read import iterate_tar
+    from tests.pipeline.inputs.tars import iterate_tar
 
     backbone = create_backbone("test_vit", stride=16, image_size=(64, 64))
     pca = load_pca(store / "plan" / "pca.safetensors")
@@ -239,7 +239,7 @@ def test_implicit_fits_go_into_the_store_with_their_quality(shards: Path, tmp_pa
     """Whatever batches and units the images come in, a fit is the one the image has alone."""
     from pipeline.decode.options import DecodeOptions
     from pipeline.decode.sample import prepare_sample
-    from pipeline.inputs.read import iterate_tar
+    from tests.pipeline.inputs.tars import iterate_tar
 
     out = tmp_path / "store"
     options = ("--upsampler", "implicit", "--fit-steps", 20, "--fit-views", 6, "--fit-seed", 5, "--output-size", 96)

@@ -7,16 +7,19 @@ import torch
 from torch import Tensor
 
 from featup.checkpoints import load_probe
-from pipeline.config.base import Size, describe
+from pipeline.config.base import describe
 from pipeline.config.precompute import PrecomputeConfig
 from pipeline.config.probe import ProbeConfig
 from pipeline.errors import ConfigError
 from pipeline.inputs.plan import UnitKey
+from pipeline.options import Size
 from pipeline.store.create import create_store
 from pipeline.store.layout import OK, Layout
 from pipeline.store.writer import StoreWriter
 from pipeline.training.probes import train_probe
-from pipeline.training.tasks import DepthTask, PixelDraw, SegmentationTask, Task, draw_rows
+from pipeline.training.tasks import DepthTask, SegmentationTask, Task
+from pipeline.training.tasks import sample_indices as draw_rows
+from tests.pipeline.store.support import finish_store
 
 NAN = float("nan")
 SIZE = (6, 10)
@@ -51,6 +54,7 @@ def make_store(
     seg[:, :2], depth[:, :2], stored[:, :2] = 255, np.nan, 50 * stored[:, :2]
     blocks = {"features": stored, "seg": seg, "depth": depth, "status": np.full(images, OK, np.uint8)}
     StoreWriter(url, layout).write(UnitKey(unit=0, shard=0, start=0, stop=images, row=0), blocks)
+    finish_store(url, [[OK] * images], images)
     return url
 
 
@@ -147,7 +151,7 @@ def test_more_classes_than_were_told_are_refused(stores: tuple[str, str], tmp_pa
         ({"classes": None}, "seg needs the number of classes"),
         ({"label": "depth"}, "depth has none"),
         ({"pixels": 0}, "pixels=0 must be at least 1"),
-        ({"seed": -1}, "seed=-1 must be 0 or more"),
+        ({"seed": -1}, "seed=-1 must be between 0 and 4294967295"),
     ],
     ids=["no_classes", "classes_of_depth", "no_pixels", "seed"],
 )
