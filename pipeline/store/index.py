@@ -103,7 +103,7 @@ def write_index(out: str, plan: Plan, ledger: Ledger, failures: Mapping[int, Rec
     count = partition_count(plan.units)
     present = list_partitions(out)
     for number in present[present >= count].tolist():
-        _remove(partition_place(out, number))
+        storage.remove(partition_place(out, number))
     segments, standing = set(done.segments.tolist()), set(present.tolist())
 
     def partition(number: int) -> PartitionFacts | None:
@@ -127,10 +127,6 @@ def write_index(out: str, plan: Plan, ledger: Ledger, failures: Mapping[int, Rec
             f"{summary.failed} failed; this is a fault of the program"
         )
     return summary
-
-
-def _remove(place: str) -> None:
-    storage.with_retries(lambda: storage.remove(place), what=f"removing {place}")
 
 
 def _require_all(plan: Plan, done: DoneUnits, failures: Mapping[int, Receipt]) -> None:

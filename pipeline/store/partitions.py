@@ -124,7 +124,7 @@ def partition_place(out: str, number: int) -> str:
 def list_partitions(out: str) -> NDArray[np.int64]:
     """Numbers of the partitions that are there, sorted."""
     folder = storage.join(out, "index")
-    names = storage.with_retries(lambda: storage.list_files(folder), what=f"listing {folder}")
+    names = storage.list_files(folder)
     return np.sort(np.fromiter((int(match[1]) for match in map(_NAME.fullmatch, names) if match), np.int64))
 
 
@@ -156,6 +156,4 @@ def write_partition(out: str, number: int, tables: Iterable[pa.Table], facts: Pa
         for table in tables:
             writer.write_table(table, row_group_size=ROWS_PER_GROUP)
         writer.add_key_value_metadata({_FACTS.decode(): json.dumps(asdict(facts))})
-    data = sink.getvalue().to_pybytes()
-    place = partition_place(out, number)
-    storage.with_retries(lambda: storage.write_atomic(place, data), what=f"writing {place}")
+    storage.write_atomic(partition_place(out, number), sink.getvalue().to_pybytes())
