@@ -23,6 +23,7 @@ from pipeline.inputs import storage
 from pipeline.inputs.changes import check_unchanged
 from pipeline.inputs.plan import Plan, UnitKey
 from pipeline.inputs.read import Sample, read_samples
+from pipeline.inputs.storage import RangeReader
 from pipeline.inputs.tar import IndexedSample, ShardIndex
 from pipeline.options import Size
 from pipeline.store.ledger import Ledger, Receipt, SampleRecord
@@ -103,6 +104,8 @@ def load_unit(
     key: UnitKey,
     options: DecodeOptions,
     decode: Callable[[Sample, DecodeOptions], PreparedSample] | None = None,
+    *,
+    read: RangeReader = storage.read_range,
 ) -> LoadedUnit:
     """Read and decode one unit. Samples that cannot be used are recorded, and leave fill values.
 
@@ -114,6 +117,7 @@ def load_unit(
         options: of decoding.
         decode: prepares the members of a sample; by default a child process of this one, within
             ``options.decode_timeout``.
+        read: reads byte ranges.
 
     Raises:
         InputChangedError: the shard is not the one that was planned.
@@ -124,7 +128,7 @@ def load_unit(
     index = plan.index(key.shard)
     started = time.perf_counter()
     check_unchanged(plan.shards[key.shard])
-    samples = _read_samples(index, key.start, key.stop, options)
+    samples = _read_samples(index, key.start, key.stop, options, read)
     check_unchanged(plan.shards[key.shard])
     read_done = time.perf_counter()
 
@@ -177,10 +181,12 @@ def _decoder(process: int) -> DecoderProcess:
     return decoder
 
 
-def _read_samples(index: ShardIndex, start: int, stop: int, options: DecodeOptions) -> list[Sample | SampleError]:
+def _read_samples(
+    index: ShardIndex, start: int, stop: int, options: DecodeOptions, read: RangeReader = storage.read_range
+) -> list[Sample | SampleError]:
     """The members of samples ``start`` to ``stop`` that are decoded; samples with too large ones are not read."""
     entries = tuple(_limited(entry, options) for entry in index.samples[start:stop])
-    return read_samples(replace(index, samples=entries), 0, len(entries))
+    return read_samples(replace(index, samples=entries), 0, len(entries), read=read)
 
 
 def _limited(entry: IndexedSample, options: DecodeOptions) -> IndexedSample:
@@ -220,7 +226,7 @@ def load_row(row: dict[str, Any], fetch: Callable[[Any], Any], reference: Any) -
     A unit that has a receipt is not read: its receipt is passed on. A unit that cannot be loaded becomes a receipt with
     its error. Either comes with empty blocks, because all rows have the same columns.
 
-    This module imports neither torch nor zarr, so that the processes that load start fast and stay small.
+    This module imports neither torch nor Ray, so that the processes that load start fast and stay small.
 
     Args:
         row: the position of the unit among those that are to be done.

@@ -110,3 +110,23 @@ def sample(
         "depth.png": encode(label.astype(np.uint16) * 100, "PNG"),
         "cls": b"3\n",
     }
+
+
+def many_scans(scans: int, side: int) -> bytes:
+    """A legal progressive JPEG, black, of many empty scans: each is one end-of-band run over the whole image."""
+    blocks = (side // 8) ** 2
+    code = bytes([1] + [0] * 15)
+    bits = ("0" + "1" * 14) * -(-blocks // 32767)
+    bits += "1" * (-len(bits) % 8)
+    run = int(bits, 2).to_bytes(len(bits) // 8, "big").replace(b"\xff", b"\xff\0")
+    return b"".join(
+        [
+            b"\xff\xd8\xff\xdb\x00\x43\x00" + b"\x01" * 64,
+            b"\xff\xc2" + struct.pack(">HBHHB", 11, 8, side, side, 1) + b"\x01\x11\x00",
+            b"\xff\xc4" + struct.pack(">H", 20) + b"\x00" + code + b"\x00",
+            b"\xff\xc4" + struct.pack(">H", 20) + b"\x10" + code + b"\xe0",
+            b"\xff\xda\x00\x08\x01\x01\x00\x00\x00\x00" + bytes((blocks + 7) // 8),
+            (b"\xff\xda\x00\x08\x01\x01\x00\x01\x3f\x00" + run) * (scans - 1),
+            b"\xff\xd9",
+        ]
+    )

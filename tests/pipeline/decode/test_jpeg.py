@@ -1,11 +1,13 @@
 """Decoding of JPEG: structures, bit errors, scaled decoding."""
 
+import time
 from typing import Any
 
 import numpy as np
 import pytest
 import simplejpeg
 
+from pipeline.decode.jpeg import MAX_SCANS
 from pipeline.errors import Reason
 from tests.pipeline.decode.pictures import (
     ARITHMETIC,
@@ -17,6 +19,7 @@ from tests.pipeline.decode.pictures import (
     exif,
     fails,
     gradient,
+    many_scans,
     textured,
 )
 
@@ -70,6 +73,26 @@ def test_rare_jpegs() -> None:
     twelve_bit = jpeg.replace(b"\xff\xc0\x00\x11\x08", b"\xff\xc1\x00\x11\x0c")
     assert twelve_bit != jpeg
     fails(Reason.UNSUPPORTED, "precision", twelve_bit)
+
+
+def test_more_scans_than_the_limit_are_refused_before_decoding() -> None:
+    """A file of 4 MB and 30,000 empty scans decoded for more than 300 s: libjpeg-turbo #284."""
+    started = time.monotonic()
+    fails(
+        Reason.TOO_LARGE,
+        "jpeg with 30000 scans, more than the limit of 1000",
+        many_scans(30_000, 9800),
+        max_pixels=10**8,
+    )
+    assert time.monotonic() - started < 10
+    fails(Reason.TOO_LARGE, "jpeg with 1001 scans", many_scans(MAX_SCANS + 1, 16))
+    assert decode(many_scans(MAX_SCANS, 16)).pixels.shape == (16, 16, 3)
+
+
+def test_scan_markers_in_metadata_are_not_scans() -> None:
+    image = gradient(24, 40)
+    decoded = decode(encode(image, "JPEG", quality=95, comment=b"\xff\xda" * 2 * MAX_SCANS))
+    assert close(decoded.pixels, image, 3)
 
 
 def test_grey_jpeg() -> None:

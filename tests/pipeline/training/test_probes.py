@@ -17,7 +17,8 @@ from pipeline.store.create import create_store
 from pipeline.store.layout import OK, Layout
 from pipeline.store.writer import StoreWriter
 from pipeline.training.probes import train_probe
-from pipeline.training.tasks import DepthTask, PixelDraw, SegmentationTask, Task, draw_rows
+from pipeline.training.tasks import DepthTask, SegmentationTask, Task
+from pipeline.training.tasks import sample_indices as draw_rows
 from tests.pipeline.store.support import finish_store
 
 NAN = float("nan")
