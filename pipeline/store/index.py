@@ -29,7 +29,7 @@ from pipeline.store.partitions import (
 )
 from pipeline.store.segments import UNITS_PER_SEGMENT, DoneUnits, segment_units
 
-__all__ = ["Summary", "index_table", "partition_count", "read_index", "write_index"]
+__all__ = ["Summary", "index_table", "partition_count", "plan_digest", "read_index", "write_index"]
 
 _THREADS = 16
 
@@ -108,7 +108,7 @@ def write_index(out: str, plan: Plan, ledger: Ledger, failures: Mapping[int, Rec
 
     def partition(number: int) -> PartitionFacts | None:
         known = read_facts(out, number) if number in segments and number in standing else None
-        stands = known is not None and known.sealed and known.plan == _plan_digest(plan, number)
+        stands = known is not None and known.sealed and known.plan == plan_digest(plan, number)
         return known if stands else None
 
     with ThreadPoolExecutor(_THREADS) as pool:
@@ -144,7 +144,7 @@ def _keys(plan: Plan, number: int) -> list[UnitKey]:
     return [plan.unit(unit) for unit in range(units.start, min(units.stop, plan.units))]
 
 
-def _plan_digest(plan: Plan, number: int) -> str:
+def plan_digest(plan: Plan, number: int) -> str:
     """Identity of the part of a plan that a partition covers: units, input shards, and their URLs as in the index."""
     units = segment_units(number)
     first, last = plan.unit(units.start), plan.unit(min(units.stop, plan.units) - 1)
@@ -156,7 +156,7 @@ def _plan_digest(plan: Plan, number: int) -> str:
 def _write(
     out: str, plan: Plan, ledger: Ledger, failures: Mapping[int, Receipt], number: int, sealed: bool
 ) -> PartitionFacts:
-    facts = PartitionFacts(plan=_plan_digest(plan, number), sealed=sealed)
+    facts = PartitionFacts(plan=plan_digest(plan, number), sealed=sealed)
     seconds: Counter[str] = Counter()
     sizes: Counter[str] = Counter()
 
