@@ -13,7 +13,6 @@ A run leaves in ``OUT``::
 """
 
 import os
-import sys
 import threading
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, wait
@@ -29,7 +28,6 @@ from featup.errors import FeatupError
 from pipeline.cluster.connect import connect
 from pipeline.cluster.planning import index_on_ray
 from pipeline.cluster.resources import cluster_resources, default_gpus
-from pipeline.cluster.signals import Stopped, stopping_on_signals
 from pipeline.cluster.train_worker import CHECKPOINTS, mend_snapshot, train_worker
 from pipeline.compute.models import make_backbone
 from pipeline.compute.prepare import plan_input, versions
@@ -64,16 +62,11 @@ def train(config: TrainConfig) -> None:
         # Ray Train has a helper that warns every second where there is no dashboard to ask.
         connect(config.object_store_mb, ray.LoggingConfig(log_level="ERROR"))
         try:
-            with stopping_on_signals():
-                _run(config, lease, on_cluster)
-        except Stopped as stop:
-            print(
-                f"stopped: {recorded_steps(config.out)} of {config.steps} steps are behind the last checkpoint; the "
-                "same command goes on from there",
-                file=sys.stderr,
-                flush=True,
-            )
-            raise SystemExit(stop.exit_status) from None
+            _run(config, lease, on_cluster)
+        except (KeyboardInterrupt, SystemExit) as stop:
+            # Ctrl-C or SIGTERM: the job's last line says how far it came.
+            stop.add_note(f"{recorded_steps(config.out)} of {config.steps} steps are behind the last checkpoint")
+            raise
 
 
 def _run(config: TrainConfig, lease: Lease, on_cluster: bool) -> None:
