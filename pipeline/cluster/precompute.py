@@ -236,8 +236,8 @@ def _follow(
                 continue
             if row["fault"] in ("environment", "input"):
                 raise JobFailedError(
-                    f"{receipt.error}. The job stops, as no other unit would fare better; {state.done} of "
-                    f"{state.units} units are done, and once this is mended the same command goes on"
+                    f"{receipt.error}. The job stops here with {state.done} of {state.units} units done, as no other "
+                    "unit would fare better"
                 )
             state.failures[receipt.unit.unit] = receipt
             print(f"{receipt.unit} failed: {receipt.error}", file=sys.stderr, flush=True)
