@@ -37,8 +37,8 @@ class StoreStatus:
     ``units == units_done + units_failed + units_left`` and ``samples == ok + failed + samples_left``; they are ``None``
     where there is no plan yet. The samples of units that failed for good count as failed; the next run tries them.
     Of ``units_left``, ``units_begun`` are worked on, or were when their process died. ``unread_reasons`` are failed
-    samples whose reason was not looked up. ``damaged`` are the errors of receipts and segments that cannot be
-    read; their samples count as left.
+    samples whose reason was not looked up. ``damaged`` are the errors of receipts and segments that cannot be read;
+    their samples count as left.
 
     ``rate`` is samples per second over the last ``rate_units`` units, ``finished`` when the last of them was done
     (seconds since 1970), ``seconds_left`` the time a running job takes at that rate. ``slowest`` are the slowest of the
