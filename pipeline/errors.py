@@ -9,6 +9,7 @@ PipelineError
 ├── StoreError         (RuntimeError)   a store that is missing, incomplete, damaged or of another make
 │   ├── StoreMismatchError              a store made with another config, model or plan
 │   ├── StoreFormatError                a store of a format that this program does not read
+│   ├── DamagedReceiptError             the receipt of one unit cannot be used; carries the unit's number
 │   ├── IncompleteStoreError            a store whose job has not ended, where a whole one is needed
 │   └── LeaseError                      another driver is at work on the store
 ├── EnvironmentFault   (RuntimeError)   disk full, access denied, bucket gone: the job stops, nothing is lost
@@ -22,6 +23,7 @@ from pipeline.redaction import redact
 
 __all__ = [
     "ConfigError",
+    "DamagedReceiptError",
     "EnvironmentFault",
     "ForkError",
     "IncompleteStoreError",
@@ -105,6 +107,17 @@ class StoreMismatchError(StoreError):
 
 class StoreFormatError(StoreError):
     """A store of a format that this program does not read: too old, or made by a newer program."""
+
+
+class DamagedReceiptError(StoreError):
+    """The receipt of one unit is damaged: that unit must be computed anew, the others stand."""
+
+    def __init__(self, unit: int, text: str) -> None:
+        super().__init__(text)
+        self.unit = unit
+
+    def __reduce__(self) -> tuple[type["DamagedReceiptError"], tuple[int, str]]:
+        return (DamagedReceiptError, (self.unit, str(self)))
 
 
 class IncompleteStoreError(StoreError):

@@ -24,9 +24,11 @@ import ray.train.torch
 import torch
 import yaml
 
+from featup.checkpoints import CHECKPOINT_FORMAT
 from featup.errors import FeatupError
-from pipeline.cluster.connect import connect, default_gpus
+from pipeline.cluster.connect import connect
 from pipeline.cluster.planning import index_on_ray
+from pipeline.cluster.resources import default_gpus
 from pipeline.compute.models import make_backbone
 from pipeline.compute.prepare import plan_input, versions
 from pipeline.config.base import describe
@@ -45,7 +47,6 @@ from pipeline.training.order import SampleOrder
 __all__ = ["train"]
 
 
-_FORMAT = "featup-datasets/1"
 _CHECKPOINTS = "checkpoints"
 
 
@@ -70,7 +71,7 @@ def train(config: TrainConfig) -> None:
     identity |= {"input shards": len(shards), "input samples": plan.samples, "input digest": plan.digest}
     _check_run(config, identity)
     provenance = {"identity": identity, "config": describe(config), "backbone": backbone, "versions": versions()}
-    storage.write_atomic(_run_place(config), json.dumps({"format": _FORMAT, **provenance}).encode())
+    storage.write_atomic(_run_place(config), json.dumps({"format": CHECKPOINT_FORMAT, **provenance}).encode())
     storage.write_atomic(
         storage.join(config.out, "config.yaml"), yaml.safe_dump(describe(config), sort_keys=False).encode()
     )

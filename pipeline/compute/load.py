@@ -19,11 +19,12 @@ from pipeline.errors import PipelineError, Reason, SampleError
 from pipeline.inputs.plan import Plan, UnitKey
 from pipeline.inputs.read import read_samples
 from pipeline.inputs.tar import IndexedSample, ShardIndex
+from pipeline.options import Size
 from pipeline.redaction import redact
 from pipeline.store.ledger import Receipt, SampleRecord
 
 if TYPE_CHECKING:
-    from pipeline.config.base import BackboneConfig, Size
+    from pipeline.config.base import BackboneConfig
     from pipeline.config.precompute import PrecomputeConfig
 
 
@@ -57,7 +58,7 @@ class LoadedUnit:
     sizes: dict[str, int]
 
 
-def image_size(config: "PrecomputeConfig") -> "Size":
+def image_size(config: "PrecomputeConfig") -> Size:
     """(height, width) images are decoded at: the backbone's, or the output's where that is larger, for the guidance."""
     target = config.target_size
     inside = target.height <= config.size.height and target.width <= config.size.width
@@ -66,28 +67,17 @@ def image_size(config: "PrecomputeConfig") -> "Size":
 
 def image_options(config: "BackboneConfig", mean: tuple[float, float, float]) -> DecodeOptions:
     """The decoder's options for images alone; padding has the colour that the backbone's normalisation makes zero."""
-    red, green, blue = (round(255 * value) for value in mean)
-    return DecodeOptions(
-        size=config.size,
-        geometry=config.geometry,
-        image_exts=config.image_exts,
-        max_pixels=config.max_pixels,
-        fill=(red, green, blue),
-    )
+    return DecodeOptions.of(config, labels=(), fill=_fill(mean))
 
 
 def decode_options(config: "PrecomputeConfig", mean: tuple[float, float, float]) -> DecodeOptions:
     """The decoder's options, for the image and its labels."""
-    return replace(
-        image_options(config, mean),
-        size=image_size(config),
-        label_size=config.target_size,
-        labels=config.labels,
-        seg_dtype=config.seg_dtype,
-        depth_png_scale=config.depth_png_scale,
-        depth_npy_scale=config.depth_npy_scale,
-        label_orientation=config.label_orientation,
-    )
+    return DecodeOptions.of(config, size=image_size(config), label_size=config.target_size, fill=_fill(mean))
+
+
+def _fill(mean: tuple[float, float, float]) -> tuple[int, int, int]:
+    red, green, blue = (round(255 * value) for value in mean)
+    return red, green, blue
 
 
 def load_sample(index: ShardIndex, position: int, options: DecodeOptions) -> PreparedSample:

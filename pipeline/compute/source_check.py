@@ -22,7 +22,7 @@ def check_source(out: str, plan: Plan, key: UnitKey, receipt: Receipt, arrays: M
         out: the store.
         arrays: its arrays, by name.
     """
-    config, setup = stored_config(out)
+    config, setup = stored_config(out, partial=True)
     options = decode_options(config, tuple(setup["mean"]))
     try:
         loaded = load_unit(plan, key, options)

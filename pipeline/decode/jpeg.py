@@ -44,7 +44,7 @@ def decode_jpeg(data: bytes, max_pixels: int, min_size: Size | None, flags: set[
     if scale > 1:
         flags.add("dct_scaled")
     extent, _ = orient_window((0.0, 0.0, height / scale, width / scale), pixels.shape[:2], orientation)
-    size = (width, height) if orientation >= 5 else (height, width)
+    size = Size(width, height) if orientation >= 5 else Size(height, width)
     return as_displayed(orient(pixels, orientation), size, extent, orientation, "simplejpeg", flags)
 
 

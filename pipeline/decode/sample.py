@@ -108,7 +108,7 @@ def decode_image(data: bytes, *, max_pixels: int, min_size: Size | None = None) 
             return decoded
         with controlled(flags):
             pixels, orientation = decode_with_pillow(data, kind, max_pixels, flags)
-    return as_displayed(pixels, pixels.shape[:2], None, orientation, "pillow", flags)
+    return as_displayed(pixels, Size(*pixels.shape[:2]), None, orientation, "pillow", flags)
 
 
 def prepare_sample(members: Mapping[str, bytes], options: DecodeOptions) -> PreparedSample:
@@ -125,8 +125,7 @@ def prepare_sample(members: Mapping[str, bytes], options: DecodeOptions) -> Prep
         SampleError: the image or a label is missing, cannot be decoded, or does not fit.
     """
     data = _first(members, options.image_exts, "image", Reason.IMAGE_MISSING)[1]
-    min_size = options.size if options.dct_scaling else None
-    decoded = decode_image(data, max_pixels=options.max_pixels, min_size=min_size)
+    decoded = decode_image(data, max_pixels=options.max_pixels, min_size=options.size)
     transform = plan_transform(options.geometry, decoded.source_size, options.size)
     label_transform = transform.resized(options.label_size or options.size)
     flags = set(decoded.flags)
@@ -182,7 +181,7 @@ def _displayed(
     label: npt.NDArray[Any], image: DecodedImage, default: Literal["displayed", "stored"], ext: str
 ) -> npt.NDArray[Any]:
     """The label in the displayed grid: itself, or turned as its image was."""
-    displayed = image.source_size
+    displayed = tuple(image.source_size)
     stored = displayed[::-1] if image.orientation >= 5 else displayed
     if label.shape not in (displayed, stored):
         raise SampleError(

@@ -69,8 +69,6 @@ def load_set(
         image_options(config, backbone.mean),
         labels=() if task is None else (task.kind,),
         seg_dtype=seg_dtype_of(config),
-        depth_png_scale=config.depth_png_scale,
-        depth_npy_scale=config.depth_npy_scale,
     )
 
     def load(number: int) -> tuple[str, PreparedSample | SampleError]:

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from hashlib import sha256
 from pathlib import Path
-from typing import Protocol, get_args
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -17,14 +17,11 @@ from featup.upsamplers import (
     ChannelMap,
     DeepImagePrior,
     Interpolate,
-    TrainableName,
     Upsampler,
-    UpsamplerName,
     create_upsampler,
 )
 from featup.weights import file_digest
 from pipeline.config.evaluate import EvaluateConfig
-from pipeline.errors import ConfigError
 from pipeline.inputs import storage
 
 __all__ = ["DeepImagePriorRow", "ImplicitRow", "LargeImageRow", "Row", "StridedRow", "UpsamplerRow", "make_rows"]
@@ -188,31 +185,22 @@ def make_rows(config: EvaluateConfig, backbone: Backbone, device: torch.device) 
     """The rows that are asked for, ready.
 
     Raises:
-        ConfigError: an unknown name, or a checkpoint where none belongs or none where one does.
         FeatupError: a checkpoint that cannot be read, or of another backbone.
     """
-    trained = get_args(TrainableName)
-    plain = [name for name in get_args(UpsamplerName) if name not in trained]
     own = {row.name: row for row in (StridedRow, LargeImageRow)}
     bases = ("bilinear", "bilateral", "jbu")
     rows: list[Row] = []
-    for spec, (name, _, file) in zip(config.rows, (spec.partition("=") for spec in config.rows), strict=True):
-        if name in own and not file:
+    for name, _, file in (spec.partition("=") for spec in config.rows):
+        if name in own:
             rows.append(own[name](backbone, config.factor))
-        elif name == DeepImagePriorRow.name and not file:
+        elif name == DeepImagePriorRow.name:
             rows.append(DeepImagePriorRow(config.prior_steps))
-        elif name == "implicit" and (file in ("", *bases[:2]) or file.endswith(".safetensors")):
+        elif name == "implicit":
             base = file if file in bases else "jbu" if file else "bilateral"
             started_from = _upsampler_row(config, backbone, device, base, file if base == "jbu" else "")
             rows.append(ImplicitRow(backbone, started_from.upsampler, config, started_from.digests))
-        elif (name in plain and not file) or (name in trained and file):
-            rows.append(_upsampler_row(config, backbone, device, name, file))
         else:
-            raise ConfigError(
-                f"rows: {spec!r} is not one of {', '.join([*plain, *own, DeepImagePriorRow.name])}, nor NAME=FILE with "
-                f"one of {', '.join(trained)}, nor implicit, implicit=bilinear, implicit=bilateral or "
-                "implicit=FILE of a jbu"
-            )
+            rows.append(_upsampler_row(config, backbone, device, name, file))
     return rows
 
 
@@ -221,7 +209,7 @@ def _upsampler_row(
 ) -> UpsamplerRow:
     checkpoint = storage.local_copy(file) if file else None
     upsampler = create_upsampler(
-        name,  # type: ignore[arg-type]  # make_rows has checked it
+        name,  # type: ignore[arg-type]  # the config has checked it
         channels=backbone.channels,
         checkpoint=checkpoint,
         sigma_space=config.sigma_space,

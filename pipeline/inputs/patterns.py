@@ -7,7 +7,8 @@ from collections.abc import Sequence
 import braceexpand
 
 from pipeline.errors import InputError
-from pipeline.inputs.storage import is_local, join, local_path, mapped_errors, remote
+from pipeline.inputs.remote import filesystem, is_local, join, local_path
+from pipeline.inputs.retry import retried
 
 __all__ = ["expand"]
 
@@ -58,27 +59,27 @@ def _globs(name: str, pattern: str) -> list[str]:
             raise InputError(f"{name} is a folder, and a tar file is wanted; write {join(name, '*.tar')}")
         if not glob.has_magic(path) or os.path.lexists(path):
             return [name]
-        found = sorted(_with_scheme(name, path, file) for file in glob.glob(path, recursive=True))
+        matches = sorted(_with_scheme(name, path, file) for file in glob.glob(path, recursive=True))
     else:
         scheme, _, rest = name.partition("://")
         # A question mark begins the query of an http URL, and brackets may be part of its host or its query.
         magic = "*" if scheme in ("http", "https") else "*?["
         if not any(sign in rest for sign in magic):
             return [name]
-        with mapped_errors(name):
-            system, stripped = remote(name)
-            found = sorted(_with_scheme(name, stripped, path) for path in system.glob(stripped))
-    if not found:
+        system, stripped = filesystem(name)
+        files = retried(lambda: system.glob(stripped), name, "listing")
+        matches = sorted(_with_scheme(name, stripped, path) for path in files)
+    if not matches:
         part = "" if name == pattern else f" (part of {pattern!r})"
         raise InputError(
             f"pattern {name!r}{part} matches no file; check the path, whether the shards lie on this "
             "machine, and the quotes (a shell expands braces and globs that are not quoted)"
         )
-    return found
+    return matches
 
 
 def _with_scheme(url: str, stripped: str, path: str) -> str:
-    """What a file system calls ``path``, as a URL of the form that ``url`` has."""
+    """A path as the file system lists it, as a URL of the form that ``url`` has."""
     if "://" in path:
         return path
     # Everything before the path stays as it was written: some file systems leave the host out of their paths.

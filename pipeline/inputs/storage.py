@@ -1,28 +1,36 @@
-"""Files by name, wherever they are: the one place that knows fsspec.
+"""Files by name, wherever they are: read, written, listed, with retries.
 
-A name is a local path, a ``file://`` URL, or any URL that fsspec serves (``s3://``, ``gs://``, ``http://``,
-``memory://``). Local files go through the operating system directly, so that writes are durable and ranged
-reads cost one system call; remote credentials and endpoints come from fsspec's own configuration (files in
-``~/.config/fsspec`` or ``FSSPEC_*`` variables).
+Errors that may pass are retried with growing waits. Errors that last until somebody mends the machine or the store
+(disk full, access denied, no such bucket) are one line, as EnvironmentFault.
 """
 
 import errno
 import os
-import tempfile
-import time
-import uuid
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass
-from typing import Any, TypeAlias, TypeVar
+from collections.abc import Callable
+from contextlib import suppress
+from typing import TypeAlias
 
-import fsspec.core
-
-from pipeline.errors import InputError, PipelineError
+from pipeline.errors import InputError
+from pipeline.inputs.conditional import create_exclusive, read_with_token, replace_if
+from pipeline.inputs.file_stat import FileStat, stat
+from pipeline.inputs.local import (
+    LOCK,
+    TEMPORARY,
+    make_local_dirs,
+    read_file,
+    read_file_range,
+    sync_file,
+    walk,
+    write_file,
+)
+from pipeline.inputs.local_copies import local_copy
+from pipeline.inputs.remote import error_code, filesystem, is_local, is_object_store, join, local_path, mapped_errors
+from pipeline.inputs.retry import retried, with_retries
 
 __all__ = [
     "FileStat",
     "RangeReader",
+    "create_exclusive",
     "exists",
     "fetch",
     "is_local",
@@ -33,7 +41,9 @@ __all__ = [
     "make_dirs",
     "read_bytes",
     "read_range",
+    "read_with_token",
     "remove",
+    "replace_if",
     "stat",
     "sync_file",
     "with_retries",
@@ -41,97 +51,16 @@ __all__ = [
 ]
 
 
-T = TypeVar("T")
 RangeReader: TypeAlias = Callable[[str, int, int], bytes]
 """``read(url, start, stop) -> bytes``, exactly ``stop - start`` of them; EOFError where there are fewer."""
-# The same ending zarr gives to what it has not yet renamed into place, so that one rule hides both.
-_TEMPORARY = ".partial"
-_LASTING_ERRORS = (FileNotFoundError, FileExistsError, PermissionError, IsADirectoryError, NotADirectoryError)
-_LASTING_ERRNOS = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.ENAMETOOLONG, errno.EINVAL, errno.ELOOP})
-# What stores call the thing that changes when an object is written again, the strongest first.
-_STAMPS = (
-    "ETag",
-    "etag",
-    "Content-MD5",
-    "LastModified",
-    "Last-Modified",
-    "last_modified",
-    "updated",
-    "mtime",
-    "created",
-)
-_EXTRA_OF_SCHEME = {"s3": "s3", "s3a": "s3", "gs": "gcs", "gcs": "gcs"}
-
-
-@dataclass(frozen=True, slots=True)
-class FileStat:
-    """A file's size in bytes, and a text that changes when it is rewritten ('' where the store has none)."""
-
-    size: int
-    stamp: str
-
-
-def is_local(url: str) -> bool:
-    """Whether the name is a path of this machine (a plain path or a ``file:`` URL)."""
-    return url.startswith("file:") or "://" not in url
-
-
-def local_path(url: str) -> str:
-    """The operating system's path of a local name; ValueError for a remote one."""
-    if not is_local(url):
-        raise ValueError(f"{url} is not a local name")
-    return url.removeprefix("file://").removeprefix("file:")
-
-
-def join(url: str, *parts: str) -> str:
-    """``url`` with ``parts`` below it; empty parts are left out."""
-    below = "/".join(part.strip("/") for part in parts if part.strip("/"))
-    return f"{url}{below}" if not below or url.endswith("/") else f"{url}/{below}"
-
-
-def remote(url: str) -> tuple[Any, str]:
-    # A listing kept in memory would hide the receipts and shards that other machines have written since.
-    try:
-        system, path = fsspec.core.url_to_fs(url, use_listings_cache=False)
-    except ImportError as error:
-        scheme = url.partition("://")[0]
-        extra = _EXTRA_OF_SCHEME.get(scheme)
-        cure = f"pip install 'featup-datasets[{extra}]'" if extra else "install it"
-        raise InputError(f"{url} needs a package that is not installed ({error}); {cure}") from error
-    except ValueError as error:
-        raise InputError(f"{url} cannot be served: {error}; use a path or a URL that fsspec knows") from error
-    return system, path
-
-
-@contextmanager
-def mapped_errors(url: str) -> Iterator[None]:
-    """Turn the errors that remote clients have of their own (aiohttp's, say) into OSErrors."""
-    try:
-        yield
-    except (OSError, EOFError, PipelineError):
-        raise
-    except Exception as error:
-        raise OSError(f"{url}: {type(error).__name__}: {error}") from error
-
-
-def stat(url: str) -> FileStat:
-    """Size and stamp of a file; FileNotFoundError where there is none, OSError where no size is told."""
-    if is_local(url):
-        entry = os.stat(local_path(url))
-        return FileStat(entry.st_size, str(entry.st_mtime_ns))
-    with mapped_errors(url):
-        system, path = remote(url)
-        info = system.info(path)
-    if info.get("size") is None:
-        raise OSError(f"{url}: the server tells no size, so ranges cannot be planned; copy the file to a store")
-    return FileStat(int(info["size"]), next((str(info[name]) for name in _STAMPS if info.get(name)), ""))
+_RANGE_CODES = frozenset({"InvalidRange", "416"})
 
 
 def read_range(url: str, start: int, stop: int) -> bytes:
-    """Bytes ``start`` to ``stop`` of a file, exactly that many.
+    """Bytes ``start`` to ``stop`` of a file, exactly that many, by one attempt (:func:`fetch` retries).
 
     Raises:
-        EOFError: fewer bytes came than were asked for.
+        EOFError: the file has fewer bytes.
         InputError: a server that ignores byte ranges.
         OSError: whatever the system or the store says.
     """
@@ -140,11 +69,16 @@ def read_range(url: str, start: int, stop: int) -> bytes:
     if start == stop:
         return b""
     if is_local(url):
-        data = _read_local(local_path(url), start, stop - start)
+        data = read_file_range(local_path(url), start, stop - start)
     else:
         with mapped_errors(url):
-            system, path = remote(url)
-            data = system.cat_file(path, start=start, end=stop)
+            system, path = filesystem(url)
+            try:
+                data = system.cat_file(path, start=start, end=stop)
+            except OSError as error:
+                if error_code(error) not in _RANGE_CODES:
+                    raise
+                data = b""
     if len(data) > stop - start:
         raise InputError(
             f"{url}: {len(data)} bytes came where {stop - start} were asked for: the server ignores byte "
@@ -155,184 +89,124 @@ def read_range(url: str, start: int, stop: int) -> bytes:
     return bytes(data)
 
 
-def _read_local(path: str, start: int, count: int) -> bytes:
-    descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
-    try:
-        data = os.pread(descriptor, count, start)
-        # Linux gives at most 2 GiB a call, network file systems less.
-        while 0 < len(data) < count and (more := os.pread(descriptor, count - len(data), start + len(data))):
-            data += more
-        return data
-    finally:
-        os.close(descriptor)
-
-
 def read_bytes(url: str) -> bytes:
-    """The whole of a file."""
-    if is_local(url):
-        with open(local_path(url), "rb") as stream:
-            return stream.read()
-    with mapped_errors(url):
-        system, path = remote(url)
+    """The whole of a file, with retries.
+
+    Raises:
+        FileNotFoundError: there is none.
+        EnvironmentFault: access denied.
+        OSError: an error that did not pass within the retries.
+    """
+
+    def read() -> bytes:
+        if is_local(url):
+            return read_file(local_path(url))
+        system, path = filesystem(url)
         return bytes(system.cat_file(path))
+
+    return retried(read, url, "reading")
 
 
 def write_atomic(url: str, *parts: bytes) -> None:
     """Write a file, of one part or of several one behind the other, so that readers see the old one or the new one.
 
-    Never is a half of it seen; folders are made as needed.
+    Never is a half of it seen; folders are created as needed, buckets never are.
 
     A local file is durable on return (file and folder are synced). A remote one is one put, which is atomic
     and durable on object stores; on file-like remotes (sftp, say) it is neither.
+
+    Raises:
+        EnvironmentFault: disk full, access denied, no such bucket, a name that cannot be a file.
+        OSError: an error that did not pass within the retries.
     """
-    if not is_local(url):
-        with mapped_errors(url):
-            system, path = remote(url)
-            system.pipe_file(path, b"".join(parts))
-        return
-    path = os.path.abspath(local_path(url))
-    folder = os.path.dirname(path)
-    make_dirs(folder)
-    temporary = os.path.join(folder, f".{uuid.uuid4().hex}{_TEMPORARY}")
-    try:
-        with open(temporary, "xb") as stream:
-            stream.writelines(parts)
-            stream.flush()
-            os.fsync(stream.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        with suppress(FileNotFoundError):
-            os.unlink(temporary)
-        raise
-    sync_file(folder)
 
+    def write() -> None:
+        if is_local(url):
+            write_file(os.path.abspath(local_path(url)), *parts)
+            return
+        system, path = filesystem(url)
+        system.pipe_file(path, b"".join(parts))
 
-def local_copy(url: str) -> str:
-    """A local path with the bytes of ``url``: itself where it is local, else a copy that lasts as long as the process.
-
-    Raises what ``read_bytes`` raises.
-    """
-    if is_local(url):
-        return local_path(url)
-    if url not in _copies:
-        data = read_bytes(url)
-        folder = tempfile.TemporaryDirectory(prefix="featup-")
-        path = os.path.join(folder.name, os.path.basename(url))
-        with open(path, "wb") as file:
-            file.write(data)
-        _copies[url] = (folder, path)
-    return _copies[url][1]
-
-
-_copies: dict[str, tuple[tempfile.TemporaryDirectory[str], str]] = {}
-
-
-def sync_file(path: str) -> None:
-    """Make a local file's bytes, or a local folder's entries, durable."""
-    descriptor = os.open(local_path(path), os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    retried(write, url, "writing", writing=True)
 
 
 def make_dirs(url: str) -> None:
-    """Make a folder and those above it, durably; one that exists is fine."""
-    if not is_local(url):
-        with mapped_errors(url):
-            system, path = remote(url)
-            system.makedirs(path, exist_ok=True)
+    """Create a folder and those above it, durably; one that exists is fine. Object stores need none, and get none.
+
+    Raises:
+        EnvironmentFault: disk full, access denied, a file where a folder is needed.
+        OSError: an error that did not pass within the retries.
+    """
+    if not is_local(url) and is_object_store(url):
         return
-    path = os.path.abspath(local_path(url))
-    missing = []
-    while not os.path.isdir(path):
-        missing.append(path)
-        path = os.path.dirname(path)
-    for folder in reversed(missing):
-        os.makedirs(folder, exist_ok=True)
-        sync_file(os.path.dirname(folder))
+
+    def make() -> None:
+        if is_local(url):
+            make_local_dirs(os.path.abspath(local_path(url)))
+            return
+        system, path = filesystem(url)
+        system.makedirs(path, exist_ok=True)
+
+    retried(make, url, "creating the folder", writing=True)
 
 
 def exists(url: str) -> bool:
-    """Whether a file or folder of that name is there."""
-    if is_local(url):
-        return os.path.exists(local_path(url))
-    with mapped_errors(url):
-        system, path = remote(url)
+    """Whether a file or folder of that name is there.
+
+    Raises:
+        EnvironmentFault: access denied.
+        OSError: an error that did not pass within the retries.
+    """
+
+    def look() -> bool:
+        if is_local(url):
+            return os.path.exists(local_path(url))
+        system, path = filesystem(url)
         return bool(system.exists(path))
+
+    return retried(look, url, "looking up")
 
 
 def remove(url: str) -> None:
-    """Remove a file; one that is not there is fine."""
-    with suppress(FileNotFoundError):
-        if is_local(url):
-            os.unlink(local_path(url))
-        else:
-            with mapped_errors(url):
-                system, path = remote(url)
+    """Remove a file; one that is not there is fine. Raises what :func:`write_atomic` raises."""
+
+    def unlink() -> None:
+        with suppress(FileNotFoundError):
+            if is_local(url):
+                os.unlink(local_path(url))
+            else:
+                system, path = filesystem(url)
                 system.rm_file(path)
+
+    retried(unlink, url, "removing", writing=True)
 
 
 def list_files(url: str) -> list[str]:
     """Names of all files below a folder, relative to it, sorted; [] where there is no such folder.
 
-    Files that are still being written (or were, when their writer died) are left out.
-    """
-    if is_local(url):
-        names = list(_walk(local_path(url)))
-    else:
-        with mapped_errors(url):
-            system, path = remote(url)
-            root = path.rstrip("/") + "/"
-            try:
-                names = [name.removeprefix(root) for name in system.find(path) if name.startswith(root)]
-            except FileNotFoundError:
-                names = []
-    return sorted(name for name in names if not name.endswith(_TEMPORARY))
-
-
-def _walk(root: str) -> Iterator[str]:
-    def fail(error: OSError) -> None:
-        if not isinstance(error, FileNotFoundError):
-            raise error
-
-    for folder, _, files in os.walk(root, onerror=fail):
-        below = os.path.relpath(folder, root)
-        yield from (name if below == os.curdir else f"{below}/{name}".replace(os.sep, "/") for name in files)
-
-
-def with_retries(
-    action: Callable[[], T],
-    *,
-    what: str,
-    attempts: int = 4,
-    first_wait: float = 0.2,
-    sleep: Callable[[float], None] = time.sleep,
-) -> T:
-    """Do ``action``, again after OSErrors that may pass (connections, time-outs, input/output errors).
-
-    Args:
-        action: what to do; it must be fit to be done again from the start.
-        what: names the action in the error text.
-        attempts: how often at most.
-        first_wait: seconds before the second attempt; each further wait is twice as long.
-        sleep: waits that many seconds.
+    Files that are still being written (or were, when their writer died) and lock files are left out.
 
     Raises:
-        OSError: the last attempt's error in context; errors that last (no such file, no permission, disk
-            full) and errors of other types at once, as they are.
+        EnvironmentFault: access denied.
+        OSError: an error that did not pass within the retries.
     """
-    for attempt in range(1, attempts + 1):
+
+    def names() -> list[str]:
+        if is_local(url):
+            return list(walk(local_path(url)))
+        system, path = filesystem(url)
+        root = path.rstrip("/") + "/"
         try:
-            return action()
-        except OSError as error:
-            if isinstance(error, _LASTING_ERRORS) or error.errno in _LASTING_ERRNOS:
-                raise
-            if attempt == attempts:
-                text = f"{what} failed {attempts} times, the last time with {type(error).__name__}: {error}"
-                raise (OSError(error.errno, text) if error.errno else OSError(text)) from error
-            sleep(first_wait * 2 ** (attempt - 1))
-    raise ValueError(f"{what}: attempts must be 1 or more, not {attempts}")
+            return [name.removeprefix(root) for name in system.find(path) if name.startswith(root)]
+        except FileNotFoundError:
+            return []
+
+    return sorted(name for name in retried(names, url, "listing") if not _is_passing(name))
+
+
+def _is_passing(name: str) -> bool:
+    base = name.rpartition("/")[2]
+    return name.endswith(TEMPORARY) or (base.startswith(".") and base.endswith(LOCK))
 
 
 def fetch(url: str, start: int, stop: int, read: RangeReader = read_range) -> bytes:
@@ -340,6 +214,7 @@ def fetch(url: str, start: int, stop: int, read: RangeReader = read_range) -> by
 
     Raises:
         InputError: the file is gone or has become shorter since it was indexed.
+        EnvironmentFault: access denied.
         OSError: it cannot be read, after retries.
     """
 
@@ -354,10 +229,10 @@ def fetch(url: str, start: int, stop: int, read: RangeReader = read_range) -> by
                     "indexed, and was probably replaced. Run the job again, so that its plan is made from "
                     "the file as it is now"
                 ) from error
-            raise OSError(f"the connection ended early: {error}") from error
+            raise OSError(errno.EAGAIN, f"the connection ended early: {error}") from error
 
     try:
-        return with_retries(attempt, what=f"reading bytes {start} to {stop} of {url}")
+        return retried(attempt, url, f"reading bytes {start} to {stop} of")
     except FileNotFoundError as error:
         raise InputError(
             f"{url} is gone since it was indexed; put it back, or run the job again, so that its plan leaves it out"

@@ -224,7 +224,7 @@ class TrainingWorker:
     def _fit_feature_keys(self) -> None:
         """What a JBU compares of the features, from the first images of the order: the same in every worker."""
         upsampler = self.objective.upsampler
-        if not (isinstance(upsampler, JBU) and upsampler.feature_keys):
+        if not (isinstance(upsampler, JBU) and upsampler.affinity_channels):
             return
         fit = PCAFit(self.backbone.channels)
         for position in range(min(_KEY_IMAGES, len(self.order))):
@@ -234,8 +234,8 @@ class TrainingWorker:
                 continue  # Counted where it is trained on.
             with torch.no_grad():
                 fit.add(self.backbone(torch.from_numpy(image)[None].to(self.device)))
-        pca = fit.solve(upsampler.feature_keys)
-        upsampler.set_feature_keys(pca.components, pca.variance)
+        pca = fit.solve(upsampler.affinity_channels)
+        upsampler.set_affinity_projection(pca.components, pca.variance)
 
     def _load_held_out(self) -> list[Tensor]:
         """The images held out that can be decoded, in batches."""

@@ -30,7 +30,8 @@ def write_tar(path: Path, keys: list[str], size: int = 10) -> str:
 def shards_of(counts: list[tuple[int, int]]) -> tuple[PlannedShard, ...]:
     """Shards of (samples in the tar, samples used)."""
     return tuple(
-        PlannedShard(f"s3://b/{n}.tar", 100 + n, "t", samples, used, (), "d") for n, (samples, used) in enumerate(counts)
+        PlannedShard(f"s3://b/{n}.tar", 100 + n, "t", samples, used, (), "d")
+        for n, (samples, used) in enumerate(counts)
     )
 
 

@@ -1,73 +1,15 @@
 import errno
-import gc
 import multiprocessing
 import os
-import subprocess
-import sys
-import threading
-import warnings
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import braceexpand
 import pytest
 
-from pipeline.errors import InputError
+from pipeline.errors import EnvironmentFault, InputError
 from pipeline.inputs import patterns, storage
-
-CONTENT = bytes(range(256)) * 8
-
-
-@pytest.fixture(params=["path", "file", "memory"])
-def root(request: pytest.FixtureRequest, tmp_path: Path) -> str:
-    """An empty folder, as a plain path, a file:// URL and a remote URL."""
-    return {
-        "path": f"{tmp_path}",
-        "file": f"file://{tmp_path}",
-        "memory": f"memory://test_storage{tmp_path}",
-    }[request.param]
-
-
-class _Server(BaseHTTPRequestHandler):
-    """Serves CONTENT: at /ranged with byte ranges, at /whole without, at /broken not at all."""
-
-    def do_HEAD(self) -> None:
-        self._answer(send=False)
-
-    def do_GET(self) -> None:
-        self._answer(send=True)
-
-    def _answer(self, send: bool) -> None:
-        if "broken" in self.path or "none" in self.path:
-            self.send_error(503 if "broken" in self.path else 404)
-            return
-        start, stop = 0, len(CONTENT)
-        wanted = self.headers.get("Range") if "ranged" in self.path else None
-        if wanted:
-            first, _, last = wanted.removeprefix("bytes=").partition("-")
-            start, stop = int(first), min(int(last) + 1, stop)
-        self.send_response(206 if wanted else 200)
-        self.send_header("Content-Length", str(stop - start))
-        self.send_header("ETag", '"version-1"')
-        self.end_headers()
-        if send:
-            self.wfile.write(CONTENT[start:stop])
-
-    def log_message(self, format: str, *args: object) -> None:
-        """Keep the test's output clean."""
-
-
-@pytest.fixture
-def server() -> Iterator[str]:
-    pytest.importorskip("aiohttp", reason="fsspec serves http through aiohttp, which is not installed")
-    with ThreadingHTTPServer(("127.0.0.1", 0), _Server) as http:
-        thread = threading.Thread(target=http.serve_forever)
-        thread.start()
-        yield f"http://127.0.0.1:{http.server_port}"
-        http.shutdown()
-        thread.join()
+from tests.pipeline.inputs.conftest import CONTENT
 
 
 def test_names_of_this_machine_and_others() -> None:
@@ -161,7 +103,7 @@ def test_files_being_written_are_not_listed(tmp_path: Path) -> None:
 
 def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> None:
     (tmp_path / "taken").mkdir()
-    with pytest.raises(IsADirectoryError):
+    with pytest.raises(EnvironmentFault, match="a folder of that name is there"):
         storage.write_atomic(str(tmp_path / "taken"), b"data")
     assert os.listdir(tmp_path) == ["taken"]
 
@@ -345,52 +287,3 @@ def test_fetching_tells_a_cut_connection_from_a_file_that_shrank(tmp_path: Path)
         storage.fetch(str(path), 5, 3000)
     with pytest.raises(InputError, match="is gone since it was indexed"):
         storage.fetch(str(tmp_path / "none"), 0, 5)
-
-
-def test_a_local_copy_of_a_local_file_is_the_file_itself(tmp_path: Path) -> None:
-    path = str(tmp_path / "a.bin")
-    assert storage.local_copy(path) == path
-    assert storage.local_copy(f"file://{path}") == path
-
-
-def test_a_local_copy_of_a_remote_file_has_its_bytes_and_its_name(tmp_path: Path) -> None:
-    urls = [f"memory://test_storage{tmp_path}/{folder}/weights.safetensors" for folder in ("a", "b")]
-    for number, url in enumerate(urls):
-        storage.write_atomic(url, CONTENT[number:])
-    paths = [storage.local_copy(url) for url in urls]
-    for number, path in enumerate(paths):
-        assert Path(path).read_bytes() == CONTENT[number:]
-        assert Path(path).name == "weights.safetensors", "what reads it may tell its format by the ending"
-    assert [storage.local_copy(url) for url in urls] == paths, "one copy for each process"
-
-
-def test_a_local_copy_of_what_is_not_there_is_an_error_each_time(tmp_path: Path) -> None:
-    # The folder for it was made first and left to the garbage collector, which warned about it.
-    url = f"memory://test_storage{tmp_path}/late.bin"
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        with pytest.raises(FileNotFoundError):
-            storage.local_copy(url)
-        gc.collect()
-    assert not caught
-    storage.write_atomic(url, CONTENT)
-    assert Path(storage.local_copy(url)).read_bytes() == CONTENT
-
-
-def test_local_copies_go_with_their_process(tmp_path: Path) -> None:
-    code = (
-        "from pipeline.inputs import storage\n"
-        "storage.write_atomic('memory://x/a.bin', b'abc')\n"
-        "print(storage.local_copy('memory://x/a.bin'))"
-    )
-    root = Path(__file__).resolve().parents[3]
-    run = subprocess.run(
-        [sys.executable, "-c", code],
-        cwd=root,
-        env={"TMPDIR": str(tmp_path)},
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    assert Path(run.stdout.strip()).is_relative_to(tmp_path)
-    assert os.listdir(tmp_path) == []

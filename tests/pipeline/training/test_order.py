@@ -9,12 +9,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pipeline.config.base import Size, describe, read_config
+from pipeline.config.base import describe, read_config
 from pipeline.config.parser import parse_args
 from pipeline.config.train import TrainConfig
 from pipeline.decode.options import DecodeOptions
 from pipeline.errors import ConfigError, InputError, StoreError
 from pipeline.inputs.plan import Plan, make_plan
+from pipeline.options import Size
 from pipeline.training.log import plot_log, read_log, write_log
 from pipeline.training.loop import learning_rate
 from pipeline.training.order import SampleOrder, load_draw, step_batches
@@ -184,7 +185,7 @@ def test_progress_says_step_loss_pace_and_what_is_left() -> None:
 @pytest.mark.parametrize(
     ("options", "text"),
     [
-        ({"size": Size(0, 5)}, "size=0x5: both sides must be at least 1"),
+        ({"size": Size(0, 5)}, "size=0x5 must be between 1 and 16384 on both sides"),
         ({"steps": 0}, "steps=0 must be at least 1"),
         ({"jitters": 0}, "jitters=0 must be at least 1"),
         ({"holdout": 0}, "holdout=0 must be at least 1"),
@@ -192,13 +193,13 @@ def test_progress_says_step_loss_pace_and_what_is_left() -> None:
         ({"checkpoint_every": 0}, "checkpoint_every=0 must be at least 1"),
         ({"workers": 0}, "workers=0 must be at least 1"),
         ({"worker_attempts": 0}, "worker_attempts=0 must be at least 1"),
-        ({"projections": 0}, "projections=0 must be at least 1, or null for all channels"),
-        ({"max_pad": -1}, "max_pad=-1 must be 0 pixels or more"),
+        ({"projections": 0}, "projections=0 must be at least 1"),
+        ({"max_pad": -1}, "max_pad=-1 must be between 0 and 16384"),
         ({"max_zoom": 0.9}, "max_zoom=0.9 must be at least 1"),
-        ({"lr": 0.0}, "lr=0.0 must be positive"),
-        ({"lr": float("nan")}, "lr=nan must be positive"),
-        ({"seed": -1}, "seed=-1 must be 0 or more"),
-        ({"crf": -1.0}, "weights cannot be negative"),
+        ({"lr": 0.0}, "lr=0.0 must be more than 0"),
+        ({"lr": float("nan")}, "lr=nan must be more than 0"),
+        ({"seed": -1}, "seed=-1 must be between 0 and 4294967295"),
+        ({"crf": -1.0}, "crf=-1.0 must be at least 0"),
         ({"workers": 2, "batch_size": 3}, "batch_size=3 is that of all 2 workers and must divide among them"),
         ({"tensorboard": True, "out": "s3://b/c"}, "tensorboard with out='s3://b/c': event files are written to local"),
         ({"limit": 0}, "limit=0 must be at least 1"),

@@ -7,11 +7,12 @@ import torch
 from torch import Tensor
 
 from featup.checkpoints import load_probe
-from pipeline.config.base import Size, describe
+from pipeline.config.base import describe
 from pipeline.config.precompute import PrecomputeConfig
 from pipeline.config.probe import ProbeConfig
 from pipeline.errors import ConfigError
 from pipeline.inputs.plan import UnitKey
+from pipeline.options import Size
 from pipeline.store.create import create_store
 from pipeline.store.layout import OK, Layout
 from pipeline.store.writer import StoreWriter
@@ -147,7 +148,7 @@ def test_more_classes_than_were_told_are_refused(stores: tuple[str, str], tmp_pa
         ({"classes": None}, "seg needs the number of classes"),
         ({"label": "depth"}, "depth has none"),
         ({"pixels": 0}, "pixels=0 must be at least 1"),
-        ({"seed": -1}, "seed=-1 must be 0 or more"),
+        ({"seed": -1}, "seed=-1 must be between 0 and 4294967295"),
     ],
     ids=["no_classes", "classes_of_depth", "no_pixels", "seed"],
 )

@@ -1,0 +1,93 @@
+"""Local files through the operating system directly: writes are durable, and a ranged read costs one system call."""
+
+import os
+import uuid
+from collections.abc import Iterator
+from contextlib import suppress
+
+from pipeline.inputs.remote import local_path
+
+__all__ = [
+    "LOCK",
+    "TEMPORARY",
+    "make_local_dirs",
+    "read_file",
+    "read_file_range",
+    "sync_file",
+    "walk",
+    "write_file",
+]
+
+
+# The same ending zarr gives to what it has not yet renamed into place, so that one rule hides both.
+TEMPORARY = ".partial"
+LOCK = ".lock"
+
+
+def read_file(path: str) -> bytes:
+    """The whole of a file."""
+    with open(path, "rb") as stream:
+        return stream.read()
+
+
+def read_file_range(path: str, start: int, count: int) -> bytes:
+    """``count`` bytes from ``start``, fewer at the end of the file."""
+    descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
+    try:
+        data = os.pread(descriptor, count, start)
+        # Linux gives at most 2 GiB a call, network file systems less.
+        while 0 < len(data) < count and (more := os.pread(descriptor, count - len(data), start + len(data))):
+            data += more
+        return data
+    finally:
+        os.close(descriptor)
+
+
+def write_file(path: str, *parts: bytes) -> None:
+    """Write a file so that readers see the old one or the new one, durably; ``path`` is absolute."""
+    folder = os.path.dirname(path)
+    make_local_dirs(folder)
+    temporary = os.path.join(folder, f".{uuid.uuid4().hex}{TEMPORARY}")
+    try:
+        with open(temporary, "xb") as stream:
+            stream.writelines(parts)
+            stream.flush()
+            os.fsync(stream.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        with suppress(FileNotFoundError):
+            os.unlink(temporary)
+        raise
+    sync_file(folder)
+
+
+def sync_file(path: str) -> None:
+    """Make a local file's bytes, or a local folder's entries, durable."""
+    descriptor = os.open(local_path(path), os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def make_local_dirs(path: str) -> None:
+    """Make a folder and those above it, durably; one that exists is fine. ``path`` is absolute."""
+    missing = []
+    while not os.path.isdir(path):
+        missing.append(path)
+        path = os.path.dirname(path)
+    for folder in reversed(missing):
+        os.makedirs(folder, exist_ok=True)
+        sync_file(os.path.dirname(folder))
+
+
+def walk(root: str) -> Iterator[str]:
+    """Names of all files below a folder, relative to it; none where there is no such folder."""
+
+    def fail(error: OSError) -> None:
+        if not isinstance(error, FileNotFoundError):
+            raise error
+
+    for folder, _, files in os.walk(root, onerror=fail):
+        below = os.path.relpath(folder, root)
+        yield from (name if below == os.curdir else f"{below}/{name}".replace(os.sep, "/") for name in files)

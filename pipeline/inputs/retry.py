@@ -1,0 +1,160 @@
+"""Operations on files that fail: repeated where the error may pass, one clear line where it lasts."""
+
+import errno
+import os
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TypeVar
+
+from pipeline.errors import EnvironmentFault
+from pipeline.inputs.remote import (
+    BucketError,
+    CredentialsError,
+    error_code,
+    is_local,
+    is_object_store,
+    local_path,
+    mapped_errors,
+    protocol,
+)
+
+__all__ = ["environment_faults", "retried", "with_retries"]
+
+
+T = TypeVar("T")
+_LASTING_ERRORS = (FileNotFoundError, FileExistsError, PermissionError, IsADirectoryError, NotADirectoryError)
+_LASTING_ERRNOS = frozenset(
+    {
+        errno.ENOSPC,
+        errno.EDQUOT,
+        errno.EROFS,
+        errno.ENAMETOOLONG,
+        errno.EINVAL,
+        errno.ELOOP,
+        errno.EFBIG,
+        errno.ENOTSUP,
+    }
+)
+_AGAIN = "then run the same command again: finished units count"
+
+
+def with_retries(
+    action: Callable[[], T],
+    *,
+    what: str,
+    attempts: int = 5,
+    first_wait: float = 0.2,
+    sleep: Callable[[float], None] = time.sleep,
+) -> T:
+    """Do ``action``, again after OSErrors that may pass (connections, time-outs, input/output errors).
+
+    Args:
+        action: what to do; it must be fit to be done again from the start.
+        what: names the action in the error text.
+        attempts: how often at most.
+        first_wait: seconds before the second attempt; each further wait is twice as long.
+        sleep: waits that many seconds.
+
+    Raises:
+        OSError: the last attempt's error in context; errors that last (no such file, no permission, disk
+            full) and errors of other types at once, as they are.
+    """
+    for attempt in range(1, attempts + 1):
+        try:
+            return action()
+        except OSError as error:
+            if isinstance(error, _LASTING_ERRORS) or error.errno in _LASTING_ERRNOS:
+                raise
+            if attempt == attempts:
+                text = f"{what} failed {attempts} times, the last time with {type(error).__name__}: {error}"
+                raise (OSError(error.errno, text) if error.errno else OSError(text)) from error
+            sleep(first_wait * 2 ** (attempt - 1))
+    raise ValueError(f"{what}: attempts must be 1 or more, not {attempts}")
+
+
+def retried(action: Callable[[], T], url: str, verb: str, *, writing: bool = False) -> T:
+    """Do ``action`` on a file, with retries; ``verb`` ("writing") and the name begin the text of every error.
+
+    Raises:
+        EnvironmentFault: an error that lasts until somebody mends it.
+        FileNotFoundError: there is no such file (where it is read).
+        OSError: an error that did not pass within the retries.
+    """
+
+    def attempt() -> T:
+        with mapped_errors(url):
+            return action()
+
+    with environment_faults(url, verb, writing=writing):
+        return with_retries(attempt, what=f"{verb} {url}")
+
+
+@contextmanager
+def environment_faults(url: str, verb: str, *, writing: bool = False) -> Iterator[None]:
+    """Turn OSErrors that last until somebody mends the machine or the store into EnvironmentFault.
+
+    Access denied and missing credentials always; where a file is written also a full or read-only disk, a bucket that
+    does not exist, and a name that cannot be a file.
+    """
+    try:
+        yield
+    except OSError as error:
+        cause = _access_fault(error, url) or (_writing_fault(error, url) if writing else None)
+        if cause is None:
+            raise
+        raise EnvironmentFault(f"{verb} {url}: {cause}") from error
+
+
+def _access_fault(error: OSError, url: str) -> str | None:
+    if isinstance(error, CredentialsError):
+        return f"no credentials for {protocol(url)} ({_last_line(error)}); log in or set them on every node, {_AGAIN}"
+    if isinstance(error, PermissionError):
+        if is_local(url):
+            user = f"user {os.getuid()}" if hasattr(os, "getuid") else "this user"
+            return f"permission denied for {user} ({error.strerror}); change owner or mode of {_nearest(url)}, {_AGAIN}"
+        code = error_code(error)
+        return (
+            f"access denied{f' ({code})' if code else ''}; the credentials may have expired or lack the right to it: "
+            f"renew them or change the policy of the bucket, {_AGAIN}"
+        )
+    return None
+
+
+def _writing_fault(error: OSError, url: str) -> str | None:
+    if isinstance(error, BucketError) or (isinstance(error, FileNotFoundError) and is_object_store(url)):
+        bucket = url.partition("://")[2].partition("/")[0]
+        return f"there is no bucket {bucket!r}; check its name, or create it (buckets are never created here)"
+    place = _nearest(url) if is_local(url) else url.partition("://")[2].partition("/")[0]
+    if error.errno == errno.ENOSPC:
+        return f"no space is left on the device of {place}; free space, {_AGAIN}"
+    if error.errno == errno.EDQUOT:
+        return f"the disk quota at {place} is used up; free space or raise it, {_AGAIN}"
+    if error.errno == errno.EROFS:
+        return f"{place} is on a read-only file system; mount it writable or give another place"
+    if error.errno == errno.EFBIG:
+        return f"the file is larger than the file system of {place} or the process's limit allows; give another place"
+    if error.errno == errno.ENAMETOOLONG:
+        return "the name is longer than the file system allows; give a shorter one"
+    if error.errno == errno.ENOTSUP or (not is_local(url) and isinstance(error, NotImplementedError)):
+        return f"{protocol(url) or 'the file system'} cannot be written to; give a local folder, s3:// or gs://"
+    if isinstance(error, NotADirectoryError | FileExistsError):
+        return f"{place} is a file where a folder is needed; remove it or give another place"
+    if isinstance(error, IsADirectoryError):
+        return "a folder of that name is there; remove it or give another place"
+    if isinstance(error, FileNotFoundError):
+        return f"the folder vanished while it was written to; somebody removed what was below {place}"
+    return None
+
+
+def _nearest(url: str) -> str:
+    """The file, or the folder nearest above it, that exists."""
+    path = os.path.abspath(local_path(url))
+    while not os.path.lexists(path):
+        path = os.path.dirname(path)
+    return path
+
+
+def _last_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[-1] if lines else type(error).__name__
