@@ -52,6 +52,8 @@ def exit_status(name: str, work: Callable[[], bool]) -> int:
         print(
             f"{name}: the package {package!r} is not installed; pip install 'featup-datasets[{extra}]'", file=sys.stderr
         )
+    except BrokenPipeError:
+        raise
     except OSError as error:
         print(f"{name}: {type(error).__name__}: {redact(str(error))}", file=sys.stderr)
     except KeyboardInterrupt as stop:

@@ -1,7 +1,7 @@
 """How far a store is, while its job runs or after: units, samples, failures, rate, time left, who works on it.
 
-python -m jobs.status out/train
-python -m jobs.status s3://bucket/train --failed undecodable truncated
+featup status out/train
+featup status s3://bucket/train --failed undecodable truncated
 """
 
 import argparse
@@ -11,16 +11,17 @@ import sys
 from collections.abc import Iterator
 from dataclasses import asdict
 
-from jobs import exit_status
 from pipeline.errors import Reason
-from pipeline.store.status import collect_status, list_failed, list_units
-from pipeline.store.status_text import failed_text, status_text, unit_text
+
+from . import CommandParser, exit_status
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run the job. Exit status 0: the status was printed; 1: it cannot be read, and the text says why."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("store", help="the store: what was --out; a path or a URL")
+    parser = CommandParser("status", __doc__)
+    parser.add_argument(
+        "store", help="the store: the --out of featup precompute; a path or a URL", type=os.path.expanduser
+    )
     parser.add_argument(
         "--failed",
         nargs="*",
@@ -48,6 +49,9 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _text_lines(args: argparse.Namespace) -> Iterator[str]:
+    from pipeline.store.status import collect_status, list_failed, list_units
+    from pipeline.store.status_text import failed_text, status_text, unit_text
+
     yield status_text(collect_status(args.store))
     if args.failed is not None:
         yield from map(failed_text, list_failed(args.store, args.failed))
@@ -56,6 +60,8 @@ def _text_lines(args: argparse.Namespace) -> Iterator[str]:
 
 
 def _json_lines(args: argparse.Namespace) -> Iterator[str]:
+    from pipeline.store.status import collect_status, list_failed, list_units
+
     content = asdict(collect_status(args.store))
     if args.failed is not None:
         content["failed_samples"] = [asdict(sample) for sample in list_failed(args.store, args.failed)]

@@ -33,9 +33,10 @@ from pipeline.compute.prepare import (
     layout_of,
     plan_store,
     prepare,
-    recheck_input,
+    stored_plan,
     units_to_retry,
 )
+from pipeline.compute.recheck import recheck_input
 from pipeline.config.precompute import PrecomputeConfig
 from pipeline.errors import JobFailedError, PipelineError, StoreError
 from pipeline.inputs import storage
@@ -123,8 +124,9 @@ def _run(config: PrecomputeConfig, lease: Lease, state: _State, on_cluster: bool
             f"{config.out} has receipts and no arrays: features.zarr was removed or moved, and the receipts would make "
             "this run leave it empty; put it back, or remove the ledger folder as well"
         )
-    update = plan_store(config, index_all=index_on_ray)
-    recheck_input(config, update, ledger)
+    old = stored_plan(config.out)
+    update = plan_store(config, old, index_all=index_on_ray)
+    recheck_input(config, old, update, ledger, lambda text: print(text, flush=True))
     setup: Setup = ray.get(
         _prepare_remotely.options(num_cpus=min(1.0, allotment.cpus), num_gpus=allotment.gpus_per_actor).remote(
             config, update.shards

@@ -2,11 +2,12 @@
 
 import hashlib
 import sys
-from collections.abc import Iterator
 from dataclasses import asdict, replace
 from importlib.metadata import version
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.compute as pc
 import yaml
 
 from featup.checkpoints import pca_bytes
@@ -14,10 +15,13 @@ from pipeline.compute.device import set_threads
 from pipeline.compute.models import Extractor, Setup, fit_pca, keep_weights, take_pca, weights_place
 from pipeline.config.base import InputConfig, describe
 from pipeline.config.precompute import PrecomputeConfig
-from pipeline.errors import StoreMismatchError
+from pipeline.errors import Reason, StoreMismatchError
 from pipeline.inputs import storage
-from pipeline.inputs.plan import Plan, PlannedShard, make_plan, rows_of
+from pipeline.inputs.patterns import expand
+from pipeline.inputs.plan import IndexAll, Plan, PlannedShard, make_plan, rows_of
+from pipeline.inputs.plan_update import PlanUpdate, update_plan
 from pipeline.store.create import create_store, grow_store
+from pipeline.store.index import read_index
 from pipeline.store.layout import Layout, finished_attributes, list_differences, tile_of
 from pipeline.store.ledger import Ledger
 from pipeline.store.provenance import pca_place
@@ -28,6 +32,7 @@ __all__ = [
     "create_or_grow",
     "layout_of",
     "plan_input",
+    "plan_store",
     "prepare",
     "stored_plan",
     "units_to_retry",
@@ -35,9 +40,19 @@ __all__ = [
 ]
 
 
-def plan_input(config: InputConfig, index_all: Any = None) -> tuple[PlannedShard, ...]:
+def plan_input(config: InputConfig, index_all: IndexAll | None = None) -> tuple[PlannedShard, ...]:
     """Index the input shards; the indices are kept in ``OUT/plan/index``."""
     return make_plan(config.shards, _index_dir(config.out), config.limit, index_all)
+
+
+def plan_store(config: PrecomputeConfig, old: Plan | None, index_all: IndexAll | None = None) -> PlanUpdate:
+    """The plan of a store's input as it is now: that of before, with what is new behind it.
+
+    Raises:
+        InputChangedError: a shard has other content than the store was made from.
+        InputError: nothing matches, no shard holds a sample, or one that the store was made from is gone.
+    """
+    return update_plan(old, expand(config.shards), _index_dir(config.out), config.limit, index_all)
 
 
 def stored_plan(out: str) -> Plan | None:
@@ -139,21 +154,21 @@ def create_or_grow(config: PrecomputeConfig, plan: Plan, layout: Layout, setup: 
 
 def units_to_retry(config: PrecomputeConfig, plan: Plan, ledger: Ledger) -> list[int]:
     """Units that are done and hold failed samples, of the reasons that ``retry_failed`` names (all, if none)."""
-    reasons = set(config.retry_failed or ())
-    done = ledger.done()
-    if finished_attributes(config.out) is None:
+    attributes = finished_attributes(config.out)
+    if attributes is None:
         return []
-    return sorted({unit for unit in _units_with_failures(config.out, plan, ledger, reasons) if unit in done})
-
-
-def _units_with_failures(out: str, plan: Plan, ledger: Ledger, reasons: set[str]) -> Iterator[int]:
+    reasons = set(config.retry_failed or Reason)
+    if attributes.get("complete"):
+        table = read_index(config.out, ["unit", "status", "reason"])
+        failed = pc.and_(pc.equal(table["status"], "failed"), pc.is_in(table["reason"], pa.array(sorted(reasons))))
+        return sorted(set(table.filter(failed)["unit"].to_pylist()))
     done = ledger.done()
     keys = ((key, plan.shards[key.shard].digest) for key in map(plan.unit, range(plan.units)) if key.unit in done)
-    for key, receipt in ledger.receipts(keys):
-        if receipt is not None and any(
-            record.status != "ok" and (not reasons or record.reason in reasons) for record in receipt.samples
-        ):
-            yield key.unit
+    return [
+        key.unit
+        for key, receipt in ledger.receipts(keys)
+        if receipt is not None and any(record.reason in reasons for record in receipt.samples)
+    ]
 
 
 def _refuse(out: str, stored: dict[str, Any], wanted: dict[str, Any]) -> None:

@@ -9,6 +9,7 @@ import braceexpand
 from pipeline.errors import InputError
 from pipeline.inputs.remote import filesystem, is_local, join, local_path
 from pipeline.inputs.retry import retried
+from pipeline.redaction import redact
 
 __all__ = ["expand"]
 
@@ -22,7 +23,7 @@ def expand(patterns: Sequence[str]) -> list[str]:
 
     Raises:
         InputError: nothing to expand, braces that do not close, a glob that matches nothing, a folder where a
-            file is wanted, or the same file twice.
+            file is wanted, the same file twice, or URLs that differ in their query alone.
     """
     patterns = [patterns] if isinstance(patterns, str) else list(patterns)
     if not patterns:
@@ -40,6 +41,13 @@ def expand(patterns: Sequence[str]) -> list[str]:
             f"{len(repeated)} of {len(names)} input names come twice, first {', '.join(repeated[:3])}; "
             "probably two patterns overlap. Every shard may be read once: narrow the patterns"
         )
+    by_stored_name: dict[str, str] = {}
+    for name in names:
+        if by_stored_name.setdefault(redact(name), name) != name:
+            raise InputError(
+                f"two of the inputs differ only in what follows the question mark of {redact(name)}, and that is left "
+                "out of everything that is stored, as it may be a signature; give them different paths, or copy them"
+            )
     return names
 
 

@@ -6,20 +6,34 @@ sample's row follows from the shards' sample counts alone and depends on neither
 
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property, lru_cache
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.errors import InputError
+from pipeline.console import human_bytes
+from pipeline.errors import ConfigError, InputChangedError, InputError
 from pipeline.inputs.patterns import expand
 from pipeline.inputs.tar import IndexedSample, ShardIndex
 from pipeline.inputs.tar_index import cached_index, saved_index
+from pipeline.redaction import redact
 
-__all__ = ["Plan", "PlannedShard", "UnitKey", "make_plan", "plan_shard", "rows_of"]
+__all__ = [
+    "IndexAll",
+    "Plan",
+    "PlannedShard",
+    "UnitKey",
+    "check_samples",
+    "index_shards",
+    "limit_samples",
+    "make_plan",
+    "plan_shard",
+    "rows_of",
+]
 
 
 @dataclass(frozen=True, order=True)
@@ -50,7 +64,9 @@ class UnitKey:
 class PlannedShard:
     """What planning keeps of one input shard: ``samples`` in it, of which the first ``used`` are in the plan.
 
-    ``digest`` is :attr:`pipeline.inputs.tar.ShardIndex.digest`, which names the content wherever the shard lies.
+    ``url`` may hold a signature, which workers need; where the plan is stored it is left out. ``digest`` is
+    :attr:`pipeline.inputs.tar.ShardIndex.digest`, which names the content wherever the shard lies. ``ignored`` counts
+    the members that are of no sample: (rule, how many).
     """
 
     url: str
@@ -60,6 +76,7 @@ class PlannedShard:
     used: int
     faults: tuple[str, ...]
     digest: str
+    ignored: tuple[tuple[str, int], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -97,7 +114,15 @@ class Plan:
     @property
     def faults(self) -> list[str]:
         """What is wrong with whole input shards."""
-        return [f"{shard.url}: {fault}" for shard in self.shards for fault in shard.faults]
+        return [redact(f"{shard.url}: {fault}") for shard in self.shards for fault in shard.faults]
+
+    @property
+    def ignored(self) -> tuple[tuple[str, int], ...]:
+        """Members of all shards that are of no sample: (rule, how many), the most frequent first."""
+        counts: Counter[str] = Counter()
+        for shard in self.shards:
+            counts.update(dict(shard.ignored))
+        return tuple(counts.most_common())
 
     @cached_property
     def digest(self) -> str:
@@ -115,19 +140,13 @@ class Plan:
         return UnitKey(unit=number, shard=shard, start=start, stop=stop, row=number * self.rows_per_shard)
 
     def index(self, shard: int) -> ShardIndex:
-        """The index of one input shard, as it was when the plan was made.
+        """The index of one input shard, as it was when the plan was made. One that was removed is made again.
 
         Raises:
-            InputError: there is no such index, or it is of another version of the shard.
+            InputChangedError: it is of another version of the shard.
+            InputError: there is no index, and the shard it could be made from is missing.
         """
-        planned = self.shards[shard]
-        index = _remembered_index(planned, self.index_dir)
-        if (index.size, len(index.samples)) != (planned.size, planned.samples):
-            raise InputError(
-                f"{planned.url}: {index.size} bytes with {len(index.samples)} samples now, {planned.size} bytes with "
-                f"{planned.samples} samples when the plan was made; put the shard back, or start a new store"
-            )
-        return index
+        return _remembered_index(self.shards[shard], self.index_dir)
 
     def sample(self, number: int) -> tuple[int, int]:
         """(input shard, position in it) of sample ``number`` of the whole plan."""
@@ -139,34 +158,63 @@ class Plan:
         return self.index(key.shard).samples[key.start : key.stop]
 
     def to_json(self) -> bytes:
-        """For keeping beside the store."""
-        return json.dumps({"rows_per_shard": self.rows_per_shard, "shards": [asdict(s) for s in self.shards]}).encode()
+        """For keeping beside the store, without credentials and signatures."""
+        shards = [
+            asdict(shard) | {"url": redact(shard.url), "faults": [redact(fault) for fault in shard.faults]}
+            for shard in self.shards
+        ]
+        return json.dumps({"rows_per_shard": self.rows_per_shard, "shards": shards}).encode()
 
     @staticmethod
     def from_json(data: bytes, index_dir: str) -> "Plan":
-        """What :meth:`to_json` wrote."""
+        """The plan that :meth:`to_json` wrote. Its URLs have no signatures: ``update_plan`` gives them theirs."""
         content: dict[str, Any] = json.loads(data)
-        shards = tuple(PlannedShard(**{**s, "faults": tuple(s["faults"])}) for s in content["shards"])
+        shards = tuple(
+            PlannedShard(
+                **shard
+                | {
+                    "faults": tuple(shard["faults"]),
+                    "ignored": tuple((rule, count) for rule, count in shard["ignored"]),
+                }
+            )
+            for shard in content["shards"]
+        )
         return Plan(shards, content["rows_per_shard"], index_dir)
 
 
 @lru_cache(maxsize=8)
 def _remembered_index(shard: PlannedShard, index_dir: str) -> ShardIndex:
-    return saved_index(shard.url, index_dir)
+    try:
+        index = saved_index(shard.url, index_dir)
+    except InputError:
+        index = cached_index(shard.url, index_dir)
+        if index.size < 0:
+            raise
+    if (index.size, len(index.samples), index.digest) != (shard.size, shard.samples, shard.digest):
+        raise InputChangedError(
+            f"{shard.url}: {index.size} bytes with {len(index.samples)} samples now, {shard.size} bytes with "
+            f"{shard.samples} samples when the plan was made (digest {index.digest[:8]} now, {shard.digest[:8]} then); "
+            "put the shard back, or start a new store"
+        )
+    return index
+
+
+IndexAll: TypeAlias = Callable[[list[str], str], Iterator[PlannedShard]]
+"""``index_all(urls, index_dir)`` gives the shards in order."""
 
 
 def plan_shard(url: str, index_dir: str) -> PlannedShard:
     """Index one input shard (or reuse its index) and keep what planning needs of it."""
     index = cached_index(url, index_dir)
     count = len(index.samples)
-    return PlannedShard(url, index.size, index.stamp, count, count, index.faults, index.digest)
+    return PlannedShard(url, index.size, index.stamp, count, count, index.faults, index.digest, index.ignored)
 
 
 def make_plan(
     patterns: Iterable[str],
     index_dir: str,
     limit: int | None = None,
-    index_all: Callable[[list[str], str], Iterator[PlannedShard]] | None = None,
+    index_all: IndexAll | None = None,
 ) -> tuple[PlannedShard, ...]:
     """Resolve the shards and count their samples.
 
@@ -180,24 +228,63 @@ def make_plan(
         InputError: nothing matches, or no shard holds a sample.
     """
     urls = expand(list(patterns))
-    found = index_all(urls, index_dir) if index_all else (plan_shard(url, index_dir) for url in urls)
-    left = limit
-    shards = []
-    for shard in found:
-        used = shard.samples if left is None else min(left, shard.samples)
-        left = None if left is None else left - used
-        shards.append(PlannedShard(**{**asdict(shard), "used": used}))
+    shards = limit_samples(index_shards(urls, index_dir, index_all), limit)
+    check_samples(shards)
+    return shards
+
+
+def index_shards(urls: list[str], index_dir: str, index_all: IndexAll | None = None) -> Iterator[PlannedShard]:
+    """Index shards, by ``index_all`` where it is given; in the order of ``urls``."""
+    return index_all(urls, index_dir) if index_all else (plan_shard(url, index_dir) for url in urls)
+
+
+def limit_samples(shards: Iterable[PlannedShard], limit: int | None) -> tuple[PlannedShard, ...]:
+    """The shards with ``used`` such that the first ``limit`` samples are in the plan; all where it is None."""
+    limited = []
+    for shard in shards:
+        used = shard.samples if limit is None else min(limit, shard.samples)
+        limit = None if limit is None else limit - used
+        limited.append(replace(shard, used=used))
+    return tuple(limited)
+
+
+def check_samples(shards: Sequence[PlannedShard]) -> None:
+    """InputError where a plan has no sample at all."""
     if not any(shard.used for shard in shards):
         faults = [f"{shard.url}: {fault}" for shard in shards for fault in shard.faults]
         raise InputError(
             f"{len(shards)} shards and not one sample: {'; '.join(faults[:5]) or 'they hold no named files'}; "
             "give tars in WebDataset format (KEY.jpg, KEY.cls, ...)"
         )
-    return tuple(shards)
 
 
-def rows_of(sample_bytes: int, wanted: int | None, target_bytes: int = 256 << 20) -> int:
-    """Images in one Zarr shard: ``wanted``, or the largest power of two that keeps a shard below ``target_bytes``."""
-    if wanted is not None:
-        return wanted
-    return int(1 << max(0, min(10, (target_bytes // max(1, sample_bytes)).bit_length() - 1)))
+def rows_of(
+    sample_bytes: int,
+    wanted: int | None,
+    decoded_bytes: int = 0,
+    target_bytes: int = 256 << 20,
+    largest_decoded: int = 1 << 30,
+) -> int:
+    """Images in one Zarr shard, which are one unit of work.
+
+    Args:
+        sample_bytes: stored bytes of one sample, before compression.
+        wanted: the user's choice; None for the largest power of two, up to 1024, that keeps both the stored and the
+            decoded bytes of a unit below ``target_bytes``.
+        decoded_bytes: bytes of one sample's decoded image and labels, as a unit holds them in memory.
+        target_bytes: see ``wanted``.
+        largest_decoded: decoded bytes of a unit that no choice may exceed.
+
+    Raises:
+        ConfigError: ``wanted`` images are too large to be decoded at once.
+    """
+    if wanted is None:
+        return int(1 << max(0, min(10, (target_bytes // max(1, sample_bytes, decoded_bytes)).bit_length() - 1)))
+    if wanted * decoded_bytes > largest_decoded:
+        most = max(1, largest_decoded // decoded_bytes)
+        raise ConfigError(
+            f"rows_per_shard {wanted} makes units of {human_bytes(wanted * decoded_bytes)} of decoded images and "
+            f"labels ({human_bytes(decoded_bytes)} each), more than {human_bytes(largest_decoded)}, which workers "
+            f"could not hold; give {most} or less, or leave it out"
+        )
+    return wanted

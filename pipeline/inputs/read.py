@@ -1,16 +1,16 @@
 """Samples of an indexed tar, by byte range."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import TypeAlias
 
-from pipeline.errors import InputError, SampleError
+from pipeline.errors import InputChangedError, InputError, SampleError
 from pipeline.inputs import storage
 from pipeline.inputs.storage import RangeReader
-from pipeline.inputs.tar import BLOCK, Member, ShardIndex, header_mark, index_tar
+from pipeline.inputs.tar import BLOCK, Member, ShardIndex, header_mark
 
-__all__ = ["Sample", "iterate_tar", "read_samples"]
+__all__ = ["Sample", "read_samples"]
 
 
 Sample: TypeAlias = dict[str, bytes]
@@ -26,7 +26,7 @@ class _Request:
 
     start: int
     stop: int
-    wanted: list[tuple[Sample, Member]] = field(default_factory=list)
+    members: list[tuple[Sample, Member]] = field(default_factory=list)
 
 
 def read_samples(
@@ -54,7 +54,8 @@ def read_samples(
         index has a problem with it, that problem as a SampleError; nothing is read for those.
 
     Raises:
-        InputError: the tar is not the one that was indexed, or the index has no such samples.
+        InputChangedError: the tar is not the one that was indexed.
+        InputError: the index has no such samples.
         OSError: it cannot be read, after retries.
     """
     if not 0 <= start <= stop <= len(index.samples):
@@ -64,59 +65,42 @@ def read_samples(
             "so that it is made anew"
         )
     samples: list[Sample | SampleError] = []
-    requests: list[_Request] = []
+    pairs: list[tuple[Sample, Member]] = []
     for entry in index.samples[start:stop]:
         if entry.problem is not None:
             samples.append(SampleError(*entry.problem))
             continue
-        sample: Sample = {}
+        members = [member for member in entry.members if wanted is None or wanted(member.ext)]
+        sample: Sample = dict.fromkeys((member.ext for member in members), b"")
         samples.append(sample)
-        for member in entry.members:
-            if wanted is None or wanted(member.ext):
-                _add(requests, sample, member)
-    for request in requests:
+        pairs.extend((sample, member) for member in members)
+    for request in _requests(pairs):
         _serve(index.url, request, read)
     return samples
 
 
-def _add(requests: list[_Request], sample: Sample, member: Member) -> None:
-    start, stop = member.offset - BLOCK, member.offset + member.size
-    last = requests[-1] if requests else None
-    if last is None or start - last.stop > _GAP or stop - last.start > _REQUEST:
-        last = _Request(start, stop)
-        requests.append(last)
-    last.stop = stop
-    last.wanted.append((sample, member))
+def _requests(pairs: list[tuple[Sample, Member]]) -> list[_Request]:
+    requests: list[_Request] = []
+    # A hard link has the data of an earlier member, so members need not ascend.
+    for sample, member in sorted(pairs, key=lambda pair: pair[1].offset):
+        start, stop = member.offset - BLOCK, member.offset + member.size
+        if not requests or start - requests[-1].stop > _GAP or stop - requests[-1].start > _REQUEST:
+            requests.append(_Request(start, stop))
+        requests[-1].stop = max(requests[-1].stop, stop)
+        requests[-1].members.append((sample, member))
+    return requests
 
 
 def _serve(url: str, request: _Request, read: RangeReader) -> None:
     bounds = [*range(request.start, request.stop, _REQUEST), request.stop]
     pieces = [storage.fetch(url, start, stop, read) for start, stop in pairwise(bounds)]
     data = pieces[0] if len(pieces) == 1 else b"".join(pieces)
-    for sample, member in request.wanted:
+    for sample, member in request.members:
         at = member.offset - request.start
         if header_mark(data[at - BLOCK : at]) != member.mark:
-            raise InputError(
+            raise InputChangedError(
                 f"{url}: the header of a .{member.ext} member at byte {member.offset - BLOCK} is not the "
                 "one that was indexed: the tar was replaced. Run the job again, so that its plan is made "
                 "from the file as it is now"
             )
         sample[member.ext] = data[at : at + member.size]
-
-
-def iterate_tar(url: str, *, read: RangeReader = storage.read_range) -> Iterator[tuple[str, Sample]]:
-    """Key and members (bytes by extension) of every sample of a tar that can be read, in order.
-
-    For tests and small tools. Samples with a problem are left out: `index_tar` lists them, and the tar's
-    faults.
-
-    Raises:
-        InputError: there is no such tar.
-    """
-    index = index_tar(url, read=read)
-    if index.size < 0:
-        raise InputError(f"{url} does not exist; check its name")
-    for position, entry in enumerate(index.samples):
-        for sample in read_samples(index, position, position + 1, read=read):
-            if isinstance(sample, dict):
-                yield entry.key, sample

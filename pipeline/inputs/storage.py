@@ -10,7 +10,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import TypeAlias
 
-from pipeline.errors import InputError
+from pipeline.errors import InputChangedError, InputError
 from pipeline.inputs.conditional import create_exclusive, read_with_token, replace_if
 from pipeline.inputs.file_stat import FileStat, stat
 from pipeline.inputs.local import (
@@ -213,7 +213,7 @@ def fetch(url: str, start: int, stop: int, read: RangeReader = read_range) -> by
     """Bytes ``start`` to ``stop`` of an input that was that long when it was indexed, retried by reopening.
 
     Raises:
-        InputError: the file is gone or has become shorter since it was indexed.
+        InputChangedError: the file is gone or has become shorter since it was indexed.
         EnvironmentFault: access denied.
         OSError: it cannot be read, after retries.
     """
@@ -224,7 +224,7 @@ def fetch(url: str, start: int, stop: int, read: RangeReader = read_range) -> by
         except EOFError as error:
             size = stat(url).size
             if size < stop:
-                raise InputError(
+                raise InputChangedError(
                     f"{url} has {size} bytes where {stop} are needed: it became shorter since it was "
                     "indexed, and was probably replaced. Run the job again, so that its plan is made from "
                     "the file as it is now"
@@ -234,6 +234,6 @@ def fetch(url: str, start: int, stop: int, read: RangeReader = read_range) -> by
     try:
         return retried(attempt, url, f"reading bytes {start} to {stop} of")
     except FileNotFoundError as error:
-        raise InputError(
+        raise InputChangedError(
             f"{url} is gone since it was indexed; put it back, or run the job again, so that its plan leaves it out"
         ) from error

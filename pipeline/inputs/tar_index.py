@@ -4,6 +4,7 @@ import hashlib
 import json
 import logging
 import os
+from dataclasses import replace
 from itertools import pairwise
 
 import pyarrow as pa
@@ -13,12 +14,14 @@ from pipeline.errors import InputError, Reason
 from pipeline.inputs import storage
 from pipeline.inputs.storage import FileStat, RangeReader
 from pipeline.inputs.tar import IndexedSample, Member, ShardIndex, index_tar
+from pipeline.redaction import redact
 
-__all__ = ["cached_index", "load_index", "save_index", "saved_index"]
+__all__ = ["cached_index", "index_name", "load_index", "load_saved", "save_index", "saved_index"]
 
 
 logger = logging.getLogger(__name__)
-_FORMAT = b"1"
+# Raised whenever the file, or what becomes a sample, changes: older indices are then made again.
+_FORMAT = b"2"
 _SCHEMA = pa.schema(
     [
         ("key", pa.string()),
@@ -33,7 +36,10 @@ _SCHEMA = pa.schema(
 
 
 def save_index(index: ShardIndex) -> bytes:
-    """The index as a parquet file: a row for each sample, a list column for each property of its members."""
+    """The index as a parquet file: a row for each sample, a list column for each property of its members.
+
+    Credentials and signatures in the tar's URL are left out.
+    """
     members = [member for sample in index.samples for member in sample.members]
     bounds = [0]
     for sample in index.samples:
@@ -47,7 +53,13 @@ def save_index(index: ShardIndex) -> bytes:
         values = pa.array([getattr(member, field.name) for member in members], field.type.value_type)
         columns.append(pa.ListArray.from_arrays(pa.array(bounds, pa.int32()), values))
     columns[1] = columns[1].dictionary_encode()
-    about = {"url": index.url, "size": index.size, "stamp": index.stamp, "faults": index.faults}
+    about = {
+        "url": redact(index.url),
+        "size": index.size,
+        "stamp": index.stamp,
+        "faults": [redact(fault) for fault in index.faults],
+        "ignored": index.ignored,
+    }
     schema = _SCHEMA.with_metadata({"tarindex": _FORMAT, "about": json.dumps(about)})
     sink = pa.BufferOutputStream()
     pq.write_table(pa.Table.from_arrays(columns, schema=schema), sink, compression="zstd")
@@ -55,15 +67,19 @@ def save_index(index: ShardIndex) -> bytes:
 
 
 def load_index(data: bytes) -> ShardIndex:
-    """What `save_index` made bytes of. InputError where the bytes are damaged or of another format."""
+    """The index that `save_index` wrote, under its redacted URL.
+
+    Raises:
+        InputError: the bytes are damaged, or of another format.
+    """
     try:
         table = pq.ParquetFile(pa.BufferReader(data)).read()
     except (pa.ArrowInvalid, OSError) as error:
         raise InputError(f"not an index that can be read: {error}; remove it, and it is made again") from error
     metadata = table.schema.metadata or {}
     if metadata.get(b"tarindex") != _FORMAT:
-        found = metadata.get(b"tarindex")
-        raise InputError(f"index of format {found!r}, wanted {_FORMAT!r}; remove it, and it is made again")
+        version = metadata.get(b"tarindex")
+        raise InputError(f"index of format {version!r}, wanted {_FORMAT!r}; remove it, and it is made again")
     about = json.loads(metadata[b"about"])
     table = table.combine_chunks()
     lists = [table.column(field.name).combine_chunks() for field in list(_SCHEMA)[3:]]
@@ -75,50 +91,55 @@ def load_index(data: bytes) -> ShardIndex:
             *(table.column(name).to_pylist() for name in ("key", "reason", "detail")), bounds, strict=True
         )
     )
-    return ShardIndex(about["url"], about["size"], about["stamp"], samples, tuple(about["faults"]))
+    ignored = tuple((rule, count) for rule, count in about["ignored"])
+    return ShardIndex(about["url"], about["size"], about["stamp"], samples, tuple(about["faults"]), ignored)
 
 
 def cached_index(url: str, cache_dir: str, *, read: RangeReader = storage.read_range) -> ShardIndex:
-    """The index of a tar: the saved one while the tar's size and stamp stand, else made anew and saved.
+    """The index of a tar: the saved one while the tar's size and stamp stand, else a new one, which is saved.
 
     A tar whose store gives no stamp is indexed each time, as nothing would tell that it was replaced. An
     index in the cache that cannot be read is made again. Raises what `index_tar` raises.
     """
-    place = _place(url, cache_dir)
-    saved = _saved_index(place)
-    if saved is not None and saved.url == url:
+    saved = load_saved(url, cache_dir)
+    if saved is not None:
         try:
-            state = storage.with_retries(lambda: storage.stat(url), what=f"looking up {url}")
+            state = storage.stat(url)
         except FileNotFoundError:
             state = FileStat(-1, "")
         if state.stamp and state == FileStat(saved.size, saved.stamp):
             return saved
     index = index_tar(url, read=read)
     if index.size >= 0:
-        storage.write_atomic(place, save_index(index))
+        storage.write_atomic(storage.join(cache_dir, index_name(url)), save_index(index))
     return index
 
 
 def saved_index(url: str, cache_dir: str) -> ShardIndex:
     """The index that `cached_index` saved, without a look at the tar.
 
-    Raises InputError where there is none that can be read.
+    Raises:
+        InputError: there is none that can be read.
     """
-    saved = _saved_index(_place(url, cache_dir))
+    saved = load_saved(url, cache_dir)
     if saved is None:
         raise InputError(f"no index of {url} in {cache_dir}; run the job again, so that its plan is made anew")
     return saved
 
 
-def _place(url: str, cache_dir: str) -> str:
-    return storage.join(cache_dir, hashlib.sha256(os.fsencode(url)).hexdigest()[:32] + ".parquet")
+def index_name(url: str) -> str:
+    """The file name of a tar's saved index: by its URL without the signature, which changes from run to run."""
+    return hashlib.sha256(os.fsencode(redact(url))).hexdigest()[:32] + ".parquet"
 
 
-def _saved_index(place: str) -> ShardIndex | None:
+def load_saved(url: str, cache_dir: str) -> ShardIndex | None:
+    """The saved index of a tar; None where there is none, or (which is logged) none that can be read."""
+    place = storage.join(cache_dir, index_name(url))
     try:
-        return load_index(storage.read_bytes(place))
+        index = load_index(storage.read_bytes(place))
     except FileNotFoundError:
         return None
     except InputError as error:
         logger.warning("%s: %s", place, error)
         return None
+    return replace(index, url=url) if index.url == redact(url) else None

@@ -18,9 +18,9 @@ from jobs import train_probe
 from jobs.evaluate import main
 from pipeline.decode.options import DecodeOptions
 from pipeline.decode.sample import prepare_sample
-from pipeline.inputs.read import iterate_tar
 from pipeline.loader.dataset import FeatureDataset
 from tests.e2e import support
+from tests.pipeline.inputs.tars import iterate_tar
 
 # 0 to 7: what the red channel is, in eighths.
 CLASSES = 8

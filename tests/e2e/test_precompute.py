@@ -13,7 +13,7 @@ import torch
 import zarr
 
 from featup.backbones import create_backbone
-from featup.checkpoints import load_pca, pca_bytes, save_jbu
+from featup.checkpoints import load_pca, pca_bytes, upsampler_bytes
 from featup.images import resize_images
 from featup.multiview.implicit import FitOptions, Implicit
 from featup.upsamplers import JBU, Bilateral
@@ -59,7 +59,7 @@ def test_the_features_are_those_of_the_method(store: Path, shards: Path) -> None
     """Computed again, one image at a time, without the pipeline."""
     from pipeline.decode.options import DecodeOptions
     from pipeline.decode.sample import prepare_sample
-    from pipeline.inputs.read import iterate_tar
+    from tests.pipeline.inputs.tars import iterate_tar
 
     backbone = create_backbone("test_vit", stride=16, image_size=(64, 64))
     pca = load_pca(store / "plan" / "pca.safetensors")
@@ -160,7 +160,7 @@ def _mixed_shard(path: Path) -> Path:
 def test_patch_14_by_jbu_with_padding_depth_and_classes(tmp_path: Path) -> None:
     shard = _mixed_shard(tmp_path / "mixed.tar")
     torch.manual_seed(0)
-    save_jbu(JBU(channels=384), tmp_path / "jbu.safetensors")
+    (tmp_path / "jbu.safetensors").write_bytes(upsampler_bytes(JBU(channels=384)))
     out = tmp_path / "out"
     command = ("--shards", shard, "--out", out, "--backbone", "vit_small_patch14_dinov2", "--pretrained", "false")
     command = (*command, "--upsampler", "jbu", "--checkpoint", tmp_path / "jbu.safetensors", "--pca", 16)
@@ -239,7 +239,7 @@ def test_implicit_fits_go_into_the_store_with_their_quality(shards: Path, tmp_pa
     """Whatever batches and units the images come in, a fit is the one the image has alone."""
     from pipeline.decode.options import DecodeOptions
     from pipeline.decode.sample import prepare_sample
-    from pipeline.inputs.read import iterate_tar
+    from tests.pipeline.inputs.tars import iterate_tar
 
     out = tmp_path / "store"
     options = ("--upsampler", "implicit", "--fit-steps", 20, "--fit-views", 6, "--fit-seed", 5, "--output-size", 96)

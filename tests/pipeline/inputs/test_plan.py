@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.errors import InputError
+from pipeline.errors import ConfigError, InputChangedError, InputError
 from pipeline.inputs import storage
 from pipeline.inputs.plan import Plan, PlannedShard, UnitKey, make_plan, plan_shard, rows_of
 
@@ -119,10 +119,10 @@ def test_planning_counts_the_samples_of_tars(tmp_path: Path) -> None:
     ]  # fmt: skip
     assert [shard.size for shard in shards] == [os.path.getsize(shard.url) for shard in shards]
     plan = Plan(shards, 2, str(tmp_path / "index"))
-    found = [
+    units = [
         (key.shard, [sample.key for sample in plan.unit_samples(key)]) for key in map(plan.unit, range(plan.units))
     ]
-    assert found == [
+    assert units == [
         (0, ["0000", "0001"]), (0, ["0002"]), (2, ["0000", "0001"]), (2, ["0002", "0003"]), (2, ["0004"]),
     ]  # fmt: skip
 
@@ -192,15 +192,14 @@ def digest(shards: tuple[PlannedShard, ...], rows: int = 4) -> str:
 @pytest.mark.parametrize(
     "change",
     [
-        lambda s: (dataclasses.replace(s[0], url="other.tar"), *s[1:]),
-        lambda s: (dataclasses.replace(s[0], size=99), *s[1:]),
+        lambda s: (dataclasses.replace(s[0], digest="other"), *s[1:]),
         lambda s: (*s[:-1], dataclasses.replace(s[-1], samples=6)),
         lambda s: (*s[:-1], dataclasses.replace(s[-1], used=4)),
         lambda s: s[::-1],
         lambda s: s[:-1],
         lambda s: (*s, s[0]),
     ],
-    ids=["url", "size", "samples", "used", "order", "fewer", "more"],
+    ids=["content", "samples", "used", "order", "fewer", "more"],
 )
 def test_the_digest_changes_with_the_input(
     change: Callable[[tuple[PlannedShard, ...]], tuple[PlannedShard, ...]],
@@ -209,17 +208,28 @@ def test_the_digest_changes_with_the_input(
     assert digest(change(shards)) != digest(shards)
 
 
-def test_the_digest_is_of_the_input_and_its_rows_only() -> None:
+def test_the_digest_is_of_the_content_and_its_rows_only() -> None:
     shards = shards_of([(3, 3), (5, 5)])
     assert digest(shards, 4) != digest(shards, 5)
-    touched = tuple(dataclasses.replace(shard, stamp="later", faults=("cut",)) for shard in shards)
+    touched = tuple(
+        dataclasses.replace(shard, url=f"moved{n}", size=n, stamp="later", faults=("cut",), ignored=(("directory", 1),))
+        for n, shard in enumerate(shards)
+    )
     assert digest(touched) == digest(shards)
     assert len(bytes.fromhex(digest(shards))) == hashlib.sha256().digest_size
 
 
-TEXTS = st.text(max_size=20)
+TEXTS = st.text(st.characters(exclude_characters="?@#"), max_size=20)
 SHARDS = st.builds(
-    PlannedShard, TEXTS, st.integers(-1, 2**60), TEXTS, st.integers(0, 9), st.integers(0, 9), st.lists(TEXTS).map(tuple)
+    PlannedShard,
+    url=TEXTS,
+    size=st.integers(-1, 2**60),
+    stamp=st.text(max_size=20),
+    samples=st.integers(0, 9),
+    used=st.integers(0, 9),
+    faults=st.lists(TEXTS).map(tuple),
+    digest=TEXTS,
+    ignored=st.lists(st.tuples(TEXTS, st.integers(1, 9)), max_size=3).map(tuple),
 )
 
 
@@ -244,7 +254,8 @@ def test_an_index_is_reused_while_size_and_stamp_of_the_tar_stand(tmp_path: Path
     assert [sample.key for sample in Plan((first,), 4, index_dir).index(0).samples] == ["a", "b"]
     os.utime(url, ns=(before.st_atime_ns, before.st_mtime_ns + 1))
     again = plan_shard(url, index_dir)
-    assert again == dataclasses.replace(first, stamp=again.stamp) != first
+    assert again == dataclasses.replace(first, stamp=again.stamp, digest=again.digest)
+    assert again.digest != first.digest
     assert [sample.key for sample in Plan((again,), 4, index_dir).index(0).samples] == ["a", "c"]
 
 
@@ -259,22 +270,65 @@ def test_a_tar_planned_anew_in_the_same_process_is_read_by_its_new_index(tmp_pat
     assert [sample.key for sample in new.unit_samples(new.unit(0))] == ["a", "b", "c"]
 
 
+def test_no_signature_is_kept_with_a_plan() -> None:
+    # The signature of a presigned URL stood in plan.json, in the indices, in attributes and errors.
+    secret = "https://user:password@host/a.tar?X-Amz-Signature=5ec7e7"
+    shard = PlannedShard(secret, 1, "t", 1, 1, (f"damaged: {secret}",), "d")
+    plan = Plan((shard,), 4, "")
+    for text in (plan.to_json().decode(), *plan.faults):
+        assert "https://host/a.tar" in text
+        assert not any(word in text for word in ("password", "user", "5ec7e7", "X-Amz"))
+    assert plan.shards[0].url == secret, "workers need it"
+    assert Plan.from_json(plan.to_json(), "").digest == plan.digest
+
+
+def test_ignored_members_are_summed_over_the_shards() -> None:
+    first, second = shards_of([(3, 3), (5, 5)])
+    first = dataclasses.replace(first, ignored=(("directory", 2), ("no extension", 1)))
+    second = dataclasses.replace(second, ignored=(("no extension", 4),))
+    assert Plan((first, second), 4, "").ignored == (("no extension", 5), ("directory", 2))
+
+
 def test_a_plan_refuses_the_index_of_another_version_of_its_shard(tmp_path: Path) -> None:
     index_dir = str(tmp_path / "index")
     url = write_tar(tmp_path / "a.tar", ["a", "b"])
     old = plan_shard(url, index_dir)
     write_tar(tmp_path / "a.tar", ["a"] + [str(n) for n in range(30)])
     new = plan_shard(url, index_dir)
-    text = rf"{new.size} bytes with 31 samples now, {old.size} bytes with 2 samples when the plan was made; put the"
-    with pytest.raises(InputError, match=text):
+    text = rf"{new.size} bytes with 31 samples now, {old.size} bytes with 2 samples when the plan was made \(digest"
+    with pytest.raises(InputChangedError, match=text):
         Plan((old,), 4, index_dir).index(0)
 
 
-def test_a_plan_whose_index_is_gone_says_so(tmp_path: Path) -> None:
+def test_an_index_of_equal_size_and_count_but_other_content_is_refused(tmp_path: Path) -> None:
     index_dir = str(tmp_path / "index")
-    shard = plan_shard(write_tar(tmp_path / "a.tar", ["a"]), index_dir)
+    url = write_tar(tmp_path / "a.tar", ["a", "b"])
+    old = plan_shard(url, index_dir)
+    write_tar(tmp_path / "a.tar", ["a", "c"])
+    os.utime(url, ns=(0, 1))
+    plan_shard(url, index_dir)
+    with pytest.raises(InputChangedError, match="put the shard back, or start a new store"):
+        Plan((old,), 4, index_dir).index(0)
+
+
+def remove_indices(index_dir: str) -> None:
     for name in storage.list_files(index_dir):
         storage.remove(storage.join(index_dir, name))
+
+
+def test_an_index_that_was_removed_is_made_again(tmp_path: Path) -> None:
+    index_dir = str(tmp_path / "index")
+    plan = Plan((plan_shard(write_tar(tmp_path / "a.tar", ["a", "b"]), index_dir),), 4, index_dir)
+    remove_indices(index_dir)
+    assert [sample.key for sample in plan.unit_samples(plan.unit(0))] == ["a", "b"]
+    assert len(storage.list_files(index_dir)) == 1
+
+
+def test_a_plan_whose_index_and_shard_are_gone_says_so(tmp_path: Path) -> None:
+    index_dir = str(tmp_path / "index")
+    shard = plan_shard(write_tar(tmp_path / "a.tar", ["a"]), index_dir)
+    remove_indices(index_dir)
+    os.unlink(shard.url)
     with pytest.raises(InputError, match=r"no index of .*a\.tar in .*index; run the job again"):
         Plan((shard,), 4, index_dir).index(0)
 
@@ -283,5 +337,20 @@ def test_a_plan_whose_index_is_gone_says_so(tmp_path: Path) -> None:
 @given(st.integers(1, 2**40), st.integers(1, 2**31))
 def test_rows_are_the_largest_power_of_two_that_keeps_a_shard_small(sample: int, target: int) -> None:
     fits = [2**power for power in range(11) if 2**power * sample <= target]
-    assert rows_of(sample, None, target) == (fits[-1] if fits else 1)
-    assert rows_of(sample, 7, target) == 7
+    assert rows_of(sample, None, 0, target) == (fits[-1] if fits else 1)
+    assert rows_of(sample, 7, 0, target) == 7
+
+
+@given(st.integers(1, 2**30), st.integers(1, 2**30))
+def test_rows_keep_the_decoded_bytes_of_a_unit_small_too(sample: int, decoded: int) -> None:
+    # A unit of small features and large images was one Ray row of 1.5 GiB.
+    rows = rows_of(sample, None, decoded)
+    assert rows == 1 or rows * max(sample, decoded) <= 256 << 20
+    assert rows == min(rows_of(sample, None), rows_of(decoded, None))
+
+
+def test_rows_that_make_a_unit_too_large_are_refused() -> None:
+    image = 3 * 2048 * 2048
+    assert rows_of(1000, (1 << 30) // image, image) == 85
+    with pytest.raises(ConfigError, match=r"rows_per_shard 86 makes units of 1\.1 GB .*12\.6 MB each.*give 85 or less"):
+        rows_of(1000, 86, image)

@@ -9,9 +9,9 @@ import webdataset as wds
 
 from pipeline.errors import InputError, Reason, SampleError
 from pipeline.inputs import storage
-from pipeline.inputs.read import iterate_tar, read_samples
+from pipeline.inputs.read import read_samples
 from pipeline.inputs.tar import BLOCK, index_tar
-from tests.pipeline.inputs.test_tar import FORMATS, by_webdataset, members_of, tar_bytes, three
+from tests.pipeline.inputs.tars import FORMATS, by_webdataset, iterate_tar, members_of, tar_bytes, three
 
 
 def samples_in(data: bytes) -> list[dict[str, bytes]]:
@@ -220,11 +220,6 @@ def test_samples_that_the_index_does_not_have_are_an_error(tmp_path: Path) -> No
     path.write_bytes(tar_bytes(three(4)))
     with pytest.raises(InputError, match=r"samples 2 to 5 of .* its index holds 4"):
         read_samples(index_tar(str(path)), 2, 5)
-
-
-def test_iterating_over_a_missing_tar_is_an_error(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"none\.tar does not exist"):
-        list(iterate_tar(str(tmp_path / "none.tar")))
 
 
 def test_a_remote_tar_reads_as_a_local_one() -> None:
