@@ -286,9 +286,13 @@ class ObjectStore:
         """Remove one object."""
         self._client.delete_object(Bucket=BUCKET, Key=key)
 
+    def put(self, key: str, data: bytes) -> None:
+        """Write one object."""
+        self._client.put_object(Bucket=BUCKET, Key=key, Body=data)
+
     def upload(self, path: Path, key: str) -> str:
         """Put a local file into the bucket and return its URL."""
-        self._client.put_object(Bucket=BUCKET, Key=key, Body=path.read_bytes())
+        self.put(key, path.read_bytes())
         return f"s3://{BUCKET}/{key}"
 
     def objects(self, prefix: str) -> dict[str, tuple[str, float]]:
