@@ -20,7 +20,7 @@ from pathlib import Path
 import psutil
 
 from pipeline.compute.load import LoadedUnit, decode_options, load_unit
-from pipeline.compute.prepare import complete_plan, create_all, layout_of, plan_input, prepare
+from pipeline.compute.prepare import complete_plan, create_or_grow, layout_of, plan_input, prepare
 from pipeline.compute.unit import UnitProcessor
 from pipeline.config.parser import parse_args
 from pipeline.config.precompute import PrecomputeConfig
@@ -75,7 +75,7 @@ def stages_alone(config: PrecomputeConfig) -> dict[str, float]:
     setup = prepare(config, shards)
     plan = complete_plan(config, shards, setup.channels)
     layout = layout_of(config, plan.rows_per_shard, setup.channels, plan.units)
-    create_all(config, plan, layout, setup)
+    create_or_grow(config, plan, layout, setup)
     processor = UnitProcessor(config, setup, layout)
     options = decode_options(config, setup.mean)
     units: list[tuple[UnitKey, LoadedUnit]] = []
@@ -87,7 +87,7 @@ def stages_alone(config: PrecomputeConfig) -> dict[str, float]:
     worked -= processor_seconds()
     seconds: dict[str, float] = {}
     for key, loaded in units:
-        receipt = processor.process(key, loaded)
+        receipt = processor.process(key, loaded).receipt
         for name, value in receipt.seconds.items():
             seconds[name] = seconds.get(name, 0.0) + value
     worked += processor_seconds()
