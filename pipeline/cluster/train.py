@@ -68,8 +68,8 @@ def train(config: TrainConfig) -> None:
                 _run(config, lease, on_cluster)
         except Stopped as stop:
             print(
-                f"stopped: {recorded_steps(config.out)} of {config.steps} steps are behind the last checkpoint; the "
-                "same command goes on from there",
+                f"stopped: {recorded_steps(config.out)} of {config.steps} steps done, up to the last checkpoint; the same "
+                "command goes on from there",
                 file=sys.stderr,
                 flush=True,
             )
