@@ -67,12 +67,8 @@ def train(config: TrainConfig) -> None:
             with stopping_on_signals():
                 _run(config, lease, on_cluster)
         except Stopped as stop:
-            print(
-                f"stopped: {recorded_steps(config.out)} of {config.steps} steps done, up to the last checkpoint; the same "
-                "command goes on from there",
-                file=sys.stderr,
-                flush=True,
-            )
+            done = f"{recorded_steps(config.out)} of {config.steps} steps done, up to the last checkpoint"
+            print(f"stopped: {done}; the same command goes on from there", file=sys.stderr, flush=True)
             raise SystemExit(stop.exit_status) from None
 
 
