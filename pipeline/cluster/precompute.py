@@ -32,7 +32,6 @@ from pipeline.compute.prepare import (
     layout_of,
     plan_store,
     prepare,
-    stored_plan,
     units_to_retry,
 )
 from pipeline.compute.recheck import recheck_input
@@ -46,6 +45,7 @@ from pipeline.store.layout import Layout, read_attributes
 from pipeline.store.lease import Lease
 from pipeline.store.ledger import Ledger, Receipt
 from pipeline.store.segments import UNITS_PER_SEGMENT
+from pipeline.store.verification import find_plan
 
 __all__ = ["precompute", "stages"]
 
@@ -122,7 +122,7 @@ def _run(config: PrecomputeConfig, lease: Lease, state: _State, on_cluster: bool
             f"{config.out} has receipts and no arrays: features.zarr was removed or moved, and the receipts would make "
             "this run leave it empty; put it back, or remove the ledger folder as well"
         )
-    old = stored_plan(config.out)
+    old = find_plan(config.out)
     update = plan_store(config, old, index_all=index_on_ray)
     recheck_input(config, old, update, ledger, lambda text: print(text, flush=True))
     setup: Setup = ray.get(

@@ -65,7 +65,7 @@ def train(config: TrainConfig) -> None:
             _run(config, lease, on_cluster)
         except (KeyboardInterrupt, SystemExit) as stop:
             # Ctrl-C or SIGTERM: the job's last line says how far it came.
-            stop.add_note(f"{recorded_steps(config.out)} of {config.steps} steps are behind the last checkpoint")
+            stop.add_note(f"{recorded_steps(config.out)} of {config.steps} steps done, up to the last checkpoint")
             raise
 
 

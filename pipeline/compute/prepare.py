@@ -34,7 +34,6 @@ __all__ = [
     "plan_input",
     "plan_store",
     "prepare",
-    "stored_plan",
     "units_to_retry",
     "versions",
 ]
@@ -53,12 +52,6 @@ def plan_store(config: PrecomputeConfig, old: Plan | None, index_all: IndexAll |
         InputError: nothing matches, no shard holds a sample, or one that the store was made from is gone.
     """
     return update_plan(old, expand(config.shards), _index_dir(config.out), config.limit, index_all)
-
-
-def stored_plan(out: str) -> Plan | None:
-    """The plan that a store was made by, ``None`` where there is none yet."""
-    place = _plan_place(out)
-    return Plan.from_json(storage.read_bytes(place), _index_dir(out)) if storage.exists(place) else None
 
 
 def prepare(config: PrecomputeConfig, shards: tuple[PlannedShard, ...]) -> Setup:

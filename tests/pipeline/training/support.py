@@ -1,18 +1,25 @@
-"""Feature stores that tests of probes are fitted on."""
+"""Feature stores that tests of probes are fitted on, and the training loop without Ray."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from pipeline.compute.models import make_backbone
+from pipeline.compute.prepare import plan_input
 from pipeline.config.base import describe
 from pipeline.config.precompute import PrecomputeConfig
-from pipeline.inputs.plan import UnitKey
+from pipeline.config.train import TrainConfig
+from pipeline.inputs.plan import Plan, UnitKey
 from pipeline.options import Size
 from pipeline.store.create import create_store
 from pipeline.store.layout import OK, Layout
 from pipeline.store.writer import StoreWriter
+from pipeline.training.loop import Session, TrainingWorker, describe_backbone
 from tests.pipeline.store.support import finish_store
 
 SIZE = (6, 10)
@@ -60,3 +67,48 @@ def linear_store(url: str, images: int, seed: int, **options: Any) -> str:
     stored = features.numpy().copy()
     seg[:, :2], depth[:, :2], stored[:, :2] = 255, np.nan, 50 * stored[:, :2]
     return write_store(url, {"features": stored, "seg": seg, "depth": depth}, SIZE, **options)
+
+
+class InterruptedRunError(Exception):
+    """What ends a run in its midst."""
+
+
+class LocalSession(Session):
+    """One worker, whose checkpoints are copies in a folder."""
+
+    rank = 0
+    workers = 1
+    workers_here = 1
+    device = torch.device("cpu")
+
+    def __init__(self, folder: Path, last_step: int) -> None:
+        self.folder, self.last_step = folder, last_step
+        self.metrics: list[dict[str, Any]] = []
+
+    def prepare(self, model: torch.nn.Module) -> torch.nn.Module:
+        return model
+
+    @contextmanager
+    def last_checkpoint(self) -> Iterator[str | None]:
+        yield str(self.folder) if self.folder.exists() else None
+
+    def before_checkpoint(self) -> None:
+        pass
+
+    def report(self, metrics: dict[str, Any], checkpoint: str | None = None) -> None:
+        assert checkpoint is not None
+        self.folder.mkdir(exist_ok=True)
+        (self.folder / "state.pt").write_bytes((Path(checkpoint) / "state.pt").read_bytes())
+        self.metrics.append(metrics)
+        if metrics["step"] == self.last_step:
+            raise InterruptedRunError
+
+
+def train(config: TrainConfig, last_step: int = 0) -> LocalSession:
+    """Train in this process, from the last checkpoint on where there is one, up to the checkpoint at ``last_step``."""
+    out = Path(config.out)
+    plan = Plan(plan_input(config), 1, str(out / "plan" / "index"))
+    backbone = describe_backbone(config, make_backbone(config))
+    session = LocalSession(out / "checkpoint", last_step)
+    TrainingWorker(config, plan, {"backbone": backbone}, session).run()
+    return session
