@@ -138,7 +138,6 @@ def _pictures(config: "PrecomputeConfig", checkpoint: Path, folder: Path) -> lis
     import torch
     from PIL import Image
 
-    from featup.checkpoints import load_pca
     from featup.pictures import pca_colours, side_by_side
     from featup.upsamplers import Interpolate
     from pipeline.compute.load import decode_options, load_sample
@@ -146,9 +145,10 @@ def _pictures(config: "PrecomputeConfig", checkpoint: Path, folder: Path) -> lis
     from pipeline.inputs.plan import Plan
     from pipeline.loader.dataset import FeatureDataset
     from pipeline.store.index import read_index
+    from pipeline.store.provenance import stored_pca
 
     folder.mkdir(parents=True, exist_ok=True)
-    pca = load_pca(f"{config.out}/plan/pca.safetensors")
+    pca, _ = stored_pca(config.out)
     extractor = Extractor(config, pca)
     jbu = Extractor(replace(config, upsampler="jbu", checkpoint=str(checkpoint)), pca)
     implicit = Extractor(replace(config, upsampler="implicit"), pca)

@@ -18,6 +18,7 @@ PipelineError
 """
 
 from enum import StrEnum
+from typing import Literal
 
 from pipeline.redaction import redact
 
@@ -25,6 +26,7 @@ __all__ = [
     "ConfigError",
     "DamagedReceiptError",
     "EnvironmentFault",
+    "Fault",
     "ForkError",
     "IncompleteStoreError",
     "InputChangedError",
@@ -38,11 +40,12 @@ __all__ = [
     "StoreFormatError",
     "StoreMismatchError",
     "UnitError",
+    "fault_of",
 ]
 
 
 class Reason(StrEnum):
-    """Why a sample is not in the store. The value is what ``index.parquet`` holds in ``reason``."""
+    """Why a sample is not in the store. The value is what the index holds in ``reason``."""
 
     IMAGE_MISSING = "image_missing"
     UNDECODABLE = "undecodable"
@@ -138,3 +141,14 @@ class ForkError(PipelineError, RuntimeError):
 
 class JobFailedError(PipelineError, RuntimeError):
     """The run ended and not everything it had to do is done; the text says what is left and why."""
+
+
+Fault = Literal["", "unit", "input", "environment"]
+"""What failed: nothing, a unit alone, the input (it changed), or the surroundings, where no unit can succeed."""
+
+
+def fault_of(error: Exception) -> Fault:
+    """What an error that ended a unit puts at fault."""
+    if isinstance(error, InputChangedError):
+        return "input"
+    return "environment" if isinstance(error, EnvironmentFault) else "unit"

@@ -8,9 +8,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from featup.errors import FeatupError
-from pipeline.compute.load import failed_unit, unpack
+from pipeline.compute.load import unpack
 from pipeline.compute.models import Setup
-from pipeline.compute.unit import Outcome, UnitProcessor
+from pipeline.compute.outcome import Outcome, failed_unit
+from pipeline.compute.unit import UnitProcessor
 from pipeline.config.precompute import PrecomputeConfig
 from pipeline.errors import PipelineError
 from pipeline.store.layout import Layout

@@ -23,7 +23,6 @@ from pipeline.cluster.featurizer import Featurizer
 from pipeline.cluster.planning import MOST_BLOCKS, index_on_ray
 from pipeline.cluster.progress import Progress
 from pipeline.cluster.resources import Allotment, allot, await_resources, cluster_resources
-from pipeline.cluster.signals import Stopped, stopping_on_signals
 from pipeline.compute.load import decode_options, load_row
 from pipeline.compute.models import Setup
 from pipeline.compute.prepare import (
@@ -69,7 +68,7 @@ def precompute(config: PrecomputeConfig) -> Summary:
         InputChangedError: an input shard is not the one the store was made from.
         LeaseError: another driver is at work on the store.
         StoreMismatchError: ``out`` holds a store made with other options or weights.
-        SystemExit: with 130 or 143 after Ctrl-C or SIGTERM.
+        KeyboardInterrupt, SystemExit: after Ctrl-C or SIGTERM, with a note that says how far the run came.
     """
     on_cluster = bool(os.environ.get("RAY_ADDRESS"))
     config = config.absolute(on_cluster=on_cluster)
@@ -77,8 +76,7 @@ def precompute(config: PrecomputeConfig) -> Summary:
     state = _State()
     with Lease.acquire(config.out) as lease, _ending_in_one_line(state):
         connect(config.object_store_mb)
-        with stopping_on_signals():
-            return _run(config, lease, state, on_cluster)
+        return _run(config, lease, state, on_cluster)
 
 
 @dataclass
@@ -95,10 +93,10 @@ class _State:
 def _ending_in_one_line(state: _State) -> Iterator[None]:
     try:
         yield
-    except Stopped as stop:
-        progress = f"{state.done} of {state.units} units done" if state.started else "before the first unit"
-        print(f"stopped: {progress}; the same command goes on", file=sys.stderr, flush=True)
-        raise SystemExit(stop.exit_status) from None
+    except (KeyboardInterrupt, SystemExit) as stop:
+        # Ctrl-C or SIGTERM: the job's last line says how far it came.
+        stop.add_note(f"{state.done} of {state.units} units done" if state.started else "before the first unit")
+        raise
     except ray.exceptions.RayError as error:
         cause = getattr(error, "cause", None)
         if isinstance(cause, (PipelineError, FeatupError)):
@@ -236,8 +234,8 @@ def _follow(
                 continue
             if row["fault"] in ("environment", "input"):
                 raise JobFailedError(
-                    f"{receipt.error}. The job stops, as no other unit would fare better; {state.done} of "
-                    f"{state.units} units are done, and once this is mended the same command goes on"
+                    f"{receipt.error}. The job stops here with {state.done} of {state.units} units done, as no other "
+                    "unit would fare better"
                 )
             state.failures[receipt.unit.unit] = receipt
             print(f"{receipt.unit} failed: {receipt.error}", file=sys.stderr, flush=True)

@@ -6,8 +6,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
-from typing import Literal
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -15,8 +14,9 @@ from numpy.typing import NDArray
 
 from featup.errors import FeatupError
 from pipeline.compute.device import context_is_broken, set_threads
-from pipeline.compute.load import LoadedUnit, failed_unit
+from pipeline.compute.load import LoadedUnit
 from pipeline.compute.models import Extractor, Setup, weights_place
+from pipeline.compute.outcome import Outcome, failed_unit
 from pipeline.config.precompute import PrecomputeConfig
 from pipeline.errors import EnvironmentFault, PipelineError, Reason, StoreError, UnitError
 from pipeline.inputs import storage
@@ -26,21 +26,10 @@ from pipeline.store.ledger import Ledger, Receipt, SampleRecord
 from pipeline.store.provenance import stored_pca
 from pipeline.store.writer import StoreWriter, round_mantissa, row_checksum
 
-__all__ = ["BROKEN_CONTEXT_STATUS", "Fault", "Outcome", "UnitProcessor"]
-
-Fault = Literal["", "unit", "input", "environment"]
-"""What failed: nothing, a unit alone, the input (it changed), or the surroundings, where no unit can succeed."""
+__all__ = ["BROKEN_CONTEXT_STATUS", "UnitProcessor"]
 
 BROKEN_CONTEXT_STATUS = 66
 """Exit status of a process whose CUDA context broke."""
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """What became of a unit. A receipt with ``error`` is not in the ledger."""
-
-    receipt: Receipt
-    fault: Fault = ""
 
 
 class UnitProcessor:

@@ -192,8 +192,6 @@ def _displayed(
             + (f", or {stored} before EXIF orientation {image.orientation}" if image.orientation > 1 else "")
             + "; labels must be annotated on the photograph at its full size",
         )
-    if displayed != stored:
-        in_stored_grid = label.shape == stored
-    else:
-        in_stored_grid = default == "stored" and image.orientation > 1
+    size_decides = displayed != stored
+    in_stored_grid = label.shape == stored if size_decides else default == "stored" and image.orientation > 1
     return orient(label, image.orientation) if in_stored_grid else label

@@ -46,7 +46,12 @@ class DecoderProcess:
     Safe to call from several threads; they are served one after the other.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, python: str = sys.executable) -> None:
+        """
+        Args:
+            python: the interpreter of the child.
+        """
+        self._python = python
         self._child: _Child | None = None
         self._lock = threading.Lock()
 
@@ -68,7 +73,7 @@ class DecoderProcess:
         status = 0
         with self._lock:
             for _ in range(_ATTEMPTS):
-                child = self._child = self._child or _Child()
+                child = self._child = self._child or _Child(self._python)
                 try:
                     answer = child.ask((dict(members), options), options.decode_timeout)
                 except _ChildEndedError:
@@ -114,11 +119,11 @@ class _ChildEndedError(Exception):
 class _Child:
     """A started child process and its pipes: pickled requests go in, pickled answers come out, in turn."""
 
-    def __init__(self) -> None:
+    def __init__(self, python: str) -> None:
         paths = os.pathsep.join(path or os.getcwd() for path in sys.path)
         try:
             self.process = subprocess.Popen(
-                [sys.executable, "-P", "-m", "pipeline.decode.worker"],
+                [python, "-P", "-m", "pipeline.decode.worker"],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 pipesize=_PIPE_BYTES,
@@ -126,7 +131,7 @@ class _Child:
             )
         except OSError as error:
             raise EnvironmentFault(
-                f"the decoder process cannot be started ({type(error).__name__}: {error}): {sys.executable} must be a "
+                f"the decoder process cannot be started ({type(error).__name__}: {error}): {python} must be a "
                 "Python that runs, and the machine must have memory and process numbers left"
             ) from error
         assert self.process.stdin is not None
@@ -142,7 +147,7 @@ class _Child:
             status = self.end(_EXIT_SECONDS)
             raise EnvironmentFault(
                 f"the decoder process ended with {_describe(status)} before it was ready; its own message stands above "
-                "in the log. Install the project and what it needs for the Python of every node, " + sys.executable
+                f"in the log. Install the project and what it needs for the Python of every node, {python}"
             )
 
     def ask(self, request: Any, seconds: float) -> Any:

@@ -20,7 +20,7 @@ from pipeline.inputs.remote import (
     protocol,
 )
 
-__all__ = ["environment_faults", "retried", "retried_async", "with_retries"]
+__all__ = ["RetriesError", "environment_faults", "retried", "retried_async", "with_retries"]
 
 
 T = TypeVar("T")
@@ -38,6 +38,10 @@ _LASTING_ERRNOS = frozenset(
     }
 )
 _AGAIN = "then run the same command again: finished units count"
+
+
+class RetriesError(OSError):
+    """An error that did not pass within the retries; the last one is its cause."""
 
 
 def with_retries(
@@ -58,8 +62,9 @@ def with_retries(
         sleep: waits that many seconds.
 
     Raises:
-        OSError: the last attempt's error in context; errors that last (no such file, no permission, disk
-            full) and errors of other types at once, as they are.
+        RetriesError: the last attempt's error in context.
+        OSError: errors that last (no such file, no permission, disk full), and errors of other types, at once and as
+            they are.
     """
     for attempt in range(1, attempts + 1):
         try:
@@ -76,16 +81,17 @@ def _raise_lasting(error: OSError, what: str, attempt: int, attempts: int) -> No
         raise error
     if attempt == attempts:
         text = f"{what} failed {attempts} times, the last time with {type(error).__name__}: {error}"
-        raise (OSError(error.errno, text) if error.errno else OSError(text)) from error
+        raise (RetriesError(error.errno, text) if error.errno else RetriesError(text)) from error
 
 
 def retried(action: Callable[[], T], url: str, verb: str, *, writing: bool = False) -> T:
     """Do ``action`` on a file, with retries; ``verb`` ("writing") and the name begin the text of every error.
 
     Raises:
-        EnvironmentFault: an error that lasts until somebody mends it.
+        EnvironmentFault: an error that lasts until somebody mends it; an error that did not pass within the retries
+            where a file is written, or where a remote store did not answer at all.
         FileNotFoundError: there is no such file (where it is read).
-        OSError: an error that did not pass within the retries.
+        OSError: another error that did not pass within the retries.
     """
 
     def attempt() -> T:
@@ -115,11 +121,16 @@ async def retried_async(
 def environment_faults(url: str, verb: str, *, writing: bool = False) -> Iterator[None]:
     """Turn OSErrors that last until somebody mends the machine or the store into EnvironmentFault.
 
-    Access denied and missing credentials always; where a file is written also a full or read-only disk, a bucket that
-    does not exist, and a name that cannot be a file.
+    Access denied, missing credentials and a store that does not answer always; where a file is written also a full or
+    read-only disk, a bucket that does not exist, a name that cannot be a file, and whatever did not pass.
     """
     try:
         yield
+    except RetriesError as error:
+        if not writing and (is_local(url) or error_code(error)):
+            raise
+        cure = "check the disk" if is_local(url) else "check the network, the endpoint and the store"
+        raise EnvironmentFault(f"{error.strerror or error}; {cure}, {_AGAIN}") from error
     except OSError as error:
         cause = _access_fault(error, url) or (_writing_fault(error, url) if writing else None)
         if cause is None:
@@ -129,7 +140,7 @@ def environment_faults(url: str, verb: str, *, writing: bool = False) -> Iterato
 
 def _access_fault(error: OSError, url: str) -> str | None:
     if isinstance(error, CredentialsError):
-        return f"no credentials for {protocol(url)} ({_last_line(error)}); log in or set them on every node, {_AGAIN}"
+        return f"no credentials for {protocol(url)} ({_reason(error)}); log in or set them on every node, {_AGAIN}"
     if isinstance(error, PermissionError):
         if is_local(url):
             user = f"user {os.getuid()}" if hasattr(os, "getuid") else "this user"
@@ -157,8 +168,8 @@ def _writing_fault(error: OSError, url: str) -> str | None:
         return f"the file is larger than the file system of {place} or the process's limit allows; give another place"
     if error.errno == errno.ENAMETOOLONG:
         return "the name is longer than the file system allows; give a shorter one"
-    if error.errno == errno.ENOTSUP or (not is_local(url) and isinstance(error, NotImplementedError)):
-        return f"{protocol(url) or 'the file system'} cannot be written to; give a local folder, s3:// or gs://"
+    if error.errno == errno.ENOTSUP:
+        return f"{place} does not support this ({_reason(error)}); give a local folder, s3:// or gs://"
     if isinstance(error, NotADirectoryError | FileExistsError):
         return f"{place} is a file where a folder is needed; remove it or give another place"
     if isinstance(error, IsADirectoryError):
@@ -176,6 +187,6 @@ def _nearest(url: str) -> str:
     return path
 
 
-def _last_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[-1] if lines else type(error).__name__
+def _reason(error: BaseException) -> str:
+    """The client's own words, on one line."""
+    return " ".join(str(error.__cause__ or error).split())

@@ -172,10 +172,9 @@ def _set_attributes(url: str, **changes: Any) -> None:
 
 def _rewrite(place: str, change: Callable[[dict[str, Any]], Any]) -> None:
     """Change Zarr metadata, atomically and durably (zarr-python syncs nothing), in zarr-python's own style."""
-    metadata = json.loads(storage.with_retries(lambda: storage.read_bytes(place), what=f"reading {place}"))
+    metadata = json.loads(storage.read_bytes(place))
     change(metadata)
-    data = json.dumps(metadata, indent=2).encode()
-    storage.with_retries(lambda: storage.write_atomic(place, data), what=f"writing {place}")
+    storage.write_atomic(place, json.dumps(metadata, indent=2).encode())
 
 
 def _sync(place: str) -> None:

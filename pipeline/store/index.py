@@ -29,7 +29,7 @@ from pipeline.store.partitions import (
 )
 from pipeline.store.segments import UNITS_PER_SEGMENT, DoneUnits, segment_units
 
-__all__ = ["Summary", "index_table", "partition_count", "read_index", "write_index"]
+__all__ = ["Summary", "index_table", "partition_count", "plan_digest", "read_index", "write_index"]
 
 _THREADS = 16
 
@@ -103,12 +103,12 @@ def write_index(out: str, plan: Plan, ledger: Ledger, failures: Mapping[int, Rec
     count = partition_count(plan.units)
     present = list_partitions(out)
     for number in present[present >= count].tolist():
-        _remove(partition_place(out, number))
+        storage.remove(partition_place(out, number))
     segments, standing = set(done.segments.tolist()), set(present.tolist())
 
     def partition(number: int) -> PartitionFacts | None:
         known = read_facts(out, number) if number in segments and number in standing else None
-        stands = known is not None and known.sealed and known.plan == _plan_digest(plan, number)
+        stands = known is not None and known.sealed and known.plan == plan_digest(plan, number)
         return known if stands else None
 
     with ThreadPoolExecutor(_THREADS) as pool:
@@ -129,10 +129,6 @@ def write_index(out: str, plan: Plan, ledger: Ledger, failures: Mapping[int, Rec
     return summary
 
 
-def _remove(place: str) -> None:
-    storage.with_retries(lambda: storage.remove(place), what=f"removing {place}")
-
-
 def _require_all(plan: Plan, done: DoneUnits, failures: Mapping[int, Receipt]) -> None:
     """Refuse an index that lacks units, before any of its files changes."""
     missing = [unit for unit in done.todo(plan.units).tolist() if unit not in failures]
@@ -148,7 +144,7 @@ def _keys(plan: Plan, number: int) -> list[UnitKey]:
     return [plan.unit(unit) for unit in range(units.start, min(units.stop, plan.units))]
 
 
-def _plan_digest(plan: Plan, number: int) -> str:
+def plan_digest(plan: Plan, number: int) -> str:
     """Identity of the part of a plan that a partition covers: units, input shards, and their URLs as in the index."""
     units = segment_units(number)
     first, last = plan.unit(units.start), plan.unit(min(units.stop, plan.units) - 1)
@@ -160,7 +156,7 @@ def _plan_digest(plan: Plan, number: int) -> str:
 def _write(
     out: str, plan: Plan, ledger: Ledger, failures: Mapping[int, Receipt], number: int, sealed: bool
 ) -> PartitionFacts:
-    facts = PartitionFacts(plan=_plan_digest(plan, number), sealed=sealed)
+    facts = PartitionFacts(plan=plan_digest(plan, number), sealed=sealed)
     seconds: Counter[str] = Counter()
     sizes: Counter[str] = Counter()
 

@@ -11,7 +11,7 @@ from zarr.abc.store import Store as ZarrStore
 from zarr.storage import LocalStore
 
 from pipeline.decode.kinds import label_spec
-from pipeline.errors import IncompleteStoreError, StoreError, StoreFormatError
+from pipeline.errors import ConfigError, IncompleteStoreError, StoreError, StoreFormatError
 from pipeline.inputs import storage
 from pipeline.store.fields import read_fields
 from pipeline.store.remote_arrays import RemoteArrays
@@ -239,9 +239,16 @@ def open_arrays(url: str, names: Sequence[str], codecs: Literal["zarr", "zarrs"]
 
     Raises:
         StoreError: there is no store.
+        ConfigError: ``zarrs`` is not installed.
     """
     if codecs == "zarrs":
-        import zarrs  # noqa: F401 - registers the pipeline
+        try:
+            import zarrs  # noqa: F401 - registers the pipeline
+        except ModuleNotFoundError as error:
+            raise ConfigError(
+                "codecs='zarrs' needs the package zarrs, which is not installed; pip install 'featup-datasets[make]', "
+                "or read with codecs='zarr'"
+            ) from error
 
         settings: dict[str, Any] = {
             "codec_pipeline.path": "zarrs.ZarrsCodecPipeline",

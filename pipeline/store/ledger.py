@@ -56,7 +56,7 @@ class Ledger:
         if receipt.error:
             raise StoreError(f"{receipt.unit} failed ({receipt.error}) and cannot be committed")
         place, data = receipt_place(self.url, receipt.unit.unit), receipt.to_json()
-        _write(place, data)
+        storage.write_atomic(place, data)
 
     def get(self, key: UnitKey, shard: str) -> Receipt | None:
         """The receipt of a unit that is done, or ``None``.
@@ -79,7 +79,7 @@ class Ledger:
 
     def _open_receipt(self, unit: int) -> bytes | None:
         try:
-            return _read(receipt_place(self.url, unit))
+            return storage.read_bytes(receipt_place(self.url, unit))
         except FileNotFoundError:
             return None
 
@@ -146,14 +146,14 @@ class Ledger:
             if not self._listed(number).issuperset(segment_units(number)):
                 return False
             data = encode_segment(self._rows(number))
-            _write(place, data)
+            storage.write_atomic(place, data)
         self._remove_receipts(sorted(self._listed(number)))
         return True
 
     def _listed(self, number: int) -> frozenset[int]:
         """Units of a segment with an open receipt."""
         folder = storage.join(self.url, f"{number:06d}")
-        names = storage.with_retries(lambda: storage.list_files(folder), what=f"listing {folder}")
+        names = storage.list_files(folder)
         return frozenset(int(name[:-5]) for name in names if name.endswith(".json") and name[:-5].isdigit())
 
     def _rows(self, number: int) -> Iterator[tuple[int, str, bytes, bytes]]:
@@ -204,7 +204,7 @@ class Ledger:
                 self._parsed(data, unit)
             except DamagedReceiptError:
                 return unit
-            _write(place, data)
+            storage.write_atomic(place, data)
             return None
 
         others = [unit for unit in segment_units(segment.number) if unit not in without]
@@ -213,7 +213,7 @@ class Ledger:
 
     def _remove_receipts(self, units: list[int]) -> None:
         with ThreadPoolExecutor(_THREADS) as pool:
-            list(pool.map(_unlink, [receipt_place(self.url, unit) for unit in units]))
+            list(pool.map(storage.remove, [receipt_place(self.url, unit) for unit in units]))
         if units:
             _sync_folder(receipt_place(self.url, units[0]))
 
@@ -221,7 +221,7 @@ class Ledger:
         """How many attempts at a unit began and did not end: their processes died. 0 where the marker is damaged."""
         place = self._attempt_place(unit)
         try:
-            return int(json.loads(_read(place))["count"])
+            return int(json.loads(storage.read_bytes(place))["count"])
         except FileNotFoundError:
             return 0
         except (ValueError, KeyError, TypeError):
@@ -233,12 +233,12 @@ class Ledger:
         count, place = self.attempts(unit) + 1, self._attempt_place(unit)
         marker = {"count": count, "host": platform.node(), "pid": os.getpid(), "time": time.time()}
         data = json.dumps(marker).encode()
-        _write(place, data)
+        storage.write_atomic(place, data)
         return count
 
     def end_attempt(self, unit: int) -> None:
         """Remove the marker: the attempt ended, well or with an error, and its process lives."""
-        _unlink(self._attempt_place(unit))
+        storage.remove(self._attempt_place(unit))
 
     def clear_attempts(self, units: Iterable[int]) -> None:
         """Remove the markers of units that are to be tried again from the start."""
@@ -249,21 +249,9 @@ class Ledger:
         return storage.join(self.url, "attempts", f"{unit:09d}.json")
 
 
-def _read(place: str) -> bytes:
-    return storage.with_retries(lambda: storage.read_bytes(place), what=f"reading {place}")
-
-
-def _write(place: str, data: bytes) -> None:
-    storage.with_retries(lambda: storage.write_atomic(place, data), what=f"writing {place}")
-
-
-def _unlink(place: str) -> None:
-    storage.with_retries(lambda: storage.remove(place), what=f"removing {place}")
-
-
 def _remove(place: str) -> None:
     """Remove a file durably."""
-    _unlink(place)
+    storage.remove(place)
     _sync_folder(place)
 
 

@@ -1,4 +1,4 @@
-"""Parquet files of a store: written whole, read by column, on one thread.
+"""Parquet files of a store, read by column, on one thread.
 
 pyarrow's own threads would not survive a fork, and a loader's workers may be forked.
 """
@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 from pipeline.errors import StoreError
 from pipeline.inputs import storage
 
-__all__ = ["open_parquet", "read_columns", "read_metadata", "write_parquet"]
+__all__ = ["open_parquet", "read_columns"]
 
 # The footer, and all of a small file, come by the first request.
 _TAIL_BYTES = 256 << 10
@@ -24,7 +24,7 @@ class _RangeFile(io.RawIOBase):
 
     def __init__(self, url: str) -> None:
         self._url = url
-        self._size = storage.with_retries(lambda: storage.stat(url), what=f"looking up {url}").size
+        self._size = storage.stat(url).size
         self._tail_start = max(0, self._size - _TAIL_BYTES)
         self._tail = self._range(self._tail_start, self._size)
         self._position = 0
@@ -87,22 +87,6 @@ def read_columns(url: str, columns: Sequence[str] | None = None) -> pa.Table:
         return file.read(None if columns is None else list(columns), use_threads=False)
     except (pa.ArrowException, OSError) as error:
         raise _damaged(url, error) from error
-
-
-def read_metadata(url: str) -> tuple[int, dict[bytes, bytes]]:
-    """Number of rows and the schema's metadata; raises what :func:`open_parquet` raises."""
-    file = open_parquet(url)
-    return file.metadata.num_rows, dict(file.schema_arrow.metadata or {})
-
-
-def write_parquet(url: str, table: pa.Table, rows_per_group: int) -> None:
-    """Write a file, atomically and durably, with a checksum of every page."""
-    sink = pa.BufferOutputStream()
-    pq.write_table(
-        table, sink, row_group_size=rows_per_group, compression="zstd", write_page_checksum=True, write_statistics=False
-    )
-    data = sink.getvalue().to_pybytes()
-    storage.with_retries(lambda: storage.write_atomic(url, data), what=f"writing {url}")
 
 
 def _damaged(url: str, error: Exception) -> StoreError:

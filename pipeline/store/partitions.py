@@ -31,10 +31,9 @@ __all__ = [
 
 ROWS_PER_GROUP = 50_000
 _HASH = pa.binary(32)
+# What a loader reads stands last, beside the footer: one request of a remote partition brings both.
 INDEX_SCHEMA = pa.schema(
     [
-        ("row", pa.int64()),
-        ("status", pa.dictionary(pa.int8(), pa.string())),
         ("key", pa.string()),
         ("shard", pa.dictionary(pa.int32(), pa.string())),
         ("unit", pa.int64()),
@@ -49,6 +48,8 @@ INDEX_SCHEMA = pa.schema(
         ("sha256", _HASH),
         ("label_sha256", pa.map_(pa.string(), _HASH)),
         ("explained_variance", pa.float32()),
+        ("row", pa.int64()),
+        ("status", pa.dictionary(pa.int8(), pa.string())),
     ]
 )
 _NAME = re.compile(r"(\d{6,})\.parquet")
@@ -124,7 +125,7 @@ def partition_place(out: str, number: int) -> str:
 def list_partitions(out: str) -> NDArray[np.int64]:
     """Numbers of the partitions that are there, sorted."""
     folder = storage.join(out, "index")
-    names = storage.with_retries(lambda: storage.list_files(folder), what=f"listing {folder}")
+    names = storage.list_files(folder)
     return np.sort(np.fromiter((int(match[1]) for match in map(_NAME.fullmatch, names) if match), np.int64))
 
 
@@ -156,6 +157,4 @@ def write_partition(out: str, number: int, tables: Iterable[pa.Table], facts: Pa
         for table in tables:
             writer.write_table(table, row_group_size=ROWS_PER_GROUP)
         writer.add_key_value_metadata({_FACTS.decode(): json.dumps(asdict(facts))})
-    data = sink.getvalue().to_pybytes()
-    place = partition_place(out, number)
-    storage.with_retries(lambda: storage.write_atomic(place, data), what=f"writing {place}")
+    storage.write_atomic(partition_place(out, number), sink.getvalue().to_pybytes())

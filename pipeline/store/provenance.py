@@ -98,7 +98,7 @@ def stored_file(url: str, name: str) -> bytes:
     if recorded is None:
         raise StoreError(f"{url} has no digest of {place}: it was made without this file; give another store")
     try:
-        data = storage.with_retries(lambda: storage.read_bytes(place), what=f"reading {place}")
+        data = storage.read_bytes(place)
     except FileNotFoundError as error:
         raise StoreError(f"{place} is gone, and {url} was made with it (sha256 {recorded}); restore it") from error
     digest = hashlib.sha256(data).hexdigest()

@@ -119,7 +119,7 @@ def _holds(numbers: NDArray[np.int64], number: int) -> bool:
 
 def list_done(ledger: str) -> DoneUnits:
     """Which units are done, by one listing: receipts that are in a segment are not listed singly."""
-    names = storage.with_retries(lambda: storage.list_files(ledger), what=f"listing {ledger}")
+    names = storage.list_files(ledger)
     return DoneUnits(
         (int(match[1]) for match in map(_SEGMENT.fullmatch, names) if match),
         (int(match[1]) for match in map(_OPEN_RECEIPT.fullmatch, names) if match),
@@ -154,7 +154,7 @@ class Segment:
         """
         self.place = place
         self.number = int(place.rsplit("/", 1)[-1].partition(".")[0])
-        self._data = storage.with_retries(lambda: storage.read_bytes(place), what=f"reading {place}")
+        self._data = storage.read_bytes(place)
         self._lock = Lock()
         self._group: tuple[int, list[bytes]] = (-1, [])
 
@@ -191,7 +191,7 @@ def open_segment(ledger: str, number: int) -> Segment | None:
     """A segment of a ledger, ``None`` where there is none; remembered as long as the file is the same."""
     place = segment_place(ledger, number)
     try:
-        state = storage.with_retries(lambda: storage.stat(place), what=f"looking up {place}")
+        state = storage.stat(place)
         return _remembered(place, state.size, state.stamp) if state.stamp else Segment(place)
     except FileNotFoundError:
         return None

@@ -52,8 +52,8 @@ def test_a_full_disk_stops_the_job_soon_and_resume_works(shards: Path, small_dis
     command = ("--shards", shards, "--out", small_disk / "out", *SMALL)
     text = support.run("precompute", *command, status=1)
     line = one_line(text, "precompute")
-    assert "No space left on device" in line
-    assert "The job stops" in line
+    assert "no space is left on the device" in line
+    assert "The job stops here" in line
     done = len(support.receipts(small_disk / "out"))
     assert done < 8
     subprocess.run(["mount", "-o", "remount,size=64m", str(small_disk)], check=True)
@@ -88,7 +88,7 @@ def test_access_that_is_revoked_stops_the_job_with_the_place_and_the_cure(shards
     assert status == 1, text[-3000:]
     line = one_line(text, "precompute")
     assert "ermission" in line
-    assert "The job stops" in line
+    assert "The job stops here" in line
     done = len(support.receipts(out))
     assert done < 8
     assert "input 16 = ok 16 + failed 0" in support.run("precompute", *command)
@@ -109,7 +109,7 @@ def test_a_signal_ends_the_job_in_seconds_with_one_line(
     assert job.wait(timeout=30) == status, (tmp_path / "log").read_text()[-3000:]
     assert time.monotonic() - started < 20
     text = (tmp_path / "log").read_text()
-    (line,) = [line for line in text.splitlines() if line.startswith("stopped: ")]
+    (line,) = [line for line in text.splitlines() if line.startswith("precompute: stopped: ")]
     assert line.endswith("of 16 units done; the same command goes on")
     assert "Traceback" not in text
     assert not (out / "lease.json").exists()
@@ -192,5 +192,5 @@ def test_units_that_all_fail_alike_stop_the_job_after_a_few(shards: Path, tmp_pa
     assert job.wait(timeout=200) == 1
     text = (tmp_path / "log").read_text()
     line = one_line(text, "precompute")
-    assert "so the job stops" in line or "The job stops" in line
+    assert "so the job stops" in line or "The job stops here" in line
     assert len(support.receipts(out)) < 8

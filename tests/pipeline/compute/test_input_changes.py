@@ -17,7 +17,7 @@ from tests.pipeline.compute.support import Store, make_config, open_store
 
 def depth_sample(key: str, seed: int, depth: int) -> list[tuple[str, bytes]]:
     label = np.full((60, 80), depth * 1000, np.uint16)
-    return [(f"{key}.jpg", encode(photograph(seed))), (f"{key}.depth.png", encode(label, "PNG"))]
+    return [(f"{key}.jpg", encode(photograph(seed))), (f"{key}.depth.png", encode(label, "PNG", compress_level=0))]
 
 
 def write_shard(path: Path, first: int, count: int, depth: int = 1) -> Path:
@@ -26,7 +26,7 @@ def write_shard(path: Path, first: int, count: int, depth: int = 1) -> Path:
 
 def depths(store: Store) -> list[float]:
     root = zarr.open_group(Path(store.config.out) / "features.zarr", mode="r")
-    return np.nanmedian(np.asarray(root["depth"][:]), axis=(1, 2)).tolist()
+    return np.asarray(root["depth"][:, 0, 0]).tolist()
 
 
 def begin(folder: Path, **options: object) -> Store:
