@@ -9,12 +9,13 @@ demo: env
 	$(RUN) -m jobs.demo --out out/demo $(DEMO_OPTIONS)
 
 test: env
-	$(RUN) -m pytest
+	$(RUN) -m pytest -n 2
 
 lint: env
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/mypy
+	$(VENV)/bin/lint-imports --no-cache
 
 check: lint test
 

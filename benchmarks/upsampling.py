@@ -1,8 +1,8 @@
-"""Milliseconds of the upsamplers against the backbone's own forward pass, one image at a time, in one run.
+"""Milliseconds of the upsamplers and of the backbone's forward pass, one image at a time, in one run.
 
     python benchmarks/upsampling.py [--backbone vit_small_patch16_224] [--size 224] [--threads 2]
 
-Random weights: they show speed and nothing else.
+The weights are random: the table shows speed only.
 """
 
 import argparse
@@ -37,12 +37,12 @@ def main() -> None:
         print(f"| {args.backbone} {args.size}x{args.size}, {device} | ms | of the backbone |\n| --- | --- | --- |")
         print(f"| backbone, forward | {forward:.1f} | 1.00 |")
         for upsampler in upsamplers:
-            for one in (None, projection):
-                channels = backbone.channels if one is None else args.pca
+            for channel_map in (None, projection):
+                channels = backbone.channels if channel_map is None else args.pca
                 out = torch.empty(1, *size, channels, dtype=torch.float16, device=device)
-                run = _run(upsampler, features, image, size, one, out)
-                spent = _milliseconds(run, device)
-                print(f"| {upsampler.name}, {channels} channels | {spent:.1f} | {spent / forward:.2f} |")
+                run = _run(upsampler, features, image, size, channel_map, out)
+                upsampling = _milliseconds(run, device)
+                print(f"| {upsampler.name}, {channels} channels | {upsampling:.1f} | {upsampling / forward:.2f} |")
 
 
 def _run(upsampler: torch.nn.Module, *args: object) -> Callable[[], object]:
@@ -50,7 +50,7 @@ def _run(upsampler: torch.nn.Module, *args: object) -> Callable[[], object]:
 
 
 def _milliseconds(work: Callable[[], object], device: torch.device, rounds: int = 7) -> float:
-    """The best of some rounds, after one that compiles."""
+    """The fastest of ``rounds`` runs, after one that compiles."""
     best = float("inf")
     for _ in range(rounds + 1):
         started = time.perf_counter()

@@ -1,9 +1,9 @@
-"""The one place that imports timm, next to any build of torchvision.
+"""The only module that imports timm; the import works beside any build of torchvision.
 
 timm needs only the Python part of torchvision. Where torchvision's compiled part does not fit the installed
 torch (the registry's torchvision beside a CPU build of torch), that Python part cannot be imported either: it
-attaches shape functions to two compiled operators that then do not exist. This module declares those two,
-without implementation, only where loading the compiled part did not bring them; calling one still fails.
+attaches shape functions to two compiled operators that then do not exist. This module declares the missing
+operators without an implementation. Calling such an operator still fails.
 
 Use ``from featup._timm import timm``, before anything else imports timm or torchvision.
 """
@@ -16,7 +16,7 @@ import torch
 
 __all__ = ["timm"]
 
-# The operators torchvision refers to at import without asking first whether its compiled part was loaded.
+# The operators that torchvision refers to at import without checking whether its compiled part was loaded.
 _SCHEMAS = {
     "nms": "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
     "qnms": "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
@@ -27,8 +27,8 @@ def _declare_missing_operators() -> None:
     package = find_spec("torchvision")
     compiled = package and PathFinder.find_spec("_C", package.submodule_search_locations)
     if compiled and compiled.origin:
-        # A declaration made before a compiled part that works would clash with it, so that one comes first.
-        # Loading it twice is harmless, and torchvision itself goes on without it after these two errors.
+        # A working compiled part is loaded first, because it would clash with an earlier declaration. Loading it twice
+        # is harmless, and torchvision itself ignores these two errors.
         with contextlib.suppress(ImportError, OSError):
             torch.ops.load_library(compiled.origin)  # type: ignore[no-untyped-call]
     for name, schema in _SCHEMAS.items():

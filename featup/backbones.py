@@ -1,4 +1,4 @@
-"""Coarse features from any timm model that gives intermediate maps."""
+"""Coarse features of images, from any timm model with intermediate maps."""
 
 import difflib
 import inspect
@@ -20,7 +20,7 @@ __all__ = ["Backbone", "Norm", "create_backbone"]
 
 Norm = Literal["none", "model", "layer"]
 
-# Arguments of timm.create_model that are decided here, with what decides them.
+# Arguments of timm.create_model that other arguments of create_backbone decide.
 _DECIDED = {
     "img_size": "image_size",
     "dynamic_img_size": "image_size",
@@ -32,23 +32,22 @@ _DECIDED = {
 
 
 class Backbone(nn.Module):
-    """A frozen timm model that turns images into one of its intermediate maps; see ``create_backbone``.
+    """A frozen timm model that maps images to one of its intermediate maps; see ``create_backbone``.
 
-    It stays in evaluation mode, also when a module that holds it is set to train, and no parameter of it
-    takes a gradient. Gradients do flow through ``features`` to its input.
+    It stays in evaluation mode, also inside a module that is set to train, and its parameters take no gradients.
+    Gradients do flow through ``features`` to the images.
 
     Attributes:
         name: timm's name of the model.
         layer: index of the map, from 0.
         stride: pixels per feature, (height, width).
         channels: C of the map.
-        norm: what is applied to the map, as asked for: ``none``, ``model`` or ``layer``.
+        norm: the normalisation of the map: ``none``, ``model`` or ``layer``.
         final_norm: whether timm applies the model's own final norm to the map (where the model has one).
         mean, std: per channel, for images in [0, 1].
-        input_size: (height, width) that was asked for, else the one the model was trained for.
-        fixed_size: the only (height, width) that is served; None where every size that fits the stride is.
-        crop, interpolation: share of the shorter side the model was evaluated on, and how that was resized.
-        digest: SHA-256 over all weights but the classifier's, as they were before any resampling.
+        input_size: (height, width) given to ``create_backbone``, by default that of the model's training.
+        fixed_size: the only (height, width) that is served; None if every multiple of the stride is served.
+        digest: SHA-256 over all weights but the classifier's, before any resampling.
     """
 
     def __init__(
@@ -65,8 +64,6 @@ class Backbone(nn.Module):
         std: Sequence[float],
         input_size: tuple[int, int],
         fixed: bool,
-        crop: float,
-        interpolation: str,
         digest: str,
     ) -> None:
         super().__init__()
@@ -77,12 +74,10 @@ class Backbone(nn.Module):
         self.channels = channels
         self.norm = norm
         self.final_norm = final_norm
-        self.mean = _three("mean", mean)
-        self.std = _three("std", std)
+        self.mean = _rgb("mean", mean)
+        self.std = _rgb("std", std)
         self.input_size = input_size
         self.fixed_size = input_size if fixed else None
-        self.crop = crop
-        self.interpolation = interpolation
         self.digest = digest
         self._mean: Tensor
         self._std: Tensor
@@ -95,24 +90,24 @@ class Backbone(nn.Module):
         return super().train(False)
 
     def extra_repr(self) -> str:
-        """What the map is, in one line."""
+        """Name, layer, stride and channels, in one line."""
         return f"{self.name}, layer={self.layer}, stride={_times(self.stride)}, channels={self.channels}"
 
     def grid(self, size: tuple[int, int]) -> tuple[int, int]:
         """The (height, width) of the map for images of ``size`` (height, width) in pixels.
 
-        Raises GeometryError where the size does not fit, with the nearest sizes that do.
+        Raises GeometryError, with the nearest sizes that fit, for another size.
         """
         if self.fixed_size and tuple(size) != self.fixed_size:
             raise GeometryError(
-                f"{self.name} was made for images of {_times(self.fixed_size)} (height x width) and cannot "
-                f"take {_times(size)}; make it with image_size={tuple(size)}, or resize the images"
+                f"{self.name} was created for images of {_times(self.fixed_size)} (height x width) and cannot "
+                f"take {_times(size)}; create it with image_size={tuple(size)}, or resize the images"
             )
         _check_fit(self.name, self.layer, self.stride, size)
         return size[0] // self.stride[0], size[1] // self.stride[1]
 
     def normalise(self, images: Tensor) -> Tensor:
-        """Images uint8 [B, H, W, 3] -> what ``features`` takes, float32 [B, 3, H, W]."""
+        """Images uint8 [B, H, W, 3] -> normalised images for ``features``, float32 [B, 3, H, W]."""
         if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[3] != 3:
             raise GeometryError(
                 f"images must be uint8 [B, H, W, 3], got {images.dtype} {list(images.shape)}; "
@@ -123,14 +118,14 @@ class Backbone(nn.Module):
     def features(self, normalised: Tensor) -> Tensor:
         """Normalised images [B, 3, H, W] -> their map, float32 [B, h, w, C], contiguous.
 
-        ``h, w`` is ``grid((H, W))``. Differentiable with respect to the images. Raises GeometryError where
-        the size does not fit, or where the model gives a map of another size than its stride says.
+        ``h, w`` is ``grid((H, W))``. Differentiable with respect to the images. Raises GeometryError for images that
+        do not fit the stride, and for a model whose map has another size than its stride says.
         """
         if normalised.ndim != 4 or normalised.shape[1] != 3:
             raise GeometryError(f"normalised images must be [B, 3, H, W], got {list(normalised.shape)}")
         height, width = normalised.shape[2:]
         expected = (normalised.shape[0], self.channels, *self.grid((height, width)))
-        (found,) = self.model.forward_intermediates(
+        (intermediate,) = self.model.forward_intermediates(
             normalised,
             indices=[self.layer],
             norm=self.final_norm,
@@ -138,14 +133,14 @@ class Backbone(nn.Module):
             output_fmt="NCHW",
             intermediates_only=True,
         )
-        if tuple(found.shape) != expected:
+        if tuple(intermediate.shape) != expected:
             raise GeometryError(
-                f"{self.name}, layer {self.layer}, gives a map of {list(found.shape)} [B, C, h, w] for "
+                f"{self.name}, layer {self.layer}, gives a map of {list(intermediate.shape)} [B, C, h, w] for "
                 f"images of {height}x{width}, where timm says {list(expected)}, by stride "
                 f"{_times(self.stride)}. Likely cause: convolutions without padding, so that features lie "
                 "on no regular grid over the image; choose another layer or model"
             )
-        features: Tensor = found.permute(0, 2, 3, 1).float()
+        features: Tensor = intermediate.permute(0, 2, 3, 1).float()
         if self.norm == "layer":
             features = layer_norm(features, (self.channels,))
         return features.contiguous()
@@ -169,41 +164,41 @@ def create_backbone(
     seed: int = 0,
     kwargs: Mapping[str, Any] | None = None,
 ) -> Backbone:
-    """Make a frozen backbone out of timm's model ``name``, on the CPU.
+    """Create a frozen backbone from timm's model ``name``, on the CPU.
 
     Args:
         name: of the architecture, with or without timm's tag of its weights.
-        weights: a local file (see ``featup.weights``) in timm's key names. It must fit strictly, at the size
-            the model was trained for, or at ``image_size`` where timm cannot resize the finished model; only
-            the classifier may be missing or have another number of classes.
-        pretrained: let timm download the weights instead. With neither they are random, by ``seed``.
-        layer: which map: the block of a ViT, the stage of a CNN; negative counts from the last.
+        weights: a local file (see ``featup.weights``) with timm's key names. It must fit strictly, at the size of the
+            model's training, or at ``image_size`` if timm cannot resize the created model. Only the classifier may
+            be missing or have another number of classes.
+        pretrained: whether timm downloads the weights instead. Without either the weights are random, by ``seed``.
+        layer: index of the map: the block of a ViT, the stage of a CNN; negative counts from the last.
         stride: instead of ``layer``: the deepest map with this many pixels per feature.
-        norm: ``none`` gives the map as it is. ``model`` applies the model's own final norm where it is made
-            for the map: to the last one, of a model where timm can apply it to maps; other maps stay as they
-            are. ``layer`` does the same and then normalises every feature over its channels to mean 0 and
-            variance 1, without parameters: what FeatUp's upsamplers were trained on.
-        image_size: (height, width) in pixels of the images to come. Most models take every size that fits the
-            stride, position embeddings being resampled. The others (``fixed_size``) take this size only, and
-            without it the one they were trained for.
-        mean, std: of the normalisation, per channel for images in [0, 1]; by default those timm names for the
-            model. Weights trained elsewhere often want others.
-        seed: of the random weights; the global generators stay as they are.
+        norm: ``none`` leaves the map as it is. ``model`` applies the model's own final norm to the last map, if timm
+            can apply it to maps; other maps are left as they are. ``layer`` does the same and then normalises every
+            feature over its channels to mean 0 and variance 1, without parameters; FeatUp's upsamplers were trained
+            on such features.
+        image_size: (height, width) of the images in pixels. Most models take every size that fits the stride, and
+            resample their position embeddings. The others (``fixed_size``) take this size only, by default that of
+            their training.
+        mean, std: of the normalisation, per channel for images in [0, 1]; by default timm's for the model. Weights
+            trained elsewhere often need others.
+        seed: of the random weights; the global generators are left alone.
         kwargs: more arguments of ``timm.create_model``, such as ``{"pad_type": "same"}``.
 
-    Raises GeometryError for a model, layer, stride, size or argument that cannot be served, and WeightsError
-    for weights that cannot be had or do not fit. A missing file raises FileNotFoundError.
+    Raises GeometryError for a model, layer, stride, size or argument that cannot be served, and WeightsError for
+    weights that cannot be downloaded or do not fit. A missing file raises FileNotFoundError.
     """
     arguments = dict(kwargs or {})
-    if taken := [f"{key} (decided by {_DECIDED[key]})" for key in arguments if key in _DECIDED]:
-        raise GeometryError(f"kwargs hold {', '.join(taken)}; leave that out and use the argument named")
+    if conflicting := [f"{key} (decided by {_DECIDED[key]})" for key in arguments if key in _DECIDED]:
+        raise GeometryError(f"kwargs hold {', '.join(conflicting)}; leave that out and use the argument named")
     if weights is not None and pretrained:
         raise WeightsError(f"weights={weights} and pretrained=True exclude each other; give one of them")
     if norm not in get_args(Norm):
         raise GeometryError(f"norm={norm!r} is not one of {', '.join(get_args(Norm))}")
 
     with torch.random.fork_rng(devices=[]):
-        # Without memory or weights the model still tells all that must be known before either is paid for.
+        # On the meta device a model costs neither memory nor weights, and its geometry can be checked first.
         with torch.device("meta"):
             sketch = _create(name, arguments)
         maps = [(int(stage["reduction"]), int(stage["num_chs"])) for stage in sketch.feature_info]
@@ -212,15 +207,15 @@ def create_backbone(
         data = timm.data.resolve_model_data_config(sketch)
         native = _size(data["input_size"][1:])
         size = native if image_size is None else _size(image_size)
-        takes = {key for cls in type(sketch).__mro__ for key in inspect.signature(cls).parameters}
-        fixed = bool(sketch.pretrained_cfg.get("fixed_input_size")) and "dynamic_img_size" not in takes
+        parameters = {key for cls in type(sketch).__mro__ for key in inspect.signature(cls).parameters}
+        fixed = bool(sketch.pretrained_cfg.get("fixed_input_size")) and "dynamic_img_size" not in parameters
         if fixed or image_size is not None:
             _check_fit(name, index, step, size)
         resize = fixed and size != native
-        if "dynamic_img_size" in takes:
+        if "dynamic_img_size" in parameters:
             arguments["dynamic_img_size"] = True
         elif resize and not hasattr(sketch, "set_input_size"):
-            if "img_size" not in takes:
+            if "img_size" not in parameters:
                 raise GeometryError(
                     f"{name} takes images of {_times(native)} (height x width) only, not of {_times(size)}; "
                     "resize the images to that, or choose another model"
@@ -228,7 +223,7 @@ def create_backbone(
             arguments["img_size"] = size
             resize = False
 
-        # The CPU's generator is the only one that is put back afterwards, so it alone is seeded.
+        # Only the CPU's generator is restored afterwards, so only this generator is seeded.
         torch.default_generator.manual_seed(seed)
         with torch.device("cpu"):
             model = _download(name, arguments) if pretrained else _create(name, arguments)
@@ -256,11 +251,9 @@ def create_backbone(
         std=data["std"] if std is None else std,
         input_size=size,
         fixed=fixed,
-        crop=float(data["crop_pct"]),
-        interpolation=str(data["interpolation"]),
         digest=digest,
     )
-    # Where the size is free: not square, so that swapped axes show, and small, so that it costs little.
+    # A free size is not square, so that swapped axes show, and small, so that it costs little.
     coarsest = max(reduction for reduction, _ in maps)
     _verify(backbone, size if fixed else (3 * coarsest, 6 * coarsest))
     return backbone
@@ -277,13 +270,13 @@ def _create(name: str, arguments: Mapping[str, Any]) -> Any:
         model = timm.create_model(name, **arguments)
     except (AssertionError, RuntimeError, TypeError, ValueError) as error:
         raise GeometryError(
-            f"timm cannot make {name} with arguments {dict(arguments)}: {str(error).rstrip('.')}. Likely "
+            f"timm cannot create {name} with arguments {dict(arguments)}: {str(error).rstrip('.')}. Likely "
             "cause: an argument or size this model does not take, or a tag it does not have; correct or omit it"
         ) from error
     if not hasattr(model, "forward_intermediates"):
         raise GeometryError(
-            f"{name} ({type(model).__name__}) gives no intermediate maps in timm {timm.__version__}: it has "
-            "no forward_intermediates; choose another model, or a newer timm"
+            f"{name} ({type(model).__name__}) has no intermediate maps in timm {timm.__version__}: it lacks "
+            "forward_intermediates; choose another model, or a newer timm"
         )
     return model
 
@@ -302,8 +295,8 @@ def _download(name: str, arguments: Mapping[str, Any]) -> Any:
 
 
 def _choose(name: str, maps: Sequence[tuple[int, int]], layer: int, stride: int | None) -> int:
-    """The index of the map asked for, among ``maps`` of (stride, channels)."""
-    runs = [(list(run), what) for what, run in groupby(range(len(maps)), maps.__getitem__)]
+    """The index of the map of ``layer`` or ``stride``, among ``maps`` of (stride, channels)."""
+    runs = [(list(run), geometry) for geometry, run in groupby(range(len(maps)), maps.__getitem__)]
     table = ", ".join(
         f"{run[0] if len(run) == 1 else f'{run[0]}-{run[-1]}'} (stride {reduction}, {channels} channels)"
         for run, (reduction, channels) in runs
@@ -314,14 +307,14 @@ def _choose(name: str, maps: Sequence[tuple[int, int]], layer: int, stride: int 
         return layer % len(maps)
     if layer != -1:
         raise GeometryError(f"layer={layer} and stride={stride} both choose a map; give one of them")
-    found = [index for index, (reduction, _) in enumerate(maps) if reduction == stride]
-    if not found:
+    matching = [index for index, (reduction, _) in enumerate(maps) if reduction == stride]
+    if not matching:
         raise GeometryError(f"{name} has no layer of stride {stride}; its layers are {table}")
-    return found[-1]
+    return matching[-1]
 
 
 def _stride(model: Any, reduction: int) -> tuple[int, int]:
-    # timm names one number for both axes: the longer side, where a patch is not square.
+    # timm gives one number for both axes: the longer side, if a patch is not square.
     patch = getattr(getattr(model, "patch_embed", None), "patch_size", None)
     if isinstance(patch, tuple) and max(patch) == reduction:
         return patch[0], patch[1]
@@ -334,7 +327,7 @@ def _classifier(model: Any) -> tuple[str, ...]:
 
 
 def _verify(backbone: Backbone, size: tuple[int, int]) -> None:
-    """Make one map for images of ``size``, so that a model that is not what timm says of it is refused."""
+    """Compute a map for images of ``size``, to refuse a model whose map differs from timm's description of it."""
     try:
         with torch.inference_mode():
             backbone.features(torch.zeros(1, 3, *size))
@@ -343,7 +336,7 @@ def _verify(backbone: Backbone, size: tuple[int, int]) -> None:
     except (AssertionError, RuntimeError, ValueError) as error:
         if not (backbone.final_norm and isinstance(error, AssertionError)):
             raise GeometryError(_refusal(backbone.name, size, error)) from error
-        # Models that cannot apply their norm to maps assert that nobody asks for it.
+        # Models that cannot apply their norm to maps assert that it is not asked for.
         backbone.final_norm = False
         _verify(backbone, size)
 
@@ -351,7 +344,7 @@ def _verify(backbone: Backbone, size: tuple[int, int]) -> None:
 def _refusal(name: str, size: Sequence[int], error: Exception) -> str:
     return (
         f"{name} fails on images of {_times(size)} (height x width): {error}. Likely cause: windows or "
-        "pooling that need other multiples; choose another image_size, such as the one it was trained for"
+        "pooling that need other multiples; choose another image_size, such as that of its training"
     )
 
 
@@ -373,7 +366,7 @@ def _size(values: Sequence[int]) -> tuple[int, int]:
     return int(values[0]), int(values[1])
 
 
-def _three(what: str, values: Sequence[float]) -> tuple[float, float, float]:
+def _rgb(what: str, values: Sequence[float]) -> tuple[float, float, float]:
     if len(values) != 3 or (what == "std" and min(values) <= 0):
         raise GeometryError(f"{what} must be 3 numbers, and std above 0; got {tuple(values)}")
     return float(values[0]), float(values[1]), float(values[2])

@@ -1,22 +1,20 @@
-"""Checkpoints of what this project trains or fits: safetensors with a JSON description in the metadata.
+"""Checkpoints of PCAs, probes and trained upsamplers: safetensors files with a JSON description in the metadata.
 
-Also reads the JBU stack out of official FeatUp ``.ckpt`` files.
+The JBU stack can also be read from official FeatUp ``.ckpt`` files.
 """
 
 import json
-import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable
 from math import isqrt
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from featup.backbones import Backbone
 from featup.errors import WeightsError
 from featup.evaluation.probes import Probe
 from featup.projection import PCA
@@ -28,7 +26,11 @@ from featup.upsamplers.resize_conv import ResizeConv
 from featup.upsamplers.sapa import SAPA
 from featup.weights import load_state_dict, load_strict
 
+if TYPE_CHECKING:
+    from featup.backbones import Backbone
+
 __all__ = [
+    "CHECKPOINT_FORMAT",
     "check_backbone",
     "load_jbu",
     "load_pca",
@@ -36,32 +38,33 @@ __all__ = [
     "load_upsampler",
     "pca_bytes",
     "probe_bytes",
-    "save_jbu",
     "upsampler_bytes",
 ]
 
-_FORMAT = "featup-datasets/1"
-# What can be trained, and the arguments it is made with; as attributes, ``stages`` are the stages themselves.
-_TRAINABLE: dict[str, tuple[type[Upsampler], tuple[str, ...]]] = {
+CHECKPOINT_FORMAT = "featup-datasets/1"
+"""Format name in the description of every file that this project trains or fits."""
+
+
+def _same_names(*names: str) -> dict[str, str]:
+    return {name: name for name in names}
+
+
+# The trainable upsamplers: the class, and its constructor arguments by their names in the description of a file. The
+# attributes are called like the arguments, but the attribute ``stages`` is the module list itself.
+_TRAINABLE: dict[str, tuple[type[Upsampler], dict[str, str]]] = {
     "jbu": (
         JBU,
-        (
-            "channels",
-            "stages",
-            "key_dim",
-            "radius",
-            "guidance_mean",
-            "guidance_std",
-            "kernel",
-            "feature_keys",
-            "coarse_stages",
-            "bicubic_a",
-        ),
+        {
+            **_same_names("channels", "stages", "key_dim", "radius", "guidance_mean", "guidance_std", "kernel"),
+            "feature_keys": "affinity_channels",
+            "coarse_stages": "same_resolution_stages",
+            "bicubic_a": "bicubic_a",
+        },
     ),
-    "resize_conv": (ResizeConv, ("channels", "stages", "width")),
-    "carafe": (CARAFE, ("channels", "stages", "width")),
-    "sapa": (SAPA, ("channels", "stages", "width", "key_dim")),
-    "ifa": (IFA, ("channels", "width")),
+    "resize_conv": (ResizeConv, _same_names("channels", "stages", "width")),
+    "carafe": (CARAFE, _same_names("channels", "stages", "width")),
+    "sapa": (SAPA, _same_names("channels", "stages", "width", "key_dim")),
+    "ifa": (IFA, _same_names("channels", "width")),
 }
 _OFFICIAL_STAGE = {
     "range_proj.0": "range_in",
@@ -72,14 +75,14 @@ _OFFICIAL_STAGE = {
 
 
 def _pack(kind: str, description: dict[str, Any], tensors: dict[str, Tensor]) -> bytes:
-    text = json.dumps({"format": _FORMAT, "kind": kind, **description}, sort_keys=True)
+    text = json.dumps({"format": CHECKPOINT_FORMAT, "kind": kind, **description}, sort_keys=True)
     packed: bytes = save(
         {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, {"featup": text}
     )
     return packed
 
 
-def _unpack(path: Path, kind: str, fields: Sequence[str]) -> tuple[dict[str, Any], dict[str, Tensor]]:
+def _unpack(path: Path, kind: str, fields: Iterable[str]) -> tuple[dict[str, Any], dict[str, Tensor]]:
     try:
         with safe_open(path, framework="pt") as file:
             text = (file.metadata() or {}).get("featup")
@@ -92,9 +95,9 @@ def _unpack(path: Path, kind: str, fields: Sequence[str]) -> tuple[dict[str, Any
         raise WeightsError(
             f"{path}: its description is not a JSON object ({error}); give a file that this project saved as a {kind}"
         ) from error
-    if description.get("format") != _FORMAT or description.get("kind") != kind:
+    if description.get("format") != CHECKPOINT_FORMAT or description.get("kind") != kind:
         raise WeightsError(
-            f"{path}: expected a {kind} in format {_FORMAT}, found kind={description.get('kind')!r} "
+            f"{path}: expected a {kind} in format {CHECKPOINT_FORMAT}, found kind={description.get('kind')!r} "
             f"format={description.get('format')!r}; give a file that this project saved as a {kind}"
         )
     lacking = [name for name in fields if name not in description]
@@ -105,25 +108,25 @@ def _unpack(path: Path, kind: str, fields: Sequence[str]) -> tuple[dict[str, Any
 
 def pca_bytes(pca: PCA, **provenance: Any) -> bytes:
     """A PCA as the content of a safetensors file; the keyword arguments go into its description."""
-    description = {"explained": pca.explained, "count": pca.count, "provenance": provenance}
+    description = {"explained": pca.explained_variance_ratio, "count": pca.count, "provenance": provenance}
     return _pack("pca", description, {"components": pca.components, "mean": pca.mean, "variance": pca.variance})
 
 
 def load_pca(path: str | Path) -> PCA:
-    """Read what :func:`pca_bytes` made.
+    """Read a PCA that :func:`pca_bytes` wrote.
 
     Raises:
         WeightsError: the file is damaged or holds something else.
     """
     description, tensors = _unpack(Path(path), "pca", ("explained", "count"))
-    return PCA(**tensors, explained=description["explained"], count=description["count"])
+    return PCA(**tensors, explained_variance_ratio=description["explained"], count=description["count"])
 
 
 def probe_bytes(probe: Probe, **provenance: Any) -> bytes:
     """A probe as the content of a safetensors file; the keyword arguments go into its description.
 
     Args:
-        probe: Fitted.
+        probe: A fitted probe.
         provenance: ``backbone`` as for :func:`upsampler_bytes`, the seed, where the features come from.
     """
     description = {
@@ -139,7 +142,7 @@ def probe_bytes(probe: Probe, **provenance: Any) -> bytes:
 
 
 def load_probe(path: str | Path) -> Probe:
-    """Read what :func:`probe_bytes` made.
+    """Read a probe that :func:`probe_bytes` wrote.
 
     Raises:
         WeightsError: the file is damaged or holds something else.
@@ -158,26 +161,19 @@ def upsampler_bytes(upsampler: Upsampler, **provenance: Any) -> bytes:
     """A trained upsampler as the content of a safetensors file.
 
     Args:
-        upsampler: One of those that :func:`featup.upsamplers.create_trainable` makes.
-        provenance: Goes into the description. ``backbone``, a dictionary of the ``name``, ``layer`` and ``digest`` of
-            the backbone it was trained for, is what :func:`check_backbone` compares.
+        upsampler: From :func:`featup.upsamplers.create_trainable`.
+        provenance: Goes into the description. :func:`check_backbone` compares ``backbone``, a dictionary of the
+            ``name``, ``layer`` and ``digest`` of the backbone that the upsampler was trained for.
     """
     description: dict[str, Any] = {"provenance": provenance}
-    for name in _TRAINABLE[upsampler.name][1]:
-        value = getattr(upsampler, name)
+    for name, argument in _TRAINABLE[upsampler.name][1].items():
+        value = getattr(upsampler, argument)
         description[name] = len(value) if isinstance(value, nn.ModuleList) else value
     return _pack(upsampler.name, description, upsampler.state_dict())
 
 
-def save_jbu(jbu: JBU, path: str | Path, **provenance: Any) -> None:
-    """Save a JBU stack, whole or not at all; the keyword arguments go into its description."""
-    temporary = Path(f"{path}.part")
-    temporary.write_bytes(upsampler_bytes(jbu, **provenance))
-    os.replace(temporary, path)
-
-
 def load_upsampler(path: str | Path, name: str) -> Upsampler:
-    """The upsampler ``name`` out of what :func:`upsampler_bytes` made, or a ``jbu`` out of an official ``.ckpt``.
+    """Read the upsampler ``name`` from a file of :func:`upsampler_bytes`, or ``jbu`` from an official ``.ckpt``.
 
     Raises:
         WeightsError: the file is damaged, holds something else, or its shapes do not fit together.
@@ -185,18 +181,18 @@ def load_upsampler(path: str | Path, name: str) -> Upsampler:
     path = Path(path)
     if name == "jbu" and path.suffix != ".safetensors":
         return load_jbu(path)
-    kind, names = _TRAINABLE[name]
-    description, tensors = _unpack(path, name, names)
-    upsampler = kind(**{name: description[name] for name in names})
+    upsampler_class, arguments = _TRAINABLE[name]
+    description, tensors = _unpack(path, name, arguments)
+    upsampler = upsampler_class(**{argument: description[name] for name, argument in arguments.items()})
     load_strict(upsampler, tensors, str(path))
     return upsampler.eval().requires_grad_(False)
 
 
-def check_backbone(path: str | Path, backbone: Backbone) -> None:
-    """Refuse a checkpoint that says it was trained for another backbone; files that do not say so pass.
+def check_backbone(path: str | Path, backbone: "Backbone") -> None:
+    """Refuse a checkpoint that was trained for another backbone; files that name no backbone pass.
 
     Raises:
-        WeightsError: its weights or its layer are others; the text names both.
+        WeightsError: the weights or the layer differ; the text names both.
     """
     path = Path(path)
     if path.suffix != ".safetensors":
@@ -215,7 +211,7 @@ def check_backbone(path: str | Path, backbone: Backbone) -> None:
 
 
 def load_jbu(path: str | Path) -> JBU:
-    """A JBU stack from our safetensors checkpoint or from an official FeatUp ``.ckpt``.
+    """Read a JBU stack from our safetensors checkpoint or from an official FeatUp ``.ckpt``.
 
     The official layout is recognised by its keys (``upsampler.up1.range_temp`` ...), with or without the prefix; its
     guidance is normalised with the ImageNet mean and standard deviation.
@@ -247,17 +243,16 @@ def load_jbu(path: str | Path) -> JBU:
 
 
 def _from_official(state: dict[str, Tensor], path: Path) -> dict[str, Tensor]:
-    """Official names and 1x1-convolution shapes to ours; whatever else the file holds (the backbone) is left."""
+    """Official names and 1x1-convolution shapes to ours; other tensors in the file, the backbone's, are ignored."""
     ours: dict[str, Tensor] = {}
     for name, tensor in state.items():
-        found = re.fullmatch(r"(?:upsampler\.)?up(\d+)\.(.+)", name)
-        if found:
-            part = found[2]
+        if stage := re.fullmatch(r"(?:upsampler\.)?up(\d+)\.(.+)", name):
+            part = stage[2]
             layer, _, leaf = part.rpartition(".")
             part = f"{_OFFICIAL_STAGE[layer]}.{leaf}" if layer in _OFFICIAL_STAGE else part
-            ours[f"stages.{int(found[1]) - 1}.{part}"] = tensor
-        elif (found := re.fullmatch(r"(?:upsampler\.)?fixup_proj\.1\.(weight|bias)", name)) is not None:
-            ours[f"fixup.{found[1]}"] = tensor
+            ours[f"stages.{int(stage[1]) - 1}.{part}"] = tensor
+        elif fixup := re.fullmatch(r"(?:upsampler\.)?fixup_proj\.1\.(weight|bias)", name):
+            ours[f"fixup.{fixup[1]}"] = tensor
     needed = ("stages.0.range_in.bias", "stages.0.fixup_out.bias", "fixup.bias")
     if any(name not in ours for name in needed):
         raise WeightsError(

@@ -1,9 +1,9 @@
-"""Errors of the method.
+"""Errors of the method, raised by every module of ``featup``.
 
 FeatupError
-├── GeometryError   (ValueError)    a size, stride or layer that cannot be served
-├── WeightsError    (ValueError)    a checkpoint that does not fit the model it is loaded into
-└── BackendError    (RuntimeError)  a kernel backend that was asked for and cannot run here
+├── GeometryError   (ValueError)    a size, stride, layer or option that cannot be served
+├── WeightsError    (ValueError)    a checkpoint that cannot be read or does not fit the model
+└── BackendError    (RuntimeError)  a kernel backend that cannot run on this machine or tensor
 """
 
 __all__ = ["BackendError", "FeatupError", "GeometryError", "WeightsError"]
@@ -14,12 +14,12 @@ class FeatupError(Exception):
 
 
 class GeometryError(FeatupError, ValueError):
-    """A size, stride or layer that cannot be served; the text names the values and what would fit."""
+    """A size, stride, layer or option that cannot be served; the text names the values and the values that fit."""
 
 
 class WeightsError(FeatupError, ValueError):
-    """Weights that do not fit the model; the text names the keys and shapes that differ."""
+    """Weights that cannot be read or do not fit the model; the text names the keys and shapes that differ."""
 
 
 class BackendError(FeatupError, RuntimeError):
-    """A kernel backend that was asked for by name and cannot run on this machine or tensor."""
+    """A kernel backend, chosen by name, that cannot run on this machine or tensor."""

@@ -1,4 +1,4 @@
-"""Pictures of features: a PCA to colours that several maps of one image share, and panels side by side."""
+"""Pictures of features: one PCA to colours for several maps of an image, and panels side by side."""
 
 from collections.abc import Sequence
 
@@ -17,32 +17,32 @@ Pixels = NDArray[np.uint8]
 def pca_colours(maps: Sequence[NDArray[np.floating]]) -> list[Pixels]:
     """Colour feature maps by their first three principal components.
 
-    All maps share one basis and one scale, so that equal features have equal colours in all of them.
+    All maps share one basis and one scale: equal features have equal colours in all maps.
 
     Args:
-        maps: Each ``[H, W, C]`` with the same ``C``; sizes may differ. Vectors that are not finite come out black.
+        maps: Each ``[H, W, C]`` with the same ``C``; sizes may differ. Vectors that are not finite become black.
 
     Returns:
         uint8 ``[H, W, 3]`` for each map.
     """
-    tensors = [torch.from_numpy(np.array(one, dtype=np.float32)) for one in maps]
-    for one in tensors:
-        # An infinite channel would be a colour, and the end of the scale; as NaN it is neither.
-        one[~one.isfinite().all(-1)] = torch.nan
+    tensors = [torch.from_numpy(np.array(features, dtype=np.float32)) for features in maps]
+    for features in tensors:
+        # An infinite channel would get a colour and stretch the scale. NaN does neither.
+        features[~features.isfinite().all(-1)] = torch.nan
     channels = tensors[0].shape[-1]
     fit = PCAFit(channels)
-    for one in tensors:
-        fit.add(one)
-    kept = min(3, channels)
-    if fit.count <= kept:
-        return [np.zeros((*one.shape[:2], 3), dtype=np.uint8) for one in tensors]
-    pca = fit.solve(kept)
-    projected = [torch.nn.functional.pad(pca.project(one), (0, 3 - kept)).numpy() for one in tensors]
-    everything = np.concatenate([one.reshape(-1, 3) for one in projected])
+    for features in tensors:
+        fit.add(features)
+    components = min(3, channels)
+    if fit.count <= components:
+        return [np.zeros((*features.shape[:2], 3), dtype=np.uint8) for features in tensors]
+    pca = fit.solve(components)
+    projected = [torch.nn.functional.pad(pca.project(features), (0, 3 - components)).numpy() for features in tensors]
+    vectors = np.concatenate([colours.reshape(-1, 3) for colours in projected])
     # Percentiles, so that a few extreme vectors do not leave the rest grey.
-    low, high = np.nanpercentile(everything, [1, 99], axis=0)
+    low, high = np.nanpercentile(vectors, [1, 99], axis=0)
     scale = 255 / np.maximum(high - low, 1e-12)
-    return [np.nan_to_num(np.clip((one - low) * scale, 0, 255)).astype(np.uint8) for one in projected]
+    return [np.nan_to_num(np.clip((colours - low) * scale, 0, 255)).astype(np.uint8) for colours in projected]
 
 
 def side_by_side(panels: Sequence[tuple[str, Pixels]], height: int = 336) -> Pixels:
@@ -58,11 +58,11 @@ def side_by_side(panels: Sequence[tuple[str, Pixels]], height: int = 336) -> Pix
         )
         for _, pixels in panels
     ]
-    sheet = Image.new("RGB", (sum(one.width + gap for one in scaled) + gap, height + bar + gap), "white")
+    sheet = Image.new("RGB", (sum(panel.width + gap for panel in scaled) + gap, height + bar + gap), "white")
     draw = ImageDraw.Draw(sheet)
     left = gap
     for (title, _), panel in zip(panels, scaled, strict=True):
-        # A long title is set smaller, so that it does not run into the next one.
+        # A long title gets a smaller font, so that it does not run into the next title.
         size = 16.0
         while size > 6 and draw.textlength(title, font=ImageFont.load_default(size)) > panel.width:
             size -= 1

@@ -1,4 +1,4 @@
-"""PCA of features: one basis for a whole data set, so that the features of different images live in one space."""
+"""PCA of features: one basis for a whole data set, so that the features of different images share one space."""
 
 from dataclasses import dataclass
 
@@ -15,32 +15,31 @@ __all__ = ["PCA", "PCAFit"]
 class PCA:
     """A linear projection from ``C`` to ``K`` channels.
 
-    ``components`` float32 ``[K, C]`` with orthonormal rows, most variance first; ``mean`` float32 ``[C]``;
-    ``variance`` float32 ``[K]``, of the data along each component; ``explained`` the fraction of the data's variance
-    that the ``K`` components hold; ``count`` the number of vectors it was fitted on.
+    Attributes:
+        components: float32 ``[K, C]``: orthonormal projection directions, most variance first.
+        mean: float32 ``[C]``, of the data.
+        variance: float32 ``[K]``, of the data along each component.
+        explained_variance_ratio: Variance along the ``K`` components over the total variance, 0 to 1.
+        count: Number of vectors it was fitted on.
     """
 
     components: Tensor
     mean: Tensor
     variance: Tensor
-    explained: float
+    explained_variance_ratio: float
     count: int
 
     def as_channel_map(self) -> ChannelMap:
-        """``project`` as a channel map, to hand to an upsampler."""
+        """:meth:`project` as a channel map, the form that upsamplers take."""
         return ChannelMap(self.components, -(self.components @ self.mean))
 
     def project(self, features: Tensor) -> Tensor:
         """``[..., C]`` to ``[..., K]``."""
         return (features - self.mean.to(features)) @ self.components.T.to(features)
 
-    def unproject(self, projected: Tensor) -> Tensor:
-        """``[..., K]`` back to ``[..., C]``, without what the projection dropped."""
-        return projected @ self.components.to(projected) + self.mean.to(projected)
-
 
 class PCAFit:
-    """Accumulates mean and covariance in float64, so that the fit is exact and its memory independent of the data."""
+    """Accumulates mean and covariance in float64: an exact fit whose memory does not depend on the amount of data."""
 
     def __init__(self, channels: int) -> None:
         self.count = 0
@@ -49,7 +48,7 @@ class PCAFit:
         self._shift: Tensor | None = None
 
     def add(self, features: Tensor) -> None:
-        """Take in vectors ``[..., C]``; those that are not finite are left out.
+        """Add vectors ``[..., C]``; vectors that are not finite are left out.
 
         Raises:
             GeometryError: vectors of another number of channels.
@@ -72,10 +71,10 @@ class PCAFit:
         self._square += vectors.T @ vectors
 
     def solve(self, components: int) -> PCA:
-        """The ``components`` directions of most variance. Each one's largest entry is positive, which fixes its sign.
+        """The ``components`` directions of most variance. The largest entry of each is positive, which fixes its sign.
 
         Raises:
-            GeometryError: more components asked for than there are channels, or than vectors were taken in.
+            GeometryError: more components than channels, or than vectors were added less one.
         """
         channels = len(self._sum)
         if not 1 <= components <= min(channels, max(self.count - 1, 0)):
@@ -91,12 +90,12 @@ class PCAFit:
         basis = vectors[:, order].T
         largest = basis.gather(1, basis.abs().argmax(1, keepdim=True))
         basis = basis * torch.where(largest < 0, -1.0, 1.0)
-        kept = variance[order].clamp_min(0)
+        along = variance[order].clamp_min(0)
         total = float(variance.clamp_min(0).sum())
         return PCA(
             components=basis.float().contiguous(),
             mean=(mean + self._shift).float(),
-            variance=kept.float(),
-            explained=float(kept.sum()) / total if total else 1.0,
+            variance=along.float(),
+            explained_variance_ratio=float(along.sum()) / total if total else 1.0,
             count=self.count,
         )

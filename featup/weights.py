@@ -1,4 +1,4 @@
-"""Weights from local files: read them, load them strictly, and tell one set of them from another."""
+"""Weights in local files: reading, strict loading, and digests."""
 
 import hashlib
 import pickle
@@ -16,10 +16,10 @@ from featup.errors import WeightsError
 __all__ = ["file_digest", "load_state_dict", "load_strict", "state_digest"]
 
 _PICKLED = (".pth", ".pt", ".bin", ".ckpt", ".tar")
-# Averaged weights are what a training run reports its quality with, so they come first.
+# Averaged weights come first: training runs report the quality of these.
 _NESTS = ("state_dict_ema", "model_ema", "state_dict", "model")
 _WRAPPERS = ("module.", "_orig_mod.")
-# What torch.load is seen to raise on damaged files and on files of another format.
+# Exceptions of torch.load on damaged files and on files of another format.
 _UNREADABLE = (
     pickle.UnpicklingError,
     RuntimeError,
@@ -35,13 +35,13 @@ _LISTED = 8
 def load_state_dict(path: str | Path) -> dict[str, Tensor]:
     """Read the tensors of a weights file, on the CPU, in the file's dtypes.
 
-    ``.safetensors`` files are read as they are. ``.pth``, ``.pt``, ``.bin``, ``.ckpt`` and ``.tar`` files are
-    unpickled with ``weights_only=True``, so that nothing in them is executed; the nesting that training
-    scripts save (``state_dict_ema``, ``model_ema``, ``state_dict``, ``model``: the first found, repeatedly)
-    is taken off, and so are the prefixes ``module.`` and ``_orig_mod.`` where every key has them.
+    ``.safetensors`` files are read as they are. ``.pth``, ``.pt``, ``.bin``, ``.ckpt`` and ``.tar`` files are unpickled
+    with ``weights_only=True``, so that no code in them is executed. The nesting of training scripts is removed
+    (``state_dict_ema``, ``model_ema``, ``state_dict``, ``model``: the first of these keys, repeatedly), and so are the
+    prefixes ``module.`` and ``_orig_mod.`` if every key has them.
 
-    Raises FileNotFoundError for a missing file, and WeightsError for one that is damaged, has another suffix,
-    or holds something else than named tensors.
+    Raises FileNotFoundError for a missing file, and WeightsError for a file that is damaged, has another suffix, or
+    holds anything but named tensors.
     """
     path = Path(path)
     if path.suffix == ".safetensors":
@@ -64,13 +64,12 @@ def load_state_dict(path: str | Path) -> dict[str, Tensor]:
 def load_strict(module: nn.Module, state: Mapping[str, Tensor], source: str, ignore: Collection[str] = ()) -> None:
     """Load ``state`` into ``module``, all of it or nothing, cast to the module's dtypes.
 
-    Every parameter and persistent buffer must be given, with its shape, and nothing else may be. Two
-    exceptions, both by name: keys that equal or lie under a prefix of ``ignore`` (``"head"`` covers
-    ``head.weight``) are loaded where they fit and passed over where they do not; and so are buffers that the
-    module computes for itself and does not save, which older versions of a library did save.
+    Every parameter and persistent buffer must be given, with its shape, and nothing else may be. Two kinds of keys are
+    excepted, and are loaded only if they fit: keys that equal or lie under a prefix of ``ignore`` (``"head"`` covers
+    ``head.weight``), and buffers that the module computes for itself, which older versions of a library saved.
 
-    ``source`` is named in the error. Raises WeightsError that lists what is missing, unexpected, or of
-    another shape or kind; the module is then as it was.
+    ``source`` is named in the error. Raises WeightsError with the keys that are missing, unexpected, or of another
+    shape or kind; the module is then unchanged.
     """
     expected: dict[str, Tensor] = module.state_dict()
     computed = {name for name, _ in module.named_buffers()} - expected.keys()
@@ -89,9 +88,9 @@ def load_strict(module: nn.Module, state: Mapping[str, Tensor], source: str, ign
         if not expected.keys() & state.keys():
             cause = "weights of another architecture, or of another library's version of it"
         elif not missing and not unexpected:
-            cause = "the same architecture, made with another width, patch size or input size"
+            cause = "the same architecture with another width, patch size or input size"
         else:
-            cause = "another variant of the architecture, or other arguments when it was made"
+            cause = "another variant of the architecture, or other arguments at its creation"
         raise WeightsError(
             f"{source} does not fit {type(module).__name__}"
             + _listing("missing from it", missing)
@@ -104,7 +103,7 @@ def load_strict(module: nn.Module, state: Mapping[str, Tensor], source: str, ign
 
 
 def file_digest(path: str | Path) -> str:
-    """The SHA-256 of a file's bytes, in lower-case hexadecimal. Raises OSError where it cannot be read."""
+    """The SHA-256 of a file's bytes, in lower-case hexadecimal. Raises OSError if it cannot be read."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
@@ -112,8 +111,8 @@ def file_digest(path: str | Path) -> str:
 def state_digest(state: Mapping[str, Tensor], ignore: Collection[str] = ()) -> str:
     """The SHA-256 of the keys, dtypes, shapes and bytes of a state dict, in lower-case hexadecimal.
 
-    The order of the keys and the tensors' devices and strides make no difference. Keys that equal or lie
-    under a prefix of ``ignore`` are left out.
+    The order of the keys and the tensors' devices and strides make no difference. Keys that equal or lie under a prefix
+    of ``ignore`` are left out.
     """
     digest = hashlib.sha256()
     for key in sorted(key for key in state if not _under(key, ignore)):

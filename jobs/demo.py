@@ -3,11 +3,10 @@
 A feature store by bilateral upsampling; JBU trained for about a minute, which shows that it runs and not what it can
 do; and an implicit fit of one photograph.
 
-python -m jobs.demo --out out/demo
-python -m jobs.demo --backbone mobilenetv1_100 --weights mobilenetv1.safetensors --stride 16
+featup demo --out out/demo
+featup demo --backbone mobilenetv1_100 --weights mobilenetv1.safetensors --stride 16
 """
 
-import argparse
 import os
 import shutil
 import sys
@@ -16,13 +15,15 @@ import urllib.error
 import urllib.request
 from dataclasses import fields, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from featup.errors import WeightsError
-from jobs import exit_status
-from pipeline.config.base import InputConfig, Size
-from pipeline.config.precompute import PrecomputeConfig
-from pipeline.config.train import TrainConfig
+from pipeline.options import Size
+
+from . import CommandParser, at_least, exit_status
+
+if TYPE_CHECKING:
+    from pipeline.config.precompute import PrecomputeConfig
 
 # About a minute on two cores.
 TRAINING_STEPS = 30
@@ -32,16 +33,19 @@ PHOTOGRAPHS = ("astronaut", "camera", "chelsea", "coffee", "coins", "motorcycle"
 
 def main(argv: list[str] | None = None) -> int:
     """Write shards, run the jobs on them, verify the store, make a picture of each photograph."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    return exit_status("demo", lambda: _run(argv))
+
+
+def _run(argv: list[str] | None) -> bool:
+    parser = CommandParser("demo", __doc__)
     parser.add_argument("--out", type=Path, default=Path("out/demo"), help="folder for shards, store and pictures")
     parser.add_argument("--backbone", default="vit_small_patch14_dinov2.lvd142m", help="a timm model")
     parser.add_argument("--weights", help="local file with its weights; by default timm's are downloaded")
-    parser.add_argument("--stride", type=int, help="choose the feature map by its stride, for CNNs")
+    parser.add_argument("--stride", type=at_least(1), help="choose the feature map by its stride, for CNNs")
     args = parser.parse_args(argv)
-    return exit_status("demo", lambda: _run(args))
+    args.out = args.out.expanduser()
+    from pipeline.config.precompute import PrecomputeConfig
 
-
-def _run(args: argparse.Namespace) -> bool:
     for folder in ("store", "jbu"):
         shutil.rmtree(args.out / folder, ignore_errors=True)
     shards = _write_shards(args.out / "shards")
@@ -93,7 +97,7 @@ def _write_shards(folder: Path) -> list[Path]:
     return sorted(folder.glob("photographs-*.tar"))
 
 
-def _weights_to_be_had(config: PrecomputeConfig) -> bool:
+def _weights_to_be_had(config: "PrecomputeConfig") -> bool:
     """Whether timm's trained weights can be downloaded, or have been before; says so where they cannot."""
     hub = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
     try:
@@ -114,11 +118,13 @@ def _weights_to_be_had(config: PrecomputeConfig) -> bool:
     return True
 
 
-def _train(config: PrecomputeConfig, out: Path) -> None:
+def _train(config: "PrecomputeConfig", out: Path) -> None:
     """A JBU for the store's backbone, on the store's photographs."""
     import ray
 
     from pipeline.cluster.train import train
+    from pipeline.config.base import InputConfig
+    from pipeline.config.train import TrainConfig
 
     # Ray Train's logs go where they are told only in a Ray that was started for it.
     ray.shutdown()
@@ -126,13 +132,12 @@ def _train(config: PrecomputeConfig, out: Path) -> None:
     train(TrainConfig(**shared, steps=TRAINING_STEPS, holdout=2, evaluate_every=15, checkpoint_every=15))
 
 
-def _pictures(config: PrecomputeConfig, checkpoint: Path, folder: Path) -> list[Path]:
+def _pictures(config: "PrecomputeConfig", checkpoint: Path, folder: Path) -> list[Path]:
     """For each photograph: itself, coarse features, bilinear, what the store holds, JBU; and once an implicit fit."""
     import numpy as np
     import torch
     from PIL import Image
 
-    from featup.checkpoints import load_pca
     from featup.pictures import pca_colours, side_by_side
     from featup.upsamplers import Interpolate
     from pipeline.compute.load import decode_options, load_sample
@@ -140,9 +145,10 @@ def _pictures(config: PrecomputeConfig, checkpoint: Path, folder: Path) -> list[
     from pipeline.inputs.plan import Plan
     from pipeline.loader.dataset import FeatureDataset
     from pipeline.store.index import read_index
+    from pipeline.store.provenance import stored_pca
 
     folder.mkdir(parents=True, exist_ok=True)
-    pca = load_pca(f"{config.out}/plan/pca.safetensors")
+    pca, _ = stored_pca(config.out)
     extractor = Extractor(config, pca)
     jbu = Extractor(replace(config, upsampler="jbu", checkpoint=str(checkpoint)), pca)
     implicit = Extractor(replace(config, upsampler="implicit"), pca)
@@ -179,7 +185,8 @@ def _pictures(config: PrecomputeConfig, checkpoint: Path, folder: Path) -> list[
             for fit in fits:
                 print(
                     f"implicit fit of {FITTED}: {time.perf_counter() - started:.0f} s; of the variance of views held "
-                    f"out it explains {fit.explained_variance:.3f}, {config.upsampler} {fit.before:.3f}",
+                    f"out it explains {fit.explained_variance:.3f}, {config.upsampler} "
+                    f"{fit.initial_explained_variance:.3f}",
                     flush=True,
                 )
             maps.append(upsampled[0].numpy())

@@ -1,22 +1,28 @@
 """The main job: shards of images in, a verified feature store out.
 
-python -m jobs.precompute --shards 'train-{0000..0005}.tar' --out out/train --backbone mobilenetv1_100 ...
-python -m jobs.precompute --config configs/dinov2_s14.yaml --shards ... --out ... --dry-run
+featup precompute --shards 'train-{0000..0005}.tar' --out out/train --backbone mobilenetv1_100 ...
+featup precompute --config configs/dinov2_s14.yaml --shards ... --out ... --dry-run
 """
 
 import sys
 
-from jobs import exit_status
-from pipeline.config.parser import parse_args
-from pipeline.config.precompute import PrecomputeConfig
+from . import exit_status, program
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run the job. Exit status 0: everything is in the store or accounted for; 1: it is not, and the text says why."""
+    return exit_status("precompute", lambda: _run(argv))
+
+
+def _run(argv: list[str] | None) -> bool:
+    from pipeline.config.parser import parse_args
+    from pipeline.config.precompute import PrecomputeConfig
+
     config, options = parse_args(
         PrecomputeConfig,
         argv,
-        description=__doc__,
+        description=__doc__ or "",
+        prog=program("precompute"),
         extra=lambda parser: parser.add_argument(
             "--dry_run",
             "--dry-run",
@@ -24,19 +30,15 @@ def main(argv: list[str] | None = None) -> int:
             help="say what would be done, and what it takes; do nothing",
         ),
     )
+    if options.dry_run:
+        from pipeline.compute.estimate import estimate
 
-    def work() -> bool:
-        if options.dry_run:
-            from pipeline.compute.estimate import estimate
+        print(estimate(config))
+    else:
+        from pipeline.cluster.precompute import precompute
 
-            print(estimate(config))
-        else:
-            from pipeline.cluster.precompute import precompute
-
-            precompute(config)
-        return True
-
-    return exit_status("precompute", work)
+        precompute(config)
+    return True
 
 
 if __name__ == "__main__":

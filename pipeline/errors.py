@@ -9,6 +9,7 @@ PipelineError
 ├── StoreError         (RuntimeError)   a store that is missing, incomplete, damaged or of another make
 │   ├── StoreMismatchError              a store made with another config, model or plan
 │   ├── StoreFormatError                a store of a format that this program does not read
+│   ├── DamagedReceiptError             the receipt of one unit cannot be used; carries the unit's number
 │   ├── IncompleteStoreError            a store whose job has not ended, where a whole one is needed
 │   └── LeaseError                      another driver is at work on the store
 ├── EnvironmentFault   (RuntimeError)   disk full, access denied, bucket gone: the job stops, nothing is lost
@@ -17,12 +18,15 @@ PipelineError
 """
 
 from enum import StrEnum
+from typing import Literal
 
 from pipeline.redaction import redact
 
 __all__ = [
     "ConfigError",
+    "DamagedReceiptError",
     "EnvironmentFault",
+    "Fault",
     "ForkError",
     "IncompleteStoreError",
     "InputChangedError",
@@ -36,11 +40,12 @@ __all__ = [
     "StoreFormatError",
     "StoreMismatchError",
     "UnitError",
+    "fault_of",
 ]
 
 
 class Reason(StrEnum):
-    """Why a sample is not in the store. The value is what ``index.parquet`` holds in ``reason``."""
+    """Why a sample is not in the store. The value is what the index holds in ``reason``."""
 
     IMAGE_MISSING = "image_missing"
     UNDECODABLE = "undecodable"
@@ -107,6 +112,17 @@ class StoreFormatError(StoreError):
     """A store of a format that this program does not read: too old, or made by a newer program."""
 
 
+class DamagedReceiptError(StoreError):
+    """The receipt of one unit is damaged: that unit must be computed anew, the others stand."""
+
+    def __init__(self, unit: int, text: str) -> None:
+        super().__init__(text)
+        self.unit = unit
+
+    def __reduce__(self) -> tuple[type["DamagedReceiptError"], tuple[int, str]]:
+        return (DamagedReceiptError, (self.unit, str(self)))
+
+
 class IncompleteStoreError(StoreError):
     """A store whose job has not ended, where a whole one is needed."""
 
@@ -125,3 +141,14 @@ class ForkError(PipelineError, RuntimeError):
 
 class JobFailedError(PipelineError, RuntimeError):
     """The run ended and not everything it had to do is done; the text says what is left and why."""
+
+
+Fault = Literal["", "unit", "input", "environment"]
+"""What failed: nothing, a unit alone, the input (it changed), or the surroundings, where no unit can succeed."""
+
+
+def fault_of(error: Exception) -> Fault:
+    """What an error that ended a unit puts at fault."""
+    if isinstance(error, InputChangedError):
+        return "input"
+    return "environment" if isinstance(error, EnvironmentFault) else "unit"

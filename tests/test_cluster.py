@@ -89,7 +89,7 @@ def test_setup_names_only_files_of_the_repository() -> None:
         assert (ROOT / local).exists(), f"{local} is not in the repository"
         assert Path(remote).name == Path(local).name
     (folder,) = {str(Path(remote).parent) for remote in mounts}
-    (install,) = [command for command in CLUSTER["setup_commands"] if "[gpu,s3]" in command]
+    (install,) = [command for command in CLUSTER["setup_commands"] if "[make,gpu,s3]" in command]
     words = shlex.split(install)
     assert words[:2] == ["cd", folder]
     assert words[words.index("-c") + 1] in mounts.values()
@@ -103,7 +103,7 @@ def test_setup_names_only_files_of_the_repository() -> None:
 def test_the_extras_it_installs_exist() -> None:
     extras = (ROOT / "pyproject.toml").read_text().partition("[project.optional-dependencies]")[2]
     wanted = re.findall(r"'\.\[(.*?)\]'", " ".join(CLUSTER["setup_commands"]))
-    assert wanted == ["gpu,s3"]
+    assert wanted == ["make,gpu,s3"]
     for extra in wanted[0].split(","):
         assert re.search(rf"^{extra} = \[", extras, re.M), f"pyproject.toml has no extra {extra}"
 

@@ -1,1 +1,9 @@
-"""How good features are: metrics, linear probes, class activation maps, and rivals that need no upsampler."""
+"""Quality of features: metrics, linear probes, class activation maps, and baselines that need no upsampler.
+
+Class activation maps, in ``cam``, and the baselines, in ``large_image``, need timm and are imported from their modules.
+"""
+
+from featup.evaluation.metrics import bootstrap_difference, mean_iou, pixel_accuracy
+from featup.evaluation.probes import Probe, fit_depth, fit_segmentation
+
+__all__ = ["Probe", "bootstrap_difference", "fit_depth", "fit_segmentation", "mean_iou", "pixel_accuracy"]

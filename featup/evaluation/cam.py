@@ -1,12 +1,12 @@
 """Class activation maps of a backbone with its own classifier, on features of any resolution.
 
-Grad-CAM (Selvaraju et al., ICCV 2017): the classes' weights are the gradients of the class score with respect to the
-coarse map, averaged over space, and the map is ``ReLU(sum_k w_k F_k)``. The weights come from the coarse features and
-are applied to the upsampled ones, as FeatUp (arXiv 2403.10516, section 4.3) does.
+Grad-CAM (Selvaraju et al., ICCV 2017): a class's weights are the gradients of its score with respect to the coarse
+map, averaged over space, and the activation map is ``ReLU(sum_k w_k F_k)``. The weights come from the coarse features
+and are applied to the upsampled features, as in FeatUp (arXiv 2403.10516, section 4.3).
 
-The class token of a ViT reads the patches before its last block only, so that the gradient of the score with respect
-to the last map is zero. There the score is that of the mean patch, put through the classifier in the place of what the
-model pools; for models that pool by the mean it is the model's own score.
+The class token of a ViT reads the patches before its last block only, so the gradient of the score with respect to the
+last map is zero. For such a model the classifier is applied to the mean patch in place of the pooled token. For models
+that pool by the mean this is the model's own score.
 """
 
 from typing import Any
@@ -38,29 +38,29 @@ def class_probabilities(backbone: Backbone, images: Tensor) -> Tensor:
 
 
 def grad_cam(backbone: Backbone, images: Tensor, classes: Tensor) -> list[ChannelMap]:
-    """For each image, the map of channels from its features to the activation of a class.
+    """For each image, the channel map from its features to the activation of a class.
 
-    Where features are normalised over their channels (``norm="layer"``), the gradient is with respect to them, at the
-    mean and the scale each of them was taken from.
+    For features that are normalised over their channels (``norm="layer"``), the gradient is with respect to the
+    normalised features, at a fixed mean and scale of each.
 
     Args:
         images: uint8 ``[B, H, W, 3]``.
-        classes: One for each image, int64 ``[B]``.
+        classes: Class ids, one for each image, int64 ``[B]``.
 
     Returns:
         ``B`` maps to one channel, weights ``[1, C]`` and no bias.
 
     Raises:
-        GeometryError: a map that the class score does not depend on in a way timm shows.
+        GeometryError: a map through which timm shows no path to the class score.
     """
     model: Any = backbone.model
     with torch.enable_grad():
         normalised = backbone.normalise(images).requires_grad_()
-        final, (found,) = model.forward_intermediates(
+        final, (features,) = model.forward_intermediates(
             normalised, indices=[backbone.layer], norm=backbone.final_norm, output_fmt="NCHW"
         )
         (gradient,) = torch.autograd.grad(
-            _score(model.forward_head(final), classes), found, allow_unused=True, retain_graph=True
+            _score(model.forward_head(final), classes), features, allow_unused=True, retain_graph=True
         )
         if gradient is None:
             if not (backbone.final_norm and backbone.layer == len(model.feature_info) - 1):
@@ -69,32 +69,32 @@ def grad_cam(backbone: Backbone, images: Tensor, classes: Tensor) -> list[Channe
                     "does not depend on; for class activation maps choose the last layer with norm 'model' or "
                     "'layer', or a CNN"
                 )
-            mean = found.mean((2, 3))
-            # Like the head's input, with the mean patch at every position and for every prefix token.
+            mean = features.mean((2, 3))
+            # The shape of the head's input, with the mean patch at every position and for every prefix token.
             axis = 1 if final.ndim == 4 and getattr(model, "output_fmt", "NCHW") == "NCHW" else final.ndim - 1
-            shape = [len(mean), *(mean.shape[1] if one == axis else 1 for one in range(1, final.ndim))]
+            shape = [len(mean), *(mean.shape[1] if dim == axis else 1 for dim in range(1, final.ndim))]
             logits = model.forward_head(mean.view(shape).expand(final.shape))
-            (gradient,) = torch.autograd.grad(_score(logits, classes), found)
+            (gradient,) = torch.autograd.grad(_score(logits, classes), features)
     if backbone.norm == "layer":
-        gradient = gradient * found.detach().std(1, correction=0, keepdim=True)
+        gradient = gradient * features.detach().std(1, correction=0, keepdim=True)
     weights = gradient.mean((2, 3)).float()
-    return [ChannelMap(one[None], one.new_zeros(1)) for one in weights]
+    return [ChannelMap(weight[None], weight.new_zeros(1)) for weight in weights]
 
 
 def explain(images: Tensor, activations: Tensor) -> Tensor:
-    """The images multiplied with their activation maps, which are cut off below zero and scaled to [0, 1].
+    """Explanation maps of Grad-CAM++: images times their activation maps, clipped at zero and scaled to [0, 1].
 
     Args:
         images: uint8 ``[B, H, W, 3]``.
         activations: ``[B, H, W]``.
 
     Returns:
-        uint8 ``[B, H, W, 3]``; black where a map is the same everywhere.
+        uint8 ``[B, H, W, 3]``; black for a constant map.
     """
     positive = activations.clamp_min(0)
     low, high = positive.amin((1, 2), keepdim=True), positive.amax((1, 2), keepdim=True)
-    shown = (positive - low) / (high - low).clamp_min(torch.finfo(positive.dtype).tiny)
-    return (images * shown[..., None]).round().to(torch.uint8)
+    scaled = (positive - low) / (high - low).clamp_min(torch.finfo(positive.dtype).tiny)
+    return (images * scaled[..., None]).round().to(torch.uint8)
 
 
 def _score(logits: Tensor, classes: Tensor) -> Tensor:

@@ -1,6 +1,6 @@
-"""Finer features from the backbone alone, at the price of more or larger forward passes.
+"""Strided and large-image inference: finer features from more or larger forward passes of the backbone.
 
-The baselines of FeatUp (arXiv 2403.10516, section 4) that need no upsampler: strided and large-image inference.
+These are the baselines of FeatUp (arXiv 2403.10516, section 4) that need no upsampler.
 """
 
 from math import floor
@@ -19,14 +19,13 @@ __all__ = ["large_image_features", "strided_features"]
 def strided_features(backbone: Backbone, images: Tensor, factor: int) -> Tensor:
     """Features of the images shifted by fractions of the stride, interleaved: ``factor ** 2`` forward passes.
 
-    With ``a = (height, width)`` of the stride over ``factor``, result ``(y, x)`` is the feature of a patch whose
-    centre is at pixel ``((y + 1/2) * a[0], (x + 1/2) * a[1])`` of the image: where a map of that stride has it. What
-    comes in at the border is the image's reflection. Shifts by halves of a pixel, as stride 14 by factor 2 takes,
-    average neighbouring pixels.
+    With ``a = (height, width)`` of the stride over ``factor``, result ``(y, x)`` is the feature of a patch whose centre
+    is at pixel ``((y + 1/2) * a[0], (x + 1/2) * a[1])`` of the image, as in a map of stride ``a``. The image is
+    reflected at its border. Fractional shifts, such as half a pixel for stride 14 and factor 2, interpolate linearly.
 
     Args:
         images: uint8 ``[B, H, W, 3]``.
-        factor: How many times finer, in each direction.
+        factor: Refinement in each direction, at least 1.
 
     Returns:
         ``[B, h * factor, w * factor, C]``, where ``h, w`` is the backbone's grid.
@@ -54,7 +53,7 @@ def large_image_features(backbone: Backbone, images: Tensor, factor: int) -> Ten
 
     Args:
         images: uint8 ``[B, H, W, 3]``.
-        factor: How many times finer, in each direction.
+        factor: Refinement in each direction, at least 1.
 
     Returns:
         ``[B, h * factor, w * factor, C]``, where ``h, w`` is the backbone's grid.
@@ -75,7 +74,7 @@ def large_image_features(backbone: Backbone, images: Tensor, factor: int) -> Ten
 def _check_factor(factor: int, most: int | None) -> None:
     if factor < 1 or (most is not None and factor > most):
         limit = "at least 1" if most is None else f"from 1 to {most}, the stride in pixels"
-        raise GeometryError(f"factor={factor}: features can be made finer by a whole factor, {limit}")
+        raise GeometryError(f"factor={factor}: features are refined by a whole factor, {limit}")
 
 
 def _shifted(size: int, shift: float) -> Taps:

@@ -1,7 +1,7 @@
-"""What an evaluation measures: segmentation, depth, class activation maps, and how sure a difference is.
+"""Metrics of segmentation, depth and class activation maps, and bootstrap intervals of their differences.
 
-Every measure of a set is computed from statistics that add up over its images, kept image by image: so that a batch's
-size makes no difference, and images can be drawn again for a bootstrap.
+Every metric of a set is computed from statistics that add up over its images and are stored per image. The batch size
+therefore makes no difference, and a bootstrap can resample the images.
 """
 
 from collections.abc import Callable
@@ -27,12 +27,12 @@ __all__ = [
 
 
 def class_counts(prediction: Tensor, target: Tensor, classes: int) -> Tensor:
-    """The diagonal and the margins of every image's confusion matrix: all that IoU and accuracy need.
+    """The diagonal and the margins of every image's confusion matrix, from which IoU and accuracy follow.
 
     Args:
         prediction: Class ids from 0 to ``classes - 1``, ``[B, H, W]``.
-        target: Class ids ``[B, H, W]``. Pixels whose id is not one of the classes have no label and do not count,
-            whatever is predicted there.
+        target: Class ids ``[B, H, W]``. Pixels with another id are unlabelled and do not count, whatever their
+            prediction is.
         classes: K.
 
     Returns:
@@ -69,17 +69,17 @@ def mean_iou(counts: Tensor) -> float:
 
 
 def pixel_accuracy(counts: Tensor) -> float:
-    """Share of labelled pixels that are predicted right, in percent; ``counts`` as :func:`mean_iou` takes them."""
+    """Share of labelled pixels whose prediction is right, in percent; ``counts`` as :func:`mean_iou` takes them."""
     both, _, truth = counts.reshape(-1, *counts.shape[-2:]).sum(0).double().sum(-1)
     return float(100 * both / truth)
 
 
 def depth_sums(prediction: Tensor, target: Tensor, minimum: float = 1e-3) -> Tensor:
-    """What :func:`depth_rmse` and :func:`depth_accuracy` of a set are made of.
+    """The statistics of every image from which :func:`depth_rmse` and :func:`depth_accuracy` follow.
 
     Args:
         prediction: Metres, ``[B, H, W]``; less than ``minimum`` counts as ``minimum``, as no depth is negative.
-        target: Metres, ``[B, H, W]``; what is not finite and positive is unknown and does not count.
+        target: Metres, ``[B, H, W]``; values that are not finite and positive are unknown and do not count.
         minimum: Metres.
 
     Returns:
@@ -113,30 +113,30 @@ def depth_accuracy(sums: Tensor) -> float:
     return float(100 * close / known)
 
 
-def average_drop(scores: Tensor, explained: Tensor) -> float:
+def average_drop(scores: Tensor, map_scores: Tensor) -> float:
     """Average drop of Grad-CAM++ (Chattopadhyay et al., WACV 2018, section 5.1), in percent; less is better.
 
-    The mean of ``max(0, Y - O) / Y``: how much of a class's probability is lost when only what its activation map
-    shows is left of the image.
+    The mean of ``max(0, Y - O) / Y``: the share of a class's probability that is lost when the explanation map
+    replaces the image.
 
     Args:
         scores: ``Y``, probabilities of the class for the image, ``[N]``.
-        explained: ``O``, for the image multiplied with the map, ``[N]``.
+        map_scores: ``O``, for the explanation map: the image times the activation map, ``[N]``.
     """
-    return 100 * ((scores - explained).clamp_min(0) / scores).double().mean().item()
+    return 100 * ((scores - map_scores).clamp_min(0) / scores).double().mean().item()
 
 
-def average_increase(scores: Tensor, explained: Tensor) -> float:
+def average_increase(scores: Tensor, map_scores: Tensor) -> float:
     """Average increase of Grad-CAM++, in percent; more is better: the share of images whose probability grows.
 
     Arguments as for :func:`average_drop`.
     """
-    return 100 * (explained > scores).double().mean().item()
+    return 100 * (map_scores > scores).double().mean().item()
 
 
 @dataclass(frozen=True)
 class Interval:
-    """A difference: its mean over the resamples, and the bounds that hold 95% of them."""
+    """A difference: its mean over the resamples, and their 2.5% and 97.5% quantiles."""
 
     mean: float
     low: float
@@ -146,21 +146,21 @@ class Interval:
 def bootstrap_difference(
     measure: Callable[[Tensor], float], ours: Tensor, baseline: Tensor, resamples: int = 200, seed: int = 0
 ) -> Interval:
-    """How a measure of a set differs from a baseline's, when the set's images are drawn anew with replacement.
+    """Paired bootstrap of the difference between a metric and its baseline, over the images of a set.
 
-    Both are evaluated on the same draws, so that what is hard for both does not widen the interval.
+    Both are evaluated on the same resamples, so that images that are hard for both do not widen the interval.
 
     Args:
-        measure: Of statistics of images, such as :func:`mean_iou`.
+        measure: A metric of statistics of images, such as :func:`mean_iou`.
         ours, baseline: Statistics of the same images in the same order, ``[N, ...]``.
-        resamples: How many draws.
+        resamples: Number of resamples.
         seed: The only source of chance.
     """
     generator = torch.Generator().manual_seed(seed)
     differences = []
     for _ in range(resamples):
-        drawn = torch.randint(len(ours), (len(ours),), generator=generator)
-        differences.append(measure(ours[drawn]) - measure(baseline[drawn]))
-    found = torch.tensor(differences, dtype=torch.float64)
-    low, high = found.quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
-    return Interval(found.mean().item(), low, high)
+        resample = torch.randint(len(ours), (len(ours),), generator=generator)
+        differences.append(measure(ours[resample]) - measure(baseline[resample]))
+    distribution = torch.tensor(differences, dtype=torch.float64)
+    low, high = distribution.quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
+    return Interval(distribution.mean().item(), low, high)

@@ -1,12 +1,12 @@
-"""Linear probes on features: how much of a label a linear map of them tells.
+"""Linear probes: how well a linear map of the features predicts a label.
 
-A segmentation probe is a softmax regression: fitted on coarse features, against the share of each class in a feature's
-cell (so that a cell with an edge in it counts for both sides), or on upsampled features, against a pixel's class. A
-depth probe is a ridge regression on metres: the mean depth of a cell is linear in its pixels' depths, as interpolation
-is, which a logarithm is not.
+A segmentation probe is a softmax regression. On coarse features its targets are the shares of the classes in each
+cell, so that a cell with an edge counts for both classes. On upsampled features they are the pixels' classes. A depth
+probe is a ridge regression on metres. The mean depth of a cell is linear in its pixels' depths, as interpolation is; a
+logarithm of depth would not be.
 
-Both are convex problems with one solution, found by L-BFGS and in closed form, and the weight decay is chosen by
-cross-validation over images: pixels of one image look alike, so they are never on both sides.
+Both problems are convex with one solution, computed by L-BFGS and in closed form. The weight decay is chosen by
+cross-validation over images. Pixels of one image are alike, so an image is never split between the two sides.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -24,12 +24,12 @@ __all__ = ["Probe", "ProbeKind", "cell_depth", "cell_shares", "fit_depth", "fit_
 
 
 ProbeKind = Literal["seg", "depth"]
-# In half decades about where the best ones of backbones lie, the strongest first: each fit begins at the last one's.
+# In half decades, strongest first, because each fit starts from the solution of the one before.
 _SOFTMAX_DECAYS = (1e-1, 3e-2, 1e-2, 3e-3, 1e-3, 3e-4, 1e-4, 3e-5, 1e-5)
 _RIDGE_DECAYS = (1.0, 3e-1, 1e-1, 3e-2, 1e-2, 3e-3, 1e-3, 3e-4, 1e-4)
 _FOLDS = 2
 _ITERATIONS = 200
-# The most that the cross-entropy can curve along one score: p (1 - p) for p = 1 / 2.
+# The largest curvature of the cross-entropy along one score: p (1 - p) for p = 1 / 2.
 _CURVATURE = 0.25
 
 
@@ -38,11 +38,11 @@ class Probe:
     """A fitted probe.
 
     Attributes:
-        kind: ``seg`` gives a score for each class, ``depth`` one channel in metres.
-        channel_map: From features to that; applies to features of any resolution.
-        weight_decay: What was chosen, for features scaled to variance 1.
-        held_out: The loss on images left out, for each weight decay that was tried: down to where it rises again.
-        vectors: How many feature vectors it was fitted on.
+        kind: ``seg`` predicts a score for each class, ``depth`` one channel in metres.
+        channel_map: From features, of any resolution, to the prediction.
+        weight_decay: The chosen one, for features scaled to variance 1.
+        held_out: The loss on held-out images for each weight decay tried, down to the first at which it rises.
+        vectors: Number of feature vectors it was fitted on.
     """
 
     kind: ProbeKind
@@ -56,7 +56,7 @@ def cell_shares(labels: Tensor, grid: tuple[int, int], classes: int) -> Tensor:
     """The share of each class in the cells of a coarse map.
 
     Args:
-        labels: Class ids ``[B, H, W]``; pixels with other ids than 0 to ``classes - 1`` belong to no class.
+        labels: Class ids ``[B, H, W]``; pixels with an id outside 0 to ``classes - 1`` belong to no class.
         grid: (height, width) of the coarse map, which divide those of the labels.
 
     Returns:
@@ -66,22 +66,22 @@ def cell_shares(labels: Tensor, grid: tuple[int, int], classes: int) -> Tensor:
         GeometryError: cells that are not whole pixels.
     """
     shares = []
-    for one in _cells(labels, grid):
-        ids = one.long()
+    for cells in _cells(labels, grid):
+        ids = cells.long()
         ids = torch.where((ids >= 0) & (ids < classes), ids, classes)
         shares.append(functional.one_hot(ids, classes + 1)[..., :classes].float().mean(2))
     return torch.stack(shares)
 
 
 def cell_depth(depth: Tensor, grid: tuple[int, int]) -> Tensor:
-    """The mean known depth of the cells of a coarse map, and the share of their pixels where it is known.
+    """The mean known depth of the cells of a coarse map, and the share of pixels with known depth.
 
     Args:
-        depth: Metres ``[B, H, W]``; what is not finite and positive is unknown.
+        depth: Metres ``[B, H, W]``; values that are not finite and positive are unknown.
         grid: (height, width) of the coarse map, which divide those of the labels.
 
     Returns:
-        float32 ``[B, h, w, 2]``: mean, 0 where nothing is known, and share.
+        float32 ``[B, h, w, 2]``: mean, 0 for a cell without known depth, and share.
 
     Raises:
         GeometryError: cells that are not whole pixels.
@@ -95,16 +95,16 @@ def cell_depth(depth: Tensor, grid: tuple[int, int]) -> Tensor:
 def fit_segmentation(
     features: Tensor, shares: Tensor, groups: Tensor, weight_decays: Sequence[float] = _SOFTMAX_DECAYS
 ) -> Probe:
-    """Softmax regression, with the weight decay of the least cross-entropy on images left out.
+    """Softmax regression, with the weight decay of the least cross-entropy on held-out images.
 
     Args:
         features: ``[M, C]``.
-        shares: Of the classes in each, ``[M, K]``; vectors without any are left out.
-        groups: The image each comes from, ``[M]``.
-        weight_decays: To choose from, on the squared weights, beside the mean cross-entropy.
+        shares: Of the classes in the cell of each vector, ``[M, K]``; vectors without any class are left out.
+        groups: The image of each vector, ``[M]``.
+        weight_decays: Candidates: weights of the squared weights against the mean cross-entropy.
 
     Raises:
-        GeometryError: less than two images with labels.
+        GeometryError: fewer than two images with labels.
     """
     used = shares.sum(1) > 0
     features, shares, groups = features[used].float(), shares[used].float(), groups[used]
@@ -116,20 +116,20 @@ def fit_segmentation(
         logs = functional.linear(features[rows], probe.weight, probe.bias).log_softmax(1)
         return -((logs * shares[rows]).sum() / shares[rows].sum()).item()
 
-    return _chosen("seg", fit, loss, groups, sorted(weight_decays, reverse=True))
+    return _cross_validate("seg", fit, loss, groups, sorted(weight_decays, reverse=True))
 
 
 def fit_depth(features: Tensor, depth: Tensor, groups: Tensor, weight_decays: Sequence[float] = _RIDGE_DECAYS) -> Probe:
-    """Ridge regression in closed form, with the weight decay of the least squared error on images left out.
+    """Ridge regression in closed form, with the weight decay of the least squared error on held-out images.
 
     Args:
         features: ``[M, C]``.
-        depth: Metres, and the weight of each vector, ``[M, 2]``; those of weight 0 are left out.
-        groups: The image each comes from, ``[M]``.
-        weight_decays: To choose from, on the squared weights, beside the weighted mean of squared errors.
+        depth: Metres, and the weight of each vector, ``[M, 2]``; vectors of weight 0 are left out.
+        groups: The image of each vector, ``[M]``.
+        weight_decays: Candidates: weights of the squared weights against the weighted mean of squared errors.
 
     Raises:
-        GeometryError: less than two images with labels.
+        GeometryError: fewer than two images with labels.
     """
     used = depth[:, 1] > 0
     features, depth, groups = features[used].double(), depth[used].double(), groups[used]
@@ -141,7 +141,7 @@ def fit_depth(features: Tensor, depth: Tensor, groups: Tensor, weight_decays: Se
         errors = features[rows] @ probe.weight[0].double() + probe.bias.double() - depth[rows, 0]
         return (errors.square() @ depth[rows, 1] / depth[rows, 1].sum()).item()
 
-    return _chosen("depth", fit, loss, groups, sorted(weight_decays, reverse=True))
+    return _cross_validate("depth", fit, loss, groups, sorted(weight_decays, reverse=True))
 
 
 def _cells(labels: Tensor, grid: tuple[int, int]) -> Tensor:
@@ -157,17 +157,17 @@ def _cells(labels: Tensor, grid: tuple[int, int]) -> Tensor:
     return cells.permute(0, 1, 3, 2, 4).flatten(3)
 
 
-def _chosen(
+def _cross_validate(
     kind: ProbeKind,
     fit: Callable[[Tensor, Sequence[float]], Iterator[ChannelMap]],
     loss: Callable[[ChannelMap, Tensor], float],
     groups: Tensor,
     decays: Sequence[float],
 ) -> Probe:
-    """Cross-validate, then fit on everything.
+    """Choose the weight decay by cross-validation, then fit on all vectors.
 
-    Every other image is left out, as images that follow each other are often of one kind: of runs of them, whole
-    classes would be.
+    Images are assigned to the folds in turn. Consecutive images are often alike, and folds of consecutive images would
+    hold out whole classes.
     """
     images, number = torch.unique(groups, return_inverse=True)
     if len(images) < _FOLDS:
@@ -175,11 +175,11 @@ def _chosen(
             f"probe: {len(images)} images with labels are too few, at least {_FOLDS} are needed to choose the weight "
             "decay. Likely cause: another set of classes, or labels that are all unknown"
         )
-    left_out = [number % _FOLDS == fold for fold in range(_FOLDS)]
+    folds = [number % _FOLDS == fold for fold in range(_FOLDS)]
     held_out: dict[float, float] = {}
-    for decay, *probes in zip(decays, *(fit(~out, decays) for out in left_out), strict=True):
-        held_out[decay] = sum(loss(probe, out) for probe, out in zip(probes, left_out, strict=True)) / _FOLDS
-        # Weaker ones only fit what is left in more closely, and are the slow ones to fit.
+    for decay, *probes in zip(decays, *(fit(~fold, decays) for fold in folds), strict=True):
+        held_out[decay] = sum(loss(probe, fold) for probe, fold in zip(probes, folds, strict=True)) / _FOLDS
+        # Smaller weight decays only fit the training images more closely, and take the most time.
         if held_out[decay] > min(held_out.values()):
             break
     best = min(held_out, key=lambda decay: held_out[decay])
@@ -188,11 +188,11 @@ def _chosen(
 
 
 def _softmax_path(features: Tensor, shares: Tensor, decays: Sequence[float]) -> Iterator[ChannelMap]:
-    """The solutions for several weight decays, each found from the one before."""
+    """The solutions for several weight decays, each computed from the one before."""
     mean, scale = features.mean(0), features.std().clamp_min(1e-12)
     inputs = (features - mean) / scale
-    # Along the principal axes, each in the unit that makes the loss about as curved there as along the others: fewer
-    # steps then do for what takes hundreds in the channels themselves. The solution is the same.
+    # The optimiser works along the principal axes, each scaled so that the loss curves alike along all. It then takes
+    # fewer steps than in the channels, where hundreds are needed, to the same solution.
     variances, axes = torch.linalg.eigh(inputs.T @ inputs / len(inputs))
     inputs = inputs @ axes
     total, classes = shares.sum(), shares.shape[1]

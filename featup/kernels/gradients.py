@@ -5,8 +5,8 @@ All three operators are derivatives of one form, linear in each of its arguments
 ``sum_{b, y, x, i, j, c} source[b, y * sy + i, x * sx + j, c] * filters[b, y, x, i, j] * out[b, y, x, c]``
 
 ``adaptive_conv`` by ``out``, ``window_correlation`` by ``filters`` and ``adaptive_conv_transpose`` by ``source``. So
-the gradients of each are the other two. Every loop gathers what one position of its result needs, nothing is added by
-two threads to one place, and gradients are the same bits in every run.
+the gradients of each are the other two. Every loop gathers the terms of one position of its result. No two threads add
+to one position, so the gradients are the same bits in every run.
 """
 
 from typing import Any
@@ -23,10 +23,10 @@ __all__ = ["AdaptiveConv", "AdaptiveConvTranspose", "WindowCorrelation"]
 
 
 class _Bilinear(Function):
-    """What the three share: each factor is kept only if the gradient of the other one is asked for."""
+    """Base of the three operators: each factor is saved only if the gradient of the other is needed."""
 
     @staticmethod
-    def keep(ctx: Any, first: Tensor, second: Tensor, stride: tuple[int, int]) -> None:
+    def save(ctx: Any, first: Tensor, second: Tensor, stride: tuple[int, int]) -> None:
         """Save the operator's two arguments for its backward pass."""
         ctx.save_for_backward(first if ctx.needs_input_grad[1] else None, second if ctx.needs_input_grad[0] else None)
         ctx.stride = stride
@@ -38,7 +38,7 @@ class AdaptiveConv(_Bilinear):
     @staticmethod
     def forward(ctx: Any, source: Tensor, filters: Tensor, stride: tuple[int, int]) -> Tensor:
         """``[B, Hs, Ws, C]`` and ``[B, H, W, K, L]`` to ``[B, H, W, C]``."""
-        _Bilinear.keep(ctx, source, filters, stride)
+        _Bilinear.save(ctx, source, filters, stride)
         return adaptive_conv(source, filters, stride)
 
     @staticmethod
@@ -59,7 +59,7 @@ class AdaptiveConvTranspose(_Bilinear):
     @staticmethod
     def forward(ctx: Any, values: Tensor, filters: Tensor, stride: tuple[int, int]) -> Tensor:
         """``[B, H, W, C]`` and ``[B, H, W, K, L]`` to ``[B, Hs, Ws, C]``."""
-        _Bilinear.keep(ctx, values, filters, stride)
+        _Bilinear.save(ctx, values, filters, stride)
         return adaptive_conv_transpose(values, filters, stride)
 
     @staticmethod
@@ -80,7 +80,7 @@ class WindowCorrelation(_Bilinear):
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, stride: tuple[int, int]) -> Tensor:
         """``[B, H, W, D]`` and ``[B, Hs, Ws, D]`` to ``[B, H, W, K, L]``."""
-        _Bilinear.keep(ctx, query, key, stride)
+        _Bilinear.save(ctx, query, key, stride)
         return window_correlation(query, key, stride)
 
     @staticmethod

@@ -1,113 +1,130 @@
-"""How much of the features of views a map explains, and one step of back-projection of what it does not."""
+"""Back-projection: the residual between the multi-view average and a map's patch means, upsampled and added.
+
+One step of iterative back-projection (Irani and Peleg, 1991). An edge-preserving upsampler averages over tokens and
+may remove detail that the views agree on. The residual restores it, scaled by a blend weight chosen on validation
+views. The upsampled residual is smooth, so the map's edges stay.
+"""
 
 from collections.abc import Sequence
 from dataclasses import replace
 from math import sqrt
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from featup.kernels.resample import Taps, interpolation_taps, resample
+from featup.kernels.resample import resample
+from featup.multiview.fit import Fit, residual_taps
+from featup.multiview.options import FitOptions
 from featup.multiview.views import Jitter, View, warp
 from featup.training.losses import explained_variance
 from featup.upsamplers.base import ChannelMap
+from featup.upsamplers.interpolate import Interpolate
 
-if TYPE_CHECKING:
-    from featup.multiview.implicit import Fit
+__all__ = ["back_project", "blend_weight", "fit_patch_means", "view_consistency"]
 
-__all__ = ["view_consistency"]
-
-
-_MISSING_A = -2.0
-# Of a map at the size of the image, with as many channels as that takes.
+# Of a map at the size of the image, of the channels that are evaluated together.
 _PART_BYTES = 1 << 27
 
 
 def view_consistency(maps: Tensor, views: Sequence[View], targets: Tensor, jitter: Jitter) -> Tensor:
-    """How much of the backbone's features of views a high-resolution map explains, each token the mean of its patch.
+    """Explained variance of views' features by a high-resolution map, where each token is the mean of its patch.
 
     Args:
         maps: ``[H, W, K]``, at the image's size.
         views: ``V`` views of the image.
         targets: Their coarse features ``[V, h, w, K]``.
-        jitter: What the views were drawn from.
+        jitter: The distribution that the views were sampled from.
 
     Returns:
-        The share of variance explained; see :func:`featup.losses.explained_variance`.
+        See :func:`featup.training.losses.explained_variance`.
     """
-    seen = _seen(maps, views, (targets.shape[1], targets.shape[2]), jitter)
-    return explained_variance(seen.double(), targets.double())
-
-
-def _seen(maps: Tensor, views: Sequence[View], grid: tuple[int, int], jitter: Jitter) -> Tensor:
-    """What ``maps [H, W, K]`` say of views: ``[V, h, w, K]``, a token the mean of its patch."""
-    return torch.cat([_patch_means(warp(maps[None], [view], jitter.max_pad), grid) for view in views])
+    predicted = _predict_views(maps, views, (targets.shape[1], targets.shape[2]), jitter)
+    return explained_variance(predicted.double(), targets.double())
 
 
 @torch.no_grad()
 def back_project(
-    fit: "Fit", means: Tensor, own: Tensor, views: Sequence[View], targets: Tensor, size: tuple[int, int]
-) -> "Fit":
-    """The fit with what its patches miss of the views' means, and the share of it that is to be added back.
-
-    One step of iterative back-projection (Irani and Peleg, 1991), as far as views say that the fit has not seen. What
-    is added has no detail: the edges of the map stay as they are.
+    fit: Fit,
+    average: Tensor,
+    features: Tensor,
+    views: Sequence[View],
+    targets: Tensor,
+    options: FitOptions,
+    size: tuple[int, int],
+) -> Fit:
+    """Set the residual of a fit, and its blend weight.
 
     Args:
-        fit: With nothing added back yet.
-        means: What the views to fit to say together ``[1, h, w, C]``.
-        own: The image's own coarse features ``[1, h, w, C]``.
-        views: All views of the image, fitted to, judging and held out.
-        targets: What the backbone says of them ``[V, h, w, K]``.
-        size: (height, width) of the map that is judged.
+        fit: With blend weight 0.
+        average: Multi-view average of the training views' features ``[1, h, w, C]``, not renormalised.
+        features: Single-view features of the image ``[1, h, w, C]``, whose bilinear interpolation is the baseline.
+        views: All views of the image: training, validation and held out, in this order.
+        targets: The backbone's features of the views, projected by the PCA, ``[V, h, w, K]``.
+        options: Of the fit.
+        size: (height, width) of the map that is compared on validation views.
+
+    Returns:
+        The fit with its residual; the same fit where the best blend weight is 0.
     """
-    upsampler, options = fit._upsampler, fit._upsampler.options
-    total = upsampler.pca.as_channel_map().to(own)
+    channel_map = fit.pca.as_channel_map().to(features)
     grid = (targets.shape[1], targets.shape[2])
-    made = fit.query(size)
-    missing = functional.linear(means, total.weight, total.bias) - _patch_means(made[None], grid)
-    full = made + resample(missing, *residual_taps(missing, size))[0]
-    alone = upsampler.plain(own, fit._image, size, total)[0]
-    judges = slice(options.views - options.judges, options.views)
-    seen = (_seen(maps, views[judges], grid, options.jitter) for maps in (made, full, alone))
-    share = _least_share(options.margin, targets[judges], *seen)
-    if not share:
+    initial = fit.query(size)
+    residual = functional.linear(average, channel_map.weight, channel_map.bias) - _patch_means(initial[None], grid)
+    corrected = initial + resample(residual, *residual_taps(residual, size))[0]
+    baseline = Interpolate("bilinear")(features, fit.image, size, channel_map)[0]
+    validation = slice(options.training_views, options.views)
+    predicted = (
+        _predict_views(maps, views[validation], grid, options.jitter) for maps in (initial, corrected, baseline)
+    )
+    weight = blend_weight(options.margin, targets[validation], *predicted)
+    if not weight:
         return fit
-    # Of all channels, some at a time: the PCA does not hold everything that is missing.
-    identity = torch.split(torch.eye(means.shape[-1]).to(means), max(1, _PART_BYTES // (4 * size[0] * size[1])))
-    maps = (fit.query(size, projection=ChannelMap(some, some.new_zeros(len(some)))) for some in identity)
-    return replace(
-        fit, added_back=share, _missing=means - torch.cat([_patch_means(one[None], grid) for one in maps], -1)
-    )
+    return replace(fit, blend_weight=weight, residual=average - fit_patch_means(fit, grid, size))
 
 
-def residual_taps(missing: Tensor, size: tuple[int, int]) -> tuple[Taps, Taps]:
-    """For what patches miss, at another size. Their means of what is interpolated are a blur of it: a slope sharper
-    than usual makes up for that."""
-    down, across = (
-        interpolation_taps("bicubic", missing.shape[axis + 1], size[axis], bicubic_a=_MISSING_A) for axis in (0, 1)
-    )
-    return down, across
+def fit_patch_means(fit: Fit, grid: tuple[int, int], size: tuple[int, int], part_bytes: int = _PART_BYTES) -> Tensor:
+    """Patch means of all channels of a fit's map, which is evaluated some channels at a time.
+
+    Args:
+        fit: To evaluate.
+        grid: (height, width) of the patches.
+        size: (height, width) of the map.
+        part_bytes: Most bytes of the map that are held at once, at least those of one channel.
+
+    Returns:
+        ``[1, h, w, C]``.
+    """
+    identity = torch.eye(fit.features.shape[-1]).to(fit.features)
+    parts = torch.split(identity, max(1, part_bytes // (4 * size[0] * size[1])))
+    maps = (fit.query(size, projection=ChannelMap(part, part.new_zeros(len(part)))) for part in parts)
+    return torch.cat([_patch_means(channels[None], grid) for channels in maps], -1)
+
+
+def blend_weight(margin: float, target: Tensor, initial: Tensor, corrected: Tensor, baseline: Tensor) -> float:
+    """The smallest blend of two predictions whose squared error is below the baseline's, or else the best blend.
+
+    The squared error of ``initial + weight * (corrected - initial)`` is a parabola of the weight. The result is its
+    first crossing of the goal, or else its vertex, in [0, 1].
+
+    Args:
+        margin: The goal is ``1 - margin`` times the baseline's squared error.
+        target, initial, corrected, baseline: Of one shape.
+    """
+    error, step = (target - initial).double(), (corrected - initial).double()
+    excess = float(error.square().sum() - (1 - margin) * (target - baseline).double().square().sum())
+    curvature, descent = float(step.square().sum()), float((error * step).sum())
+    if excess <= 0 or descent <= 0:
+        return 0.0
+    discriminant = descent**2 - curvature * excess
+    return min(1.0, (descent - sqrt(max(0.0, discriminant))) / curvature)
+
+
+def _predict_views(maps: Tensor, views: Sequence[View], grid: tuple[int, int], jitter: Jitter) -> Tensor:
+    """Predicted features of views of a map ``[H, W, K]``: ``[V, h, w, K]``, each token the mean of its patch."""
+    return torch.cat([_patch_means(warp(maps[None], [view], jitter.max_pad), grid) for view in views])
 
 
 def _patch_means(maps: Tensor, grid: tuple[int, int]) -> Tensor:
     """``[B, H, W, K]`` to the means over the patches of a grid ``[B, h, w, K]``."""
     return functional.adaptive_avg_pool2d(maps.permute(0, 3, 1, 2), grid).permute(0, 2, 3, 1)
-
-
-def _least_share(margin: float, wanted: Tensor, start: Tensor, end: Tensor, alone: Tensor) -> float:
-    """The least share of the way from ``start`` to ``end`` that is nearer to ``wanted`` than ``alone``, or the nearest
-    there is.
-
-    All of one shape. The squared distance is to be less by a share of ``margin``. It is a parabola of the share: the
-    first root, or else the vertex.
-    """
-    missing, way = (wanted - start).double(), (end - start).double()
-    excess = float(missing.square().sum() - (1 - margin) * (wanted - alone).double().square().sum())
-    bend, slope = float(way.square().sum()), float((missing * way).sum())
-    if excess <= 0 or slope <= 0:
-        return 0.0
-    root = slope**2 - bend * excess
-    return min(1.0, (slope - sqrt(max(0.0, root))) / bend)

@@ -1,9 +1,9 @@
-"""From high-resolution features to what the backbone would have seen (FeatUp, section 3.1).
+"""Downsamplers: from high-resolution features to the coarse features of the backbone (FeatUp, section 3.1).
 
-A backbone's coarse vector sums up its patch of the image. A downsampler is a small model of that: each cell of the
-coarse grid is a weighted mean over a window of the high-resolution map, the same for all channels. Because it leaves
-the channels alone it commutes with any projection of them: training downsamples a few random projections, with the
-weights from one more channel, and never needs all channels at high resolution.
+A downsampler is a small model of how the backbone summarises a patch: each cell of the coarse grid is a weighted mean
+over a window of the high-resolution map, with the same weights for all channels. It therefore commutes with any
+projection of the channels. Training downsamples a few random projections, with the weights from one more channel, and
+never needs all channels at high resolution.
 """
 
 from typing import Literal
@@ -26,7 +26,7 @@ _BLUR_RADIUS = 2
 
 
 class _Downsampler(nn.Module):
-    """Where the windows lie: what both downsamplers share."""
+    """The geometry of the windows, which both downsamplers share."""
 
     def __init__(self, kernel: tuple[int, int], stride: tuple[int, int], padding: Padding, blur: bool) -> None:
         super().__init__()
@@ -47,7 +47,7 @@ class _Downsampler(nn.Module):
         return f"kernel={self.kernel}, stride={self.stride}, padding={self.padding!r}, blur={self.blur}"
 
     def windowed(self, values: Tensor, grid: tuple[int, int]) -> Tensor:
-        """``[B, H, W, C]``, blurred and padded or cropped to exactly what the windows of ``grid`` cover."""
+        """``[B, H, W, C]``, blurred, and padded or cropped to the positions that the windows of ``grid`` cover."""
         size = (values.shape[1], values.shape[2])
         rows, cols = (self._taps(size, grid, axis) for axis in (0, 1))
         if not self.blur and all(torch.equal(t.index[:, 0], torch.arange(t.size)) for t in (rows, cols)):
@@ -74,7 +74,7 @@ class _Downsampler(nn.Module):
 
 
 class BlurDownsampler(_Downsampler):
-    """One learned kernel for every cell, positive and of sum one."""
+    """The same learned kernel for every cell, positive and of sum one."""
 
     def __init__(self, kernel: tuple[int, int], stride: tuple[int, int], padding: Padding = "reflect") -> None:
         """
@@ -83,9 +83,9 @@ class BlurDownsampler(_Downsampler):
             stride: (height, width) of a cell, likewise: the backbone's stride on a map of the image's size.
             padding: ``reflect``: the window of cell (i, j) is centred on its patch, rows ``i * stride[0]`` to
                 ``(i + 1) * stride[0]`` and columns likewise (where the two cannot share a centre, half a position
-                above and to the left of it); what lies outside the map is its reflection, and a kernel of the
-                stride's size needs none. ``valid``: the first window begins at the first position and nothing is
-                padded; what is left over at the end is not read.
+                above and to the left of it), and the map is reflected at its border. A kernel of the stride's size
+                needs no reflection. ``valid``: the first window begins at the first position, nothing is padded, and
+                positions after the last window are not read.
 
         Raises:
             GeometryError: a kernel or stride below one, or an unknown padding.
@@ -110,11 +110,11 @@ class BlurDownsampler(_Downsampler):
 
 
 class AttentionDownsampler(_Downsampler):
-    """Each cell attends within its window: the weights are a softmax over what the features say of themselves.
+    """Each cell attends within its window: its weights are a softmax of logits that the features predict.
 
-    A linear map gives every position one logit; a cell's weights are ``softmax(scale * logits + bias)`` over its
-    window, with ``scale`` and ``bias`` learned per tap (FeatUp, section 3.1). Before that, like in the original,
-    logits and values are smoothed by a Gaussian of one position's width.
+    A linear map predicts the logit of every position. A cell's weights are ``softmax(scale * logits + bias)`` over its
+    window, with ``scale`` and ``bias`` learned per tap (FeatUp, section 3.1). As in the original, logits and values
+    are first smoothed by a Gaussian with a sigma of one position.
     """
 
     def __init__(
@@ -130,8 +130,8 @@ class AttentionDownsampler(_Downsampler):
         Args:
             channels: C of the features.
             kernel, stride, padding: See :class:`BlurDownsampler`.
-            dropout: Probability that an entry of the features is left out of its logit, in training only.
-            blur: Whether to smooth first; without it and with kernel and stride alike the values are not copied.
+            dropout: Probability that an entry of the features is dropped from its logit in training, in [0, 1).
+            blur: Whether to smooth first. Without it, and with kernel and stride alike, the values are not copied.
 
         Raises:
             GeometryError: a kernel or stride below one, an unknown padding, or a dropout outside [0, 1).
@@ -152,9 +152,9 @@ class AttentionDownsampler(_Downsampler):
     def logit_map(self, features: Tensor) -> Tensor:
         """``[B, H, W, C]`` to the logits ``[B, H, W, 1]``, at whatever resolution the features have.
 
-        In training an entry of the features is dropped with the probability asked for, the others made larger in
-        turn. Where the upsampler is linear over space, the logits of the coarse features may be upsampled instead
-        (their bias apart, if its rows do not sum to one); what is dropped then is dropped for a whole coarse cell.
+        In training, dropout applies to the features. If the upsampler is linear over space, the logits of the coarse
+        features may be upsampled instead, with their bias added afterwards where the upsampler's weights do not sum to
+        one. Dropout then applies to whole coarse cells.
         """
         dropped: Tensor = self.dropout(features)
         return nn.functional.linear(dropped, self.attention.weight, self.attention.bias)
@@ -182,6 +182,6 @@ class AttentionDownsampler(_Downsampler):
         if values.dim() != 4 or tuple(logits.shape) != (*values.shape[:3], 1):
             raise GeometryError(
                 f"downsampler: need values [B, H, W, P] and their logits [B, H, W, 1], got {tuple(values.shape)} and "
-                f"{tuple(logits.shape)}; logit_map makes them from the features"
+                f"{tuple(logits.shape)}; logit_map computes them from the features"
             )
         return adaptive_conv(self.windowed(values, grid), self.filters(logits, grid), self.stride)

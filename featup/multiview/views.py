@@ -1,9 +1,9 @@
-"""Jittered views of an image: sampled, applied to maps, and followed by positions (FeatUp, section 3).
+"""Jittered views of an image: sampled, applied to maps, and applied to positions (FeatUp, section 3).
 
-Small pads, zooms, crops and flips move an image against the grid of its backbone. A view's coarse features thus say
-something about the image between the grid's points, and high-resolution features must explain all of them.
+Small pads, zooms, crops and flips move an image against the grid of its backbone. The coarse features of a view thus
+depend on the image between the grid's points, and high-resolution features must explain those of all views.
 
-A view is made in four steps, in this order: the image is padded by ``max_pad`` pixels on every side (by reflection,
+A view is computed in four steps, in this order: the image is padded by ``max_pad`` pixels on every side (by reflection,
 the border pixel not repeated), zoomed (bilinear), cropped to its own size again, and flipped left to right. All four
 act on rows and columns separately, so a view is a table of taps along the height and one along the width.
 """
@@ -18,15 +18,17 @@ from torch import Tensor
 from featup.errors import GeometryError
 from featup.kernels.resample import Taps, resample
 
-__all__ = ["Jitter", "View", "from_view", "pool_views", "reflect", "to_image", "to_view", "warp"]
+__all__ = ["Jitter", "View", "average_views", "from_view", "reflect", "to_image", "to_view", "warp"]
 
 
 @dataclass(frozen=True)
 class View:
-    """One way to look at an image.
+    """A zoom, a crop and a flip of a padded image.
 
-    ``zoom`` at least 1; ``top`` and ``left``, in pixels of the padded and zoomed image, are where the crop begins;
-    ``flip`` says whether the crop is then mirrored left to right.
+    Attributes:
+        zoom: Factor, at least 1.
+        top, left: Where the crop begins, in pixels of the padded and zoomed image, at least 0.
+        flip: Whether the crop is then mirrored left to right.
 
     Raises:
         GeometryError: a zoom below 1 or not finite, or a crop that begins before the first pixel.
@@ -41,7 +43,7 @@ class View:
         if not (isfinite(self.zoom) and self.zoom >= 1):
             raise GeometryError(
                 f"view: zoom={self.zoom} must be a finite number of at least 1; below 1 it would only show more of the "
-                "reflected border, for which there is max_pad"
+                "reflected border, which max_pad sets"
             )
         if self.top < 0 or self.left < 0:
             raise GeometryError(
@@ -52,11 +54,12 @@ class View:
 
 @dataclass(frozen=True)
 class Jitter:
-    """The views that may be drawn.
+    """A distribution of views.
 
-    ``max_pad`` pixels of reflected border on every side, so the shift of a view that is not zoomed is up to
-    ``max_pad`` pixels in every direction; ``zoom`` the (least, largest) zoom; ``flip`` whether half of the views are
-    mirrored.
+    Attributes:
+        max_pad: Pixels of reflected border on every side, at least 0: the largest shift of a view that is not zoomed.
+        zoom: (least, largest) zoom, both at least 1.
+        flip: Whether half of the views are mirrored.
 
     Raises:
         GeometryError: a negative pad, or zooms that are not finite, below 1, or in the wrong order.
@@ -84,27 +87,27 @@ class Jitter:
     def sample(
         self, count: int, size: tuple[int, int], generator: torch.Generator, identity_first: bool = False
     ) -> list[View]:
-        """Draw views: the zoom uniform in its range, the crop uniform over where it fits, the flip a fair coin.
+        """Sample views: zoom uniform in its range, crop uniform over where it fits, flip with probability 1/2.
 
         Args:
-            count: How many.
+            count: Number of views, at least 0.
             size: (height, width) of the image, in pixels.
-            generator: The only source of chance: one state of it gives one list. Its device does not matter.
-            identity_first: The first view is :attr:`identity`; the others are those that would be drawn without.
+            generator: The only source of chance: equal states give equal lists. Its device does not matter.
+            identity_first: Whether to replace the first view by :attr:`identity`; the others stay the same.
 
         Raises:
-            GeometryError: fewer than no views, or an image without pixels.
+            GeometryError: a negative count, or an image without pixels.
         """
         if count < 0 or min(size) < 1:
-            raise GeometryError(f"jitter: cannot draw {count} views of an image of {size} (height, width)")
+            raise GeometryError(f"jitter: cannot sample {count} views of an image of {size} (height, width)")
         least, largest = self.zoom
-        # Always four numbers a view, so that what is drawn of one kind does not depend on the other options.
-        drawn = torch.rand(count, 4, generator=generator, device=generator.device, dtype=torch.float64)
+        # Always four numbers a view, so that, for instance, the crops do not depend on whether views are flipped.
+        uniform = torch.rand(count, 4, generator=generator, device=generator.device, dtype=torch.float64)
         views = []
-        for at_zoom, at_top, at_left, at_flip in drawn.tolist():
-            zoom = least + (largest - least) * at_zoom
+        for for_zoom, for_top, for_left, for_flip in uniform.tolist():
+            zoom = least + (largest - least) * for_zoom
             down, across = (_room(side, zoom, self.max_pad) + 1 for side in size)
-            views.append(View(zoom, floor(at_top * down), floor(at_left * across), self.flip and at_flip < 0.5))
+            views.append(View(zoom, floor(for_top * down), floor(for_left * across), self.flip and for_flip < 0.5))
         if identity_first and views:
             views[0] = self.identity
         return views
@@ -117,18 +120,18 @@ def warp(
     size: tuple[int, int] | None = None,
     image_size: tuple[int, int] | None = None,
 ) -> Tensor:
-    """Every image, or map of features, as its own view shows it; differentiable with respect to the maps.
+    """Warp each image or feature map by its own view; differentiable with respect to the maps.
 
-    A map may have another resolution than the image the view was drawn for: its positions are then mapped through
-    the image's, so that pixel and feature stay together. No low-pass filter is applied: a result much smaller than
-    what it is read from aliases.
+    A map may have another resolution than the image that the view was sampled for. Its positions are then scaled to
+    the image's, so that pixels and features stay aligned. No low-pass filter is applied: a result much smaller than
+    its input aliases.
 
     Args:
         maps: ``[B, h, w, C]``, floating.
         views: One for each map.
-        max_pad: Of the jitter the views were drawn from, in pixels of the image.
+        max_pad: Of the jitter that the views were sampled from, in pixels of the image.
         size: (height, width) of the result; by default that of the maps.
-        image_size: (height, width) of the image, in pixels, where the maps have another size; by default theirs.
+        image_size: (height, width) of the image, in pixels; by default that of the maps.
 
     Returns:
         ``[B, *size, C]``.
@@ -140,30 +143,29 @@ def warp(
     if maps.dim() != 4 or len(maps) != len(views) or not maps.is_floating_point():
         raise GeometryError(
             f"warp: need floating maps [B, h, w, C] and one view for each, got {maps.dtype} {tuple(maps.shape)} and "
-            f"{len(views)} views; expand one image along the batch to see it in many views"
+            f"{len(views)} views; expand an image along the batch for many views of it"
         )
-    held = (maps.shape[1], maps.shape[2])
-    height, width = image_size or held
-    out_height, out_width = size or held
+    map_size = (maps.shape[1], maps.shape[2])
+    height, width = image_size or map_size
+    out_height, out_width = size or map_size
     warped = []
     for index, view in enumerate(views):
         _check_view(view, (height, width), max_pad)
-        rows = _view_taps(held[0], height, out_height, view.zoom, view.top, False, max_pad)
-        cols = _view_taps(held[1], width, out_width, view.zoom, view.left, view.flip, max_pad)
+        rows = _view_taps(map_size[0], height, out_height, view.zoom, view.top, False, max_pad)
+        cols = _view_taps(map_size[1], width, out_width, view.zoom, view.left, view.flip, max_pad)
         warped.append(resample(maps[index : index + 1], rows, cols))
     return torch.cat(warped) if warped else maps.new_empty(0, out_height, out_width, maps.shape[3])
 
 
 def to_image(view: View, positions: Tensor, size: tuple[int, int], max_pad: int) -> Tensor:
-    """Where in the image a view's positions come from.
+    """Map positions in a view to positions in the image.
 
-    What the view shows of the padded border is in the image by its reflection, so every position has an origin, and
-    some origins are seen twice.
+    Positions in the padded border map to their reflections inside the image, so two positions may map to one.
 
     Args:
         positions: Floating ``[..., 2]``, (row, column) in the view, in pixels; whole numbers are pixel centres.
         size: (height, width) of the image, and so of the view.
-        max_pad: Of the jitter the view was drawn from.
+        max_pad: Of the jitter that the view was sampled from.
 
     Returns:
         ``[..., 2]`` in pixels of the image, within ``[0, height - 1]`` and ``[0, width - 1]``.
@@ -171,7 +173,7 @@ def to_image(view: View, positions: Tensor, size: tuple[int, int], max_pad: int)
     Raises:
         GeometryError: positions that are not pairs, or a view that reaches beyond the padded image.
     """
-    row, column = centre_coordinates(view, positions, size, max_pad)
+    row, column = _split_positions(view, positions, size, max_pad)
     if view.flip:
         column = size[1] - 1 - column
     return torch.stack(
@@ -184,43 +186,44 @@ def to_image(view: View, positions: Tensor, size: tuple[int, int], max_pad: int)
 
 
 def to_view(view: View, positions: Tensor, size: tuple[int, int], max_pad: int) -> tuple[Tensor, Tensor]:
-    """Where in a view the image's positions are seen, reflections left aside: the inverse of :func:`to_image`.
+    """Map positions in the image to positions in a view, reflections ignored: the inverse of :func:`to_image`.
 
     Args:
         positions: Floating ``[..., 2]``, (row, column) in the image, in pixels; whole numbers are pixel centres.
         size: (height, width) of the image, and so of the view.
-        max_pad: Of the jitter the view was drawn from.
+        max_pad: Of the jitter that the view was sampled from.
 
     Returns:
-        ``[..., 2]`` in pixels of the view, also where they lie outside of it, and a boolean ``[...]``: whether they
-        lie within the area of the view's pixels.
+        ``[..., 2]`` in pixels of the view, also outside of it, and a boolean ``[...]``: whether the position lies
+        within the area of the view's pixels.
 
     Raises:
         GeometryError: positions that are not pairs, or a view that reaches beyond the padded image.
     """
-    row, column = centre_coordinates(view, positions, size, max_pad)
+    row, column = _split_positions(view, positions, size, max_pad)
     row, row_inside = _to_view(row, size[0], view.zoom, view.top, False, max_pad)
     column, column_inside = _to_view(column, size[1], view.zoom, view.left, view.flip, max_pad)
     return torch.stack([row, column], -1), row_inside & column_inside
 
 
-def pool_views(maps: Tensor, views: Sequence[View], max_pad: int, image_size: tuple[int, int], sigma: float) -> Tensor:
-    """What the coarse maps of an image's views say of it together, on the grid of the maps.
+def average_views(
+    maps: Tensor, views: Sequence[View], max_pad: int, image_size: tuple[int, int], sigma: float
+) -> Tensor:
+    """Multi-view average: the coarse maps of an image's views, averaged on the grid of the image.
 
-    At the centre of every cell of the image's own grid, the mean of the views' vectors less than a cell away down and
-    across, one at distance ``d``, in cells of its own view, weighted by ``exp(-d^2 / (2 sigma^2))``: the
-    Nadaraya-Watson estimate of the features of a patch that is centred there. A view counts where it shows the place
-    itself and not its reflection.
+    For every cell of the grid, the vectors of all views within one cell of its centre, down and across, are averaged.
+    A vector at distance ``d``, in cells of its view, has weight ``exp(-d^2 / (2 sigma^2))``: the Nadaraya-Watson
+    estimate of the features of a patch centred there. Vectors of the reflected border are ignored.
 
     Args:
         maps: Of the views, ``[V, h, w, C]``.
-        views: One for each map; the identity among them leaves no cell without a vector.
-        max_pad: Of the jitter the views were drawn from, in pixels of the image.
+        views: One for each map. With the identity among them, every cell has a vector.
+        max_pad: Of the jitter that the views were sampled from, in pixels of the image.
         image_size: (height, width) of the image, in pixels.
-        sigma: Of the weights, in cells of a view.
+        sigma: Of the weights, in cells of a view, above 0.
 
     Returns:
-        ``[h, w, C]``; not a number where no view shows the place.
+        ``[h, w, C]``; NaN in cells that no view covers.
 
     Raises:
         GeometryError: maps that are not as many as there are views, a view that reaches beyond the padded image, or a
@@ -228,15 +231,15 @@ def pool_views(maps: Tensor, views: Sequence[View], max_pad: int, image_size: tu
     """
     if maps.dim() != 4 or len(maps) != len(views) or not sigma > 0:
         raise GeometryError(
-            f"pool_views: need maps [V, h, w, C], one view for each and a positive sigma, got {tuple(maps.shape)}, "
+            f"average_views: need maps [V, h, w, C], one view for each and a positive sigma, got {tuple(maps.shape)}, "
             f"{len(views)} views and sigma={sigma}"
         )
     grid = (maps.shape[1], maps.shape[2])
     total, weight = maps.new_zeros(1, *grid, maps.shape[3]), maps.new_zeros(grid)
     for number, view in enumerate(views):
         _check_view(view, image_size, max_pad)
-        rows = _pooling_taps(grid[0], image_size[0], view.zoom, view.top, False, max_pad, sigma)
-        cols = _pooling_taps(grid[1], image_size[1], view.zoom, view.left, view.flip, max_pad, sigma)
+        rows = _averaging_taps(grid[0], image_size[0], view.zoom, view.top, False, max_pad, sigma)
+        cols = _averaging_taps(grid[1], image_size[1], view.zoom, view.left, view.flip, max_pad, sigma)
         total = total + resample(maps[number : number + 1], rows, cols)
         weight = weight + (rows.weight.sum(1)[:, None] * cols.weight.sum(1)).to(weight)
     return (total / weight[..., None])[0]
@@ -247,9 +250,9 @@ def from_view(at: Tensor, side: int, zoom: float | Tensor, offset: int | Tensor,
 
     Args:
         at: Of any shape, in pixels of the view.
-        side: The image's, in pixels.
-        zoom, offset: Of the view, its offset being its ``top`` or ``left``; or of a view for each position.
-        max_pad: Of the jitter the view was drawn from.
+        side: Of the image, in pixels.
+        zoom, offset: Of the view, where the offset is its ``top`` or ``left``; or a tensor, for a view per position.
+        max_pad: Of the jitter that the view was sampled from.
 
     Returns:
         Of the shape of ``at``, within ``[0, side - 1]``.
@@ -259,10 +262,10 @@ def from_view(at: Tensor, side: int, zoom: float | Tensor, offset: int | Tensor,
 
 
 def reflect(positions: Tensor, size: int) -> Tensor:
-    """Positions along an axis, whole or fractional, brought into ``[0, size - 1]`` by reflection at its ends.
+    """Positions along an axis, whole or fractional, reflected into ``[0, size - 1]`` at its ends.
 
-    The first and last position are not repeated. Positions far outside go back and forth; an axis of one position
-    has only that one.
+    The end positions are not repeated. Positions far outside are reflected several times. On an axis of one position
+    every position maps to 0.
     """
     if size == 1:
         return torch.zeros_like(positions)
@@ -272,7 +275,7 @@ def reflect(positions: Tensor, size: int) -> Tensor:
 
 
 def _room(side: int, zoom: float, max_pad: int) -> int:
-    """Pixels that a crop of ``side`` can be moved by in the padded, zoomed axis."""
+    """Pixels by which a crop of ``side`` can be moved in the padded, zoomed axis."""
     return floor((side + 2 * max_pad) * zoom) - side
 
 
@@ -284,32 +287,33 @@ def _to_view(at: Tensor, side: int, zoom: float, offset: int, flip: bool, max_pa
     return at, (at >= -0.5) & (at < side - 0.5)
 
 
-def _view_taps(held: int, side: int, out: int, zoom: float, offset: int, flip: bool, max_pad: int) -> Taps:
-    """Taps into an axis of ``held`` positions that spans an image of ``side`` pixels, for ``out`` positions."""
+def _view_taps(length: int, side: int, out: int, zoom: float, offset: int, flip: bool, max_pad: int) -> Taps:
+    """Taps into an axis of ``length`` positions that spans an image of ``side`` pixels, for ``out`` positions."""
     at = (torch.arange(out, dtype=torch.float64) + 0.5) * (side / out) - 0.5
     if flip:
         at = at.flip(0)
-    place = (from_view(at, side, zoom, offset, max_pad) + 0.5) * (held / side) - 0.5
-    place = place.clamp(0, held - 1)
+    place = (from_view(at, side, zoom, offset, max_pad) + 0.5) * (length / side) - 0.5
+    place = place.clamp(0, length - 1)
     first = place.floor()
     t = place - first
-    index = torch.stack([first, first + 1], 1).long().clamp_max(held - 1)
-    return Taps(index, torch.stack([1 - t, t], 1).float(), held)
+    index = torch.stack([first, first + 1], 1).long().clamp_max(length - 1)
+    return Taps(index, torch.stack([1 - t, t], 1).float(), length)
 
 
-def _pooling_taps(cells: int, side: int, zoom: float, offset: int, flip: bool, max_pad: int, sigma: float) -> Taps:
-    """Taps into an axis of a view's cells for the cells of the image's own: the weights of :func:`pool_views`."""
+def _averaging_taps(cells: int, side: int, zoom: float, offset: int, flip: bool, max_pad: int, sigma: float) -> Taps:
+    """Taps into an axis of a view's cells for the cells of the image's own: the weights of :func:`average_views`."""
     at = (torch.arange(cells, dtype=torch.float64) + 0.5) * (side / cells) - 0.5
     at, inside = _to_view(at, side, zoom, offset, flip, max_pad)
     place = (at + 0.5) * (cells / side) - 0.5
     index = place.floor()[:, None] + torch.tensor([0, 1])
     distance = (index - place[:, None]).abs()
-    seen = inside[:, None] & (index >= 0) & (index < cells) & (distance < 1)
-    weight = torch.exp(-0.5 * (distance / sigma).square()) * seen
+    used = inside[:, None] & (index >= 0) & (index < cells) & (distance < 1)
+    weight = torch.exp(-0.5 * (distance / sigma).square()) * used
     return Taps(index.clamp(0, cells - 1).long(), weight.float(), cells)
 
 
-def centre_coordinates(view: View, positions: Tensor, size: tuple[int, int], max_pad: int) -> tuple[Tensor, Tensor]:
+def _split_positions(view: View, positions: Tensor, size: tuple[int, int], max_pad: int) -> tuple[Tensor, Tensor]:
+    """Rows and columns of positions in a view, checked."""
     if positions.shape[-1:] != (2,) or not positions.is_floating_point():
         raise GeometryError(
             f"view: positions must be floating [..., 2], (row, column), got {positions.dtype} {tuple(positions.shape)}"
@@ -323,5 +327,5 @@ def _check_view(view: View, size: tuple[int, int], max_pad: int) -> None:
     if view.top > down or view.left > across:
         raise GeometryError(
             f"{view} reaches beyond an image of {size} (height, width) padded by {max_pad}: there, top is at most "
-            f"{down} and left at most {across}; give the image's size and the max_pad that it was drawn for"
+            f"{down} and left at most {across}; give the image's size and the max_pad that it was sampled for"
         )

@@ -1,6 +1,6 @@
-"""What high-resolution features are trained by, and how they are judged.
+"""The terms of the training losses, and the explained variance that measures the result.
 
-Every function returns one number, a tensor without dimensions. Maps are channels-last.
+Every function of a prediction returns a tensor without dimensions. Maps are channels-last.
 """
 
 import torch
@@ -33,15 +33,15 @@ _GRADIENT_SCALES = 4
 def reconstruction(prediction: Tensor, target: Tensor, log_uncertainty: Tensor | None = None) -> Tensor:
     """Multi-view reconstruction (FeatUp, equations 2 and 3).
 
-    Without uncertainty the mean squared error. With it, per position with uncertainty ``s`` and squared error ``e``,
-    the mean over its channels, the mean over all positions of ``e / (2 s^2) + log s``: the negative log-likelihood
-    of an error of standard deviation ``s``, up to its constant. It is least where ``s^2 = e``. The paper sums ``e``
-    over the channels; the mean weighs the two terms alike for every backbone.
+    Without an uncertainty it is the mean squared error. With an uncertainty ``s`` it is the mean over all positions of
+    ``e / (2 s^2) + log s``, where ``e`` is the squared error, averaged over the channels. This is the negative
+    log-likelihood of an error of standard deviation ``s``, up to a constant, and is least for ``s^2 = e``. The paper
+    sums ``e`` over the channels; the mean balances the two terms alike for every backbone.
 
     Args:
         prediction: ``[B, h, w, C]``, the high-resolution features after warp and downsampling.
         target: ``[B, h, w, C]``, the backbone's features of the views.
-        log_uncertainty: ``[B, h, w, 1]``, ``log s``, in any range: a network may give it without an activation.
+        log_uncertainty: ``[B, h, w, 1]``, ``log s``, in any range: a network may predict it without an activation.
 
     Raises:
         GeometryError: shapes that do not belong together.
@@ -53,18 +53,18 @@ def reconstruction(prediction: Tensor, target: Tensor, log_uncertainty: Tensor |
     if tuple(log_uncertainty.shape) != (*prediction.shape[:-1], 1):
         raise GeometryError(
             f"reconstruction: features {tuple(prediction.shape)} need an uncertainty of "
-            f"{(*prediction.shape[:-1], 1)}, got {tuple(log_uncertainty.shape)}; it is one number per position"
+            f"{(*prediction.shape[:-1], 1)}, got {tuple(log_uncertainty.shape)}; give a log sigma per position"
         )
     likelihood = error.mean(-1, keepdim=True) * torch.exp(-2 * log_uncertainty) / 2 + log_uncertainty
     return likelihood.mean()
 
 
 def sample_positions(size: tuple[int, int], count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Positions for :func:`sampled_crf`, uniform over a map and with replacement.
+    """Sample positions for :func:`sampled_crf`, uniformly over a map and with replacement.
 
     Args:
         size: (height, width) of the map.
-        count: How many; the loss costs its square.
+        count: Number of positions; the cost of the loss is quadratic in it.
         generator: The only source of chance; the positions are on its device.
 
     Returns:
@@ -75,7 +75,7 @@ def sample_positions(size: tuple[int, int], count: int, generator: torch.Generat
 
 
 def sampled_crf(features: Tensor, guidance: Tensor, rows: Tensor, cols: Tensor) -> Tensor:
-    """Pairwise energy of a fully connected CRF on sampled positions: alike in place and colour, alike in features.
+    """Pairwise energy of a fully connected CRF: features should agree where position and colour do.
 
     The mean over all images and all ordered pairs ``(p, q)`` of sampled positions of
     ``k(p, q) * |features[p] - features[q]|^2``, with
@@ -105,8 +105,8 @@ def sampled_crf(features: Tensor, guidance: Tensor, rows: Tensor, cols: Tensor) 
         - _squared_distances(colours) / (2 * _APPEARANCE_COLOUR_VARIANCE)
     ) + _SMOOTHNESS_WEIGHT * torch.exp(-distance / (2 * _SMOOTHNESS_POSITION_VARIANCE))
     kernel, vectors = kernel.to(features), features[:, rows, cols]
-    # sum_pq k |f_p - f_q|^2 = 2 sum_p f_p . (sum_q k f_p - sum_q k f_q): no [N, N, C]. Differences do not see the
-    # mean, and without it they keep their digits.
+    # sum_pq k |f_p - f_q|^2 = 2 sum_p f_p . (sum_q k f_p - sum_q k f_q): no [N, N, C]. Differences do not depend on the
+    # mean, and without it they lose fewer digits.
     vectors = vectors - vectors.mean(1, keepdim=True)
     difference = kernel.sum(-1, keepdim=True) * vectors - kernel @ vectors
     energy: Tensor = 2 * (vectors * difference).sum() / kernel.numel()
@@ -123,7 +123,7 @@ def total_variation(features: Tensor) -> Tensor:
 
 
 def magnitude(prediction: Tensor, target: Tensor) -> Tensor:
-    """Mean squared difference of the vectors' lengths: keeps upsampled features as long as the backbone's.
+    """Mean squared difference of the vectors' norms: upsampled features should have the norms of the backbone's.
 
     Args:
         prediction: ``[B, h, w, C]``, the high-resolution features after downsampling.
@@ -138,9 +138,9 @@ def magnitude(prediction: Tensor, target: Tensor) -> Tensor:
 
 
 def blur_pin(features: Tensor, coarse: Tensor) -> Tensor:
-    """Mean squared difference between the plain mean of each patch and the coarse feature there: a regulariser.
+    """Mean squared difference between the unweighted mean of each patch and its coarse feature: a regulariser.
 
-    A learned downsampler may look at part of its patch only; this pins the rest of it to the right range.
+    A learned downsampler may weight only a part of its patch. This term pins the rest of the patch.
 
     Args:
         features: ``[B, H, W, C]``, at high resolution.
@@ -163,18 +163,17 @@ def blur_pin(features: Tensor, coarse: Tensor) -> Tensor:
 def scale_and_shift_invariant(prediction: Tensor, target: Tensor, mask: Tensor) -> Tensor:
     """Depth up to its scale and shift (Ranftl et al., MiDaS, TPAMI 2022).
 
-    Per image, the prediction is first brought onto the target by the scale and shift of least squares over the mask,
-    through which gradients flow too. The loss is half the mean squared error plus 0.5 times, summed over the scales
-    1, 2, 4 and 8 (every that-many-th pixel, from the first), the absolute differences of the error between
-    neighbours that are both in the mask, over the pixels in the mask. Means are over all pixels of the batch, so an
-    image counts by its valid pixels and one without any does not count; where there are none at all the loss is 0.
-    A prediction that is constant over the mask gets scale 0.
+    Per image, the prediction is first aligned with the target by the scale and shift of least squares over the mask,
+    and gradients flow through both. The loss is half the mean squared error plus 0.5 times a gradient term, summed
+    over the steps 1, 2, 4 and 8: on every step-th pixel, from the first, the absolute differences of the error between
+    neighbours in the mask, over the pixels in the mask. Means are over all pixels in the mask of the batch, so an image
+    without any does not count, and the loss of an empty mask is 0. A prediction that is constant over the mask gets
+    scale 0.
 
     Args:
-        prediction: ``[B, H, W]``, or inverse depth, where the target is.
+        prediction: Depth ``[B, H, W]``, or inverse depth if the target is.
         target: ``[B, H, W]``.
-        mask: ``[B, H, W]``, boolean or not zero: where the target is known. Elsewhere neither is looked at and both
-            may be NaN.
+        mask: ``[B, H, W]``, true or not zero where the target is known. Elsewhere both are ignored and may be NaN.
 
     Raises:
         GeometryError: different shapes.
@@ -192,7 +191,7 @@ def scale_and_shift_invariant(prediction: Tensor, target: Tensor, mask: Tensor) 
     centred = (prediction - mean) * valid
     spread = centred.square().sum((1, 2), keepdim=True) / count
     shared = (centred * (target - target_mean)).sum((1, 2), keepdim=True) / count
-    # What is left of a constant after its mean is rounding, and the scale would be noise.
+    # A constant less its mean leaves rounding errors, and the scale would be noise.
     flat = spread <= (16 * torch.finfo(spread.dtype).eps * mean).square()
     scale = torch.where(flat, 0, shared / torch.where(flat, 1, spread))
     error = (scale * centred + target_mean - target) * valid
@@ -207,10 +206,10 @@ def scale_and_shift_invariant(prediction: Tensor, target: Tensor, mask: Tensor) 
 
 
 def explained_variance(prediction: Tensor, target: Tensor) -> Tensor:
-    """The share of the target's variance that the prediction explains: a measure, for views held out of the fit.
+    """R^2 of a prediction, for held-out views: ``1 - sum (prediction - target)^2 / sum (target - mean)^2``.
 
-    ``1 - sum (prediction - target)^2 / sum (target - mean)^2`` over everything, the mean per channel over all else.
-    1 is perfect, 0 as good as the mean. A target without variance gives 1 if it is met exactly, else minus infinity.
+    The sums run over all entries, and the mean is per channel. 1 is perfect, 0 as good as the mean. For a target
+    without variance it is 1 if the prediction is exact, else minus infinity.
 
     Args:
         prediction, target: ``[..., C]``.

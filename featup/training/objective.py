@@ -1,12 +1,12 @@
-"""The multi-view objective that upsamplers are trained by (FeatUp, sections 3.1 and 3.2).
+"""The multi-view objective that trains upsamplers (FeatUp, sections 3.1 and 3.2).
 
-Features are brought to the size of the image, seen in a jittered view, and downsampled by a learned model of the
-backbone's patch; they must then be the features that the backbone gives for that view of the image. A projection of
-the channels commutes with all of that (but for a JBU's stages at the features' own size, which cost little), so a step
-compares a few random ones in place of all channels.
+Features are upsampled to the size of the image, warped by a jittered view, and downsampled by a learned model of the
+backbone's patch. The result must match the backbone's features of that view. A projection of the channels commutes
+with these steps (except with a JBU's same-resolution stages, which cost little), so a training step compares a few
+random projections in place of all channels.
 
-Whatever is drawn follows from the seed, the step and an image's place in the batch of all workers, so that it does not
-matter how many workers share a batch, or where a run was interrupted. Dropout alone draws from torch's own generator.
+All random numbers follow from the seed, the step and an image's place in the batch of all workers. They depend neither
+on the number of workers nor on where a run was interrupted. Only dropout uses torch's global generator.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -29,27 +29,27 @@ from featup.training.losses import (
 )
 from featup.upsamplers import ChannelMap, Upsampler
 
-__all__ = ["MultiViewObjective", "orthonormal_rows", "seeded"]
+__all__ = ["MultiViewObjective", "orthonormal_directions", "seeded"]
 
 
-# What numbers are drawn for; one seed gives each purpose numbers of its own.
-_VIEWS, _ROWS, _ATTENTION, _CRF, _HELD_OUT = range(5)
+# The purposes of random numbers; each purpose has its own numbers from one seed.
+_VIEWS, _DIRECTIONS, _ATTENTION, _CRF, _HELD_OUT = range(5)
 
 
 def seeded(*key: int) -> torch.Generator:
-    """A generator on the CPU whose numbers follow from whole numbers of at least 0; other keys give other numbers."""
+    """A generator on the CPU, seeded by whole numbers of at least 0; other keys give other numbers."""
     (state,) = np.random.SeedSequence(key).generate_state(1, np.uint64)
     return torch.Generator().manual_seed(int(state))
 
 
-def orthonormal_rows(count: int, channels: int, generator: torch.Generator) -> Tensor:
-    """Random directions in the space of channels, uniform, of length 1, at right angles to each other.
+def orthonormal_directions(count: int, channels: int, generator: torch.Generator) -> Tensor:
+    """Sample orthonormal projection directions in the space of channels, uniformly.
 
-    The mean square of a vector's entries is the expected mean square of its products with them: a loss that is a mean
-    of squares is on average the same with them as with all channels.
+    The expected mean square of a vector's products with them equals the mean square of the vector's entries. A loss
+    that is a mean of squares has the same expectation on the projections as on all channels.
 
     Args:
-        count: How many; no more can be had than there are channels.
+        count: Number of directions; at most ``channels`` are returned.
         channels: C of the features.
         generator: The only source of chance.
 
@@ -57,14 +57,14 @@ def orthonormal_rows(count: int, channels: int, generator: torch.Generator) -> T
         ``[min(count, channels), channels]``.
     """
     # In double precision, so that other CPUs give the same numbers after rounding.
-    drawn = torch.randn(channels, min(count, channels), generator=generator, dtype=torch.float64)
-    columns, _ = torch.linalg.qr(drawn)
-    rows: Tensor = columns.T.float()
-    return rows.contiguous()
+    gaussian = torch.randn(channels, min(count, channels), generator=generator, dtype=torch.float64)
+    columns, _ = torch.linalg.qr(gaussian)
+    directions: Tensor = columns.T.float()
+    return directions.contiguous()
 
 
 class MultiViewObjective(nn.Module):
-    """An upsampler, the downsampler that is trained with it, and what the two are trained by."""
+    """An upsampler, the downsampler that is trained with it, and their loss."""
 
     def __init__(
         self,
@@ -82,15 +82,16 @@ class MultiViewObjective(nn.Module):
     ) -> None:
         """
         Args:
-            upsampler: Differentiable, as :func:`featup.upsamplers.create_trainable` makes them.
-            downsampler: With the backbone's stride, as kernel too unless its window is another one.
-            jitter: The views that may be drawn.
-            jitters: Views of every image in a step.
-            projections: Random channels that are compared in a step, others in each; ``None`` for all channels.
+            upsampler: Differentiable, from :func:`featup.upsamplers.create_trainable`.
+            downsampler: With the backbone's stride; its kernel may be larger.
+            jitter: The distribution of the views.
+            jitters: Views of every image in a step, at least 1.
+            projections: Random directions that are compared in a step, new ones in each, at least 1; ``None`` for all
+                channels.
             crf, total_variation, magnitude: Weights of these terms; a term without weight is not computed.
-            crf_positions: Positions the CRF is sampled at.
-            precision: Of the backbone's arithmetic. The upsampler's is the type of its weights: its filters are
-                differences of like numbers, and half precision has no digits left for them.
+            crf_positions: Number of positions of the sampled CRF.
+            precision: Of the backbone's arithmetic. The upsampler computes in the type of its weights: its filters
+                are differences of like numbers, for which half precision has too few digits.
 
         Raises:
             GeometryError: fewer than one view or projection.
@@ -115,22 +116,23 @@ class MultiViewObjective(nn.Module):
         Args:
             backbone: Frozen.
             images: uint8 ``[B, H, W, 3]``, with sides that fit the backbone's stride.
-            seed, step: Decide what is drawn.
-            first: Place of the first image in the batch of all workers, whose shares are of one size: the mean of
-                their losses is then that of the whole batch.
+            seed, step: Of the random numbers.
+            first: Place of the first image in the batch of all workers. If all shares have one size, the mean of the
+                workers' losses is the loss of the batch.
 
         Returns:
-            ``loss``, and the terms it is the weighted sum of, each a tensor without dimensions.
+            ``loss``, and the terms of this weighted sum, each a tensor without dimensions.
 
         Raises:
             GeometryError: images of a size that the backbone or the upsampler cannot serve.
         """
-        rows = self._rows(backbone, seeded(seed, _ROWS, step)).to(images.device)
-        # The projected vectors are shorter; in this unit sums over channels are as with all of them.
-        share = len(rows) / backbone.channels
+        directions = self._directions(backbone, seeded(seed, _DIRECTIONS, step)).to(images.device)
+        # Sums over the projections are smaller by this factor than sums over all channels.
+        share = len(directions) / backbone.channels
         normalised = backbone.normalise(images).permute(0, 2, 3, 1)
-        upsampled = self._upsampled(self._features(backbone, normalised), images, rows, seeded(seed, _ATTENTION, step))
-        values = upsampled[..., : len(rows)]
+        coarse, dropout = self._features(backbone, normalised), seeded(seed, _ATTENTION, step)
+        upsampled = self._upsampled(coarse, images, directions, dropout)
+        values = upsampled[..., : len(directions)]
         views = [
             self.jitter.sample(self.jitters, _size(images), seeded(seed, _VIEWS, step, first + place))
             for place in range(len(images))
@@ -139,14 +141,15 @@ class MultiViewObjective(nn.Module):
         weights = {"reconstruction": 1.0}
         if self.magnitude:
             terms["magnitude"], weights["magnitude"] = values.new_zeros(()), self.magnitude
-        for prediction, target in self._pairs(backbone, normalised, upsampled, rows, views):
+        for prediction, target in self._pairs(backbone, normalised, upsampled, directions, views):
             terms["reconstruction"] = terms["reconstruction"] + reconstruction(prediction, target) / self.jitters
             if self.magnitude:
                 difference = magnitude(prediction, target) / share
                 terms["magnitude"] = terms["magnitude"] + difference / self.jitters
         if self.crf:
-            at = sample_positions(_size(images), self.crf_positions, seeded(seed, _CRF, step))
-            terms["crf"] = sampled_crf(values, normalised, *(one.to(images.device) for one in at)) / share
+            positions = sample_positions(_size(images), self.crf_positions, seeded(seed, _CRF, step))
+            rows, cols = (axis.to(images.device) for axis in positions)
+            terms["crf"] = sampled_crf(values, normalised, rows, cols) / share
             weights["crf"] = self.crf
         if self.total_variation:
             terms["total_variation"], weights["total_variation"] = total_variation(values), self.total_variation
@@ -155,13 +158,12 @@ class MultiViewObjective(nn.Module):
 
     @torch.no_grad()
     def evaluate(self, backbone: Backbone, batches: Iterable[Tensor], seed: int) -> float:
-        """The share of the variance that is explained on images held out, in views and projections that stay the same.
+        """Explained variance on held-out images, in views and projections that are the same in every call.
 
         Args:
             backbone: Frozen.
-            batches: The images, some at a time, uint8 ``[B, H, W, 3]``. How they are grouped makes no difference to
-                what is drawn.
-            seed: Decides what is drawn.
+            batches: The images in batches, uint8 ``[B, H, W, 3]``. The batch size does not change the random numbers.
+            seed: Of the random numbers.
 
         Raises:
             GeometryError: images of a size that the backbone or the upsampler cannot serve.
@@ -171,23 +173,23 @@ class MultiViewObjective(nn.Module):
         pairs: list[tuple[Tensor, Tensor]] = []
         place = 0
         for images in batches:
-            rows = self._rows(backbone, seeded(seed, _HELD_OUT, _ROWS)).to(images.device)
+            directions = self._directions(backbone, seeded(seed, _HELD_OUT, _DIRECTIONS)).to(images.device)
             normalised = backbone.normalise(images).permute(0, 2, 3, 1)
-            upsampled = self._upsampled(self._features(backbone, normalised), images, rows, None)
+            upsampled = self._upsampled(self._features(backbone, normalised), images, directions, None)
             views = [
                 self.jitter.sample(self.jitters, _size(images), seeded(seed, _HELD_OUT, _VIEWS, place + number))
                 for number in range(len(images))
             ]
-            pairs += self._pairs(backbone, normalised, upsampled, rows, views)
+            pairs += self._pairs(backbone, normalised, upsampled, directions, views)
             place += len(images)
         self.train(training)
         return explained_variance(*(torch.cat(maps).double() for maps in zip(*pairs, strict=True))).item()
 
-    def _rows(self, backbone: Backbone, generator: torch.Generator) -> Tensor:
-        """The directions compared: ``[P, C]``."""
+    def _directions(self, backbone: Backbone, generator: torch.Generator) -> Tensor:
+        """The projection directions ``[P, C]``."""
         if self.projections is None:
             return torch.eye(backbone.channels)
-        return orthonormal_rows(self.projections, backbone.channels, generator)
+        return orthonormal_directions(self.projections, backbone.channels, generator)
 
     @torch.no_grad()
     def _features(self, backbone: Backbone, normalised: Tensor) -> Tensor:
@@ -196,33 +198,39 @@ class MultiViewObjective(nn.Module):
             features: Tensor = backbone.features(normalised.permute(0, 3, 1, 2))
         return features.float()
 
-    def _upsampled(self, coarse: Tensor, images: Tensor, rows: Tensor, dropout: torch.Generator | None) -> Tensor:
-        """``[B, H, W, P]``, and with an attention downsampler its logits as one channel more."""
-        projection = ChannelMap(rows, rows.new_zeros(len(rows)))
+    def _upsampled(self, coarse: Tensor, images: Tensor, directions: Tensor, dropout: torch.Generator | None) -> Tensor:
+        """``[B, H, W, P]``; for an attention downsampler the logits follow as one more channel."""
+        projection = ChannelMap(directions, directions.new_zeros(len(directions)))
         if isinstance(self.downsampler, AttentionDownsampler):
             logit = self.downsampler.logit_projection
             weight = logit.weight
             if dropout is not None:
-                # What is left out of the logits is left out for all positions, or it would not be a projection.
+                # The same channels are dropped at all positions, or the logits would not be a projection.
                 rate = self.downsampler.dropout.p
-                kept = torch.rand(weight.shape, generator=dropout) >= rate
-                weight = weight * kept.to(weight) / (1 - rate)
-            projection = ChannelMap(torch.cat([rows, weight]), torch.cat([projection.bias, logit.bias]))
+                mask = torch.rand(weight.shape, generator=dropout) >= rate
+                weight = weight * mask.to(weight) / (1 - rate)
+            projection = ChannelMap(torch.cat([directions, weight]), torch.cat([projection.bias, logit.bias]))
         upsampled: Tensor = self.upsampler(coarse, images, _size(images), projection)
         return upsampled
 
     def _pairs(
-        self, backbone: Backbone, normalised: Tensor, upsampled: Tensor, rows: Tensor, views: Sequence[Sequence[View]]
+        self,
+        backbone: Backbone,
+        normalised: Tensor,
+        upsampled: Tensor,
+        directions: Tensor,
+        views: Sequence[Sequence[View]],
     ) -> Iterator[tuple[Tensor, Tensor]]:
-        """View by view, what the features say the backbone gives and what it gives: ``[B, h, w, P]`` each."""
+        """Predicted features and target features, view by view: ``[B, h, w, P]`` each."""
         grid = backbone.grid(_size(normalised))
-        for shown in zip(*views, strict=True):
-            seen = warp(upsampled, shown, self.jitter.max_pad)
-            target = self._features(backbone, warp(normalised, shown, self.jitter.max_pad)) @ rows.T
+        for batch_views in zip(*views, strict=True):
+            warped = warp(upsampled, batch_views, self.jitter.max_pad)
+            target = self._features(backbone, warp(normalised, batch_views, self.jitter.max_pad)) @ directions.T
+            count = len(directions)
             if isinstance(self.downsampler, AttentionDownsampler):
-                yield self.downsampler(seen[..., : len(rows)], seen[..., len(rows) :], grid), target
+                yield self.downsampler(warped[..., :count], warped[..., count:], grid), target
             else:
-                yield self.downsampler(seen, grid), target
+                yield self.downsampler(warped, grid), target
 
 
 def _size(maps: Tensor) -> tuple[int, int]:

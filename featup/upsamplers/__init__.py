@@ -1,17 +1,21 @@
-"""Upsamplers, all behind one protocol: see :class:`featup.upsamplers.base.Upsampler`."""
+"""Upsamplers from coarse features and an image to features at any size, behind one protocol.
+
+The protocol is :class:`Upsampler`; there is a file for each method, and two functions that create them by name.
+"""
 
 from pathlib import Path
-from typing import Literal, get_args
+from typing import get_args
 
 from featup.errors import GeometryError
 from featup.kernels.resample import BICUBIC_A
+from featup.names import RangeKernel, TrainableName, UpsamplerName
 from featup.upsamplers.base import ChannelMap, Upsampler
 from featup.upsamplers.bilateral import Bilateral
 from featup.upsamplers.carafe import CARAFE
 from featup.upsamplers.deep_image_prior import DeepImagePrior
 from featup.upsamplers.ifa import IFA
 from featup.upsamplers.interpolate import Interpolate
-from featup.upsamplers.jbu import JBU, RangeKernel
+from featup.upsamplers.jbu import JBU
 from featup.upsamplers.resize_conv import ResizeConv
 from featup.upsamplers.sapa import SAPA
 
@@ -33,9 +37,6 @@ __all__ = [
     "create_upsampler",
 ]
 
-UpsamplerName = Literal["nearest", "bilinear", "bicubic", "bilateral", "jbu", "resize_conv", "carafe", "sapa", "ifa"]
-TrainableName = Literal["jbu", "resize_conv", "carafe", "sapa", "ifa"]
-
 
 def create_upsampler(
     name: UpsamplerName,
@@ -45,11 +46,11 @@ def create_upsampler(
     sigma_space: float = 1.0,
     sigma_colour: float = 0.2,
 ) -> Upsampler:
-    """An upsampler ready for inference.
+    """Create an upsampler for inference.
 
     Args:
         channels: Of the backbone's features.
-        checkpoint: Of those that are trained: our safetensors file, or for ``jbu`` an official FeatUp ``.ckpt``.
+        checkpoint: For the trained methods: our safetensors file, or for ``jbu`` an official FeatUp ``.ckpt``.
         sigma_space, sigma_colour: For ``bilateral``; see :class:`Bilateral`.
 
     Raises:
@@ -64,13 +65,13 @@ def create_upsampler(
         case "jbu" | "resize_conv" | "carafe" | "sapa" | "ifa":
             if checkpoint is None:
                 raise GeometryError(
-                    f"{name} needs a trained checkpoint and none was given; there is none for most backbones: train "
-                    "one, give one by its file, or use 'bilateral', which needs no training"
+                    f"{name} needs a trained checkpoint and none was given. Most backbones have no published "
+                    "checkpoint: train an upsampler, give the file of one, or use 'bilateral', which needs no training"
                 )
             from featup.checkpoints import load_upsampler
 
             upsampler = load_upsampler(checkpoint, name)
-            upsampler.mixing(channels)
+            upsampler.output_projection(channels)  # Raises for other channels.
         case _:
             raise GeometryError(f"unknown upsampler {name!r}; there are {', '.join(get_args(UpsamplerName))}")
     return upsampler.eval().requires_grad_(False)
@@ -80,16 +81,17 @@ def create_trainable(
     name: TrainableName,
     channels: int,
     kernel: RangeKernel = "distance",
-    start: tuple[float, float] = (3.0, 0.1),
-    feature_keys: int = 0,
-    coarse_stages: int = 0,
+    initial_sigmas: tuple[float, float] = (3.0, 0.1),
+    affinity_channels: int = 0,
+    same_resolution_stages: int = 0,
     bicubic_a: float = BICUBIC_A,
 ) -> Upsampler:
-    """An upsampler with fresh weights from torch's global generator, in training mode.
+    """Create an upsampler for training, with initial weights from torch's global generator.
 
     Args:
         channels: Of the backbone's features.
-        kernel, start, feature_keys, coarse_stages, bicubic_a: For ``jbu``; see :class:`featup.upsamplers.jbu.JBU`.
+        kernel, initial_sigmas, affinity_channels, same_resolution_stages, bicubic_a: For ``jbu``; see
+            :class:`featup.upsamplers.jbu.JBU`.
 
     Raises:
         GeometryError: an unknown name.
@@ -100,9 +102,9 @@ def create_trainable(
                 return JBU(
                     channels,
                     kernel=kernel,
-                    start=start,
-                    feature_keys=feature_keys,
-                    coarse_stages=coarse_stages,
+                    initial_sigmas=initial_sigmas,
+                    affinity_channels=affinity_channels,
+                    same_resolution_stages=same_resolution_stages,
                     bicubic_a=bicubic_a,
                     guidance_mean=(0.5,) * 3,
                     guidance_std=(0.5,) * 3,

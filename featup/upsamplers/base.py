@@ -1,4 +1,4 @@
-"""The protocol every upsampler satisfies, and the algebra that moves channel mixing to low resolution."""
+"""The protocol of every upsampler, and the algebra that applies channel maps at low resolution."""
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -9,7 +9,15 @@ from torch import Tensor, nn
 
 from featup.errors import GeometryError
 
-__all__ = ["ChannelMap", "Upsampler", "as_guidance", "keeping_lengths", "of_length", "row_bands", "stage_sizes"]
+__all__ = [
+    "ChannelMap",
+    "Upsampler",
+    "as_guidance",
+    "norm_preserving_mean",
+    "rescale_to_norm",
+    "row_slices",
+    "stage_sizes",
+]
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,9 +44,10 @@ class ChannelMap:
 class Upsampler(nn.Module):
     """``upsampler(features [B, h, w, C], guidance [B, H, W, 3], size=(H', W')) -> [B, H', W', C]``.
 
-    ``guidance`` is the image, uint8 or floating in [0, 1]. Sub-classes that are linear over space, with the same
-    operator for every channel, implement :meth:`bands` (and :meth:`mixing` if they end in a map of channels). Those
-    whose operator depends on all the channels, or is not linear, override :meth:`mapped_bands`.
+    ``guidance`` is the image, uint8 or floating in [0, 1]. A map is computed in row tiles: some of its rows at a time.
+    Sub-classes that are linear over space, with the same operator for every channel, implement :meth:`row_tiles`, and
+    :meth:`output_projection` if they end in a channel map. Those whose operator depends on all the channels, or is
+    not linear, override :meth:`mapped_row_tiles`.
     """
 
     name: str
@@ -53,16 +62,16 @@ class Upsampler(nn.Module):
     ) -> Tensor:
         """Upsample, then apply ``projection`` if given.
 
-        A channel map commutes with a linear operator over space, so it runs at low resolution, where it costs
-        ``h * w / (H' * W')`` as much; its bias is added at the end, because the operator's rows need not sum to one.
-        Only the channels that come out are upsampled.
+        A channel map commutes with a linear operator over space. It is applied at low resolution, where it costs
+        ``h * w / (H' * W')`` as much, and only its output channels are upsampled. Its bias is added at the end, because
+        the operator's weights need not sum to one.
 
         Args:
             features: ``[B, h, w, C]``.
             guidance: ``[B, H, W, 3]``, uint8 or floating in [0, 1].
             size: (height, width) of the result, at least the features' own.
             projection: Channel map to ``K`` channels, applied to the upsampled features.
-            out: Where to put the result, contiguous, in any floating type; not differentiable.
+            out: A contiguous tensor that receives the result, of any floating type; not differentiable.
 
         Returns:
             ``[B, H', W', C]``, or ``[B, H', W', K]`` with a projection.
@@ -85,9 +94,10 @@ class Upsampler(nn.Module):
                 f"{self.name}: a projection of {projection.weight.shape[1]} channels cannot take features of "
                 f"{features.shape[-1]}; fit it on this backbone and layer"
             )
-        mixing = self.mixing(features.shape[-1])
-        total = mixing if projection is None else projection.to(features).after(mixing)
-        shape = (len(features), *size, features.shape[-1] if total is None else len(total.bias))
+        channel_map = self.output_projection(features.shape[-1])
+        if projection is not None:
+            channel_map = projection.to(features).after(channel_map)
+        shape = (len(features), *size, features.shape[-1] if channel_map is None else len(channel_map.bias))
         if out is not None and tuple(out.shape) != shape:
             raise GeometryError(f"{self.name}: out must be {list(shape)}, got {list(out.shape)}")
         differentiable = torch.is_grad_enabled() and out is None
@@ -95,90 +105,91 @@ class Upsampler(nn.Module):
             out = features.new_empty(shape)
         images = []
         for index in range(len(features)):
-            one = slice(index, index + 1)
-            bands = []
+            image = slice(index, index + 1)
+            tiles = []
             # A copy, at the allocator's own alignment: matrix products round by the address of their input.
-            for rows, band in self.mapped_bands(features[one].clone(), guidance[one], size, total):
+            for rows, tile in self.mapped_row_tiles(features[image].clone(), guidance[image], size, channel_map):
                 if out is None:
-                    bands.append(band)
+                    tiles.append(tile)
                 else:
-                    out[one, rows].copy_(band)
+                    out[image, rows].copy_(tile)
             if out is None:
-                images.append(torch.cat(bands, 1))
+                images.append(torch.cat(tiles, 1))
         if out is not None:
             return out
         return torch.cat(images) if images else features.new_empty(shape)
 
-    def mixing(self, channels: int) -> ChannelMap | None:
-        """The channel map the upsampler itself ends in, for ``channels`` input channels; ``None`` if it has none."""
+    def output_projection(self, channels: int) -> ChannelMap | None:
+        """The channel map that the upsampler ends in, for ``channels`` input channels; ``None`` if it has none."""
         return None
 
     def largest(self, low: tuple[int, int]) -> tuple[int, int] | None:
-        """The largest (height, width) that maps of (height, width) ``low`` can be brought to; ``None`` for any."""
+        """The largest (height, width) that a map of (height, width) ``low`` can be upsampled to; ``None`` for any."""
         return None
 
-    def mapped_bands(
-        self, features: Tensor, guidance: Tensor, size: tuple[int, int], total: ChannelMap | None
+    def mapped_row_tiles(
+        self, features: Tensor, guidance: Tensor, size: tuple[int, int], channel_map: ChannelMap | None
     ) -> Iterator[tuple[slice, Tensor]]:
-        """Some rows of the upsampled and then mapped features at a time, for one image.
+        """Upsample one image's features and apply a channel map, one row tile at a time.
 
-        Here the map runs at low resolution and :meth:`bands` on what comes out. Sub-classes that need the features
-        themselves, to predict kernels from them for instance, override this and map only what is upsampled.
+        This default applies the map to the coarse features and passes the result to :meth:`row_tiles`. A sub-class
+        that needs the features themselves, for instance to predict kernels from them, overrides this method and maps
+        only the values that it upsamples.
 
         Args:
             features, guidance, size: ``[1, h, w, C]``, ``[1, H, W, 3]`` and the result's (height, width).
-            total: Channel map to ``K`` channels, :meth:`mixing` included; ``None`` for none.
+            channel_map: To ``K`` channels, :meth:`output_projection` included; ``None`` for none.
 
         Yields:
-            The rows, from the top, and what stands in them: ``[1, rows, W', K]``, a tensor nobody else holds.
+            The tile's rows, from the top, and its values ``[1, rows, W', K]`` in a tensor that the caller may write to.
         """
-        if total is None:
-            yield from self.bands(features, guidance, size)
+        if channel_map is None:
+            yield from self.row_tiles(features, guidance, size)
             return
         # Image by image like the rest: a product over the whole batch rounds by the batch's size.
-        low = torch.nn.functional.linear(features, total.weight)
-        for rows, linear in self.bands(low, guidance, size):
-            yield rows, linear + total.bias if torch.is_grad_enabled() else linear.add_(total.bias)
+        low = torch.nn.functional.linear(features, channel_map.weight)
+        for rows, tile in self.row_tiles(low, guidance, size):
+            yield rows, tile + channel_map.bias if torch.is_grad_enabled() else tile.add_(channel_map.bias)
 
-    def bands(self, features: Tensor, guidance: Tensor, size: tuple[int, int]) -> Iterator[tuple[slice, Tensor]]:
-        """The linear operator over space, for one image, some rows of the result at a time.
+    def row_tiles(self, features: Tensor, guidance: Tensor, size: tuple[int, int]) -> Iterator[tuple[slice, Tensor]]:
+        """Apply the linear operator over space to one image, one row tile at a time.
 
         Args:
             features, guidance, size: ``[1, h, w, C]``, ``[1, H, W, 3]`` and the result's (height, width).
 
         Yields:
-            The rows, from the top, and what stands in them: ``[1, rows, W', C]``, a tensor nobody else holds.
+            The tile's rows, from the top, and its values ``[1, rows, W', C]`` in a tensor that the caller may write to.
         """
         raise NotImplementedError
 
 
-def keeping_lengths(mean: Callable[[Tensor], Tensor], vectors: Tensor) -> Tensor:
-    """Weighted means of vectors, each as long as the vectors in it are on average.
+def norm_preserving_mean(average: Callable[[Tensor], Tensor], vectors: Tensor) -> Tensor:
+    """Weighted means of vectors, each rescaled to the weighted mean of the vectors' norms.
 
-    A mean is shorter than what it is the mean of, the more so the less that agrees. A probe of the vectors would take
-    it for weaker evidence, where it is better evidence.
+    The norm of a mean falls with the spread of the vectors' directions. A linear probe would read a smaller norm as
+    weaker evidence, although an average is better evidence than one vector.
 
     Args:
-        mean: What makes the means, the same for every channel: ``[..., K]`` to ``[..., K]``.
+        average: The weighted mean, the same for every channel: ``[..., K]`` to ``[..., K]``.
         vectors: ``[..., C]``.
 
     Returns:
         ``[..., C]``.
     """
-    found = mean(torch.cat([vectors, vectors.norm(dim=-1, keepdim=True)], -1))
-    return of_length(found[..., :-1], found[..., -1:])
+    means = average(torch.cat([vectors, vectors.norm(dim=-1, keepdim=True)], -1))
+    return rescale_to_norm(means[..., :-1], means[..., -1:])
 
 
-def of_length(vectors: Tensor, lengths: Tensor) -> Tensor:
-    """Vectors ``[..., C]`` brought to lengths ``[..., 1]``; one of no length keeps it."""
-    brought: Tensor = vectors * (lengths / vectors.norm(dim=-1, keepdim=True).clamp_min(1e-6))
-    return brought
+def rescale_to_norm(vectors: Tensor, norms: Tensor) -> Tensor:
+    """Vectors ``[..., C]`` rescaled to norms ``[..., 1]``; a zero vector stays zero."""
+    rescaled: Tensor = vectors * (norms / vectors.norm(dim=-1, keepdim=True).clamp_min(1e-6))
+    return rescaled
 
 
-def row_bands(size: tuple[int, int], pixels: int | None, device: torch.device) -> Iterator[slice]:
-    """Slices of rows of at most ``pixels`` positions each (or one row), together all rows of a map of ``size``.
+def row_slices(size: tuple[int, int], pixels: int | None, device: torch.device) -> Iterator[slice]:
+    """Split the rows of a map of ``size`` into tiles of at most ``pixels`` positions, and of at least one row.
 
-    By default a band is what stays in a CPU's cache, or enough to keep a GPU busy.
+    By default a tile fits a CPU's cache, or keeps a GPU busy.
     """
     if pixels is None:
         pixels = 1 << (14 if device.type == "cpu" else 18)
@@ -193,9 +204,9 @@ def as_guidance(guidance: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def stage_sizes(low: tuple[int, int], high: tuple[int, int]) -> Sequence[tuple[int, int]]:
-    """Sizes after each 2x stage from ``low`` to ``high``, both (height, width); the last one is exactly ``high``.
+    """Sizes after each 2x stage from ``low`` to ``high``, both (height, width); the last size is exactly ``high``.
 
-    The number of stages is the least that needs no more than a doubling in each. A patch-14 ViT on 224x224 goes
+    There are as few stages as possible if none upsamples by more than a factor of 2. A patch-14 ViT on 224x224 goes
     16, 32, 64, 128, 224.
 
     Raises:

@@ -1,6 +1,6 @@
-"""Joint bilateral upsampling with a fixed kernel: follows the image's edges, needs no training.
+"""Joint bilateral upsampling with a fixed kernel: it follows the image's edges and needs no training.
 
-Kopf et al., Joint Bilateral Upsampling (SIGGRAPH 2007), as a stack of 2x stages like FeatUp's learned one.
+Kopf et al., Joint Bilateral Upsampling (SIGGRAPH 2007), applied as a stack of 2x stages like FeatUp's learned stack.
 """
 
 import torch
@@ -23,8 +23,8 @@ class Bilateral(JointUpsampler):
     ) -> None:
         """
         Args:
-            sigma_space: In pixels of the stage.
-            sigma_colour: On RGB scaled to [-1, 1] (0.2 is about 25 grey levels of 255).
+            sigma_space: In pixels of the stage, above 0.
+            sigma_colour: On RGB scaled to [-1, 1], above 0 (0.2 is about 25 grey levels of 255).
             radius, tile_pixels: See :class:`JointUpsampler`.
 
         Raises:
@@ -45,8 +45,8 @@ class Bilateral(JointUpsampler):
     def filters(self, stage: int, padded_guidance: Tensor) -> Tensor:
         """See :meth:`JointUpsampler.filters`; every stage has the same kernel."""
         radius = self.radius
-        # -|p - q|^2 / 2s^2 = (p.q - |q|^2 / 2) / s^2 - |p|^2 / 2s^2: a correlation, and a term that the normalisation
-        # over the window cancels.
+        # -|p - q|^2 / 2s^2 = (p.q - |q|^2 / 2) / s^2 - |p|^2 / 2s^2: the first term is a correlation, and the
+        # normalisation over the window cancels the second.
         scaled = padded_guidance / self.sigma_colour
         keys = torch.cat([scaled, -0.5 * scaled.square().sum(-1, keepdim=True)], -1)
         centre = scaled[:, radius:-radius, radius:-radius]

@@ -1,4 +1,7 @@
-"""The deep image prior, fitted to each image; FeatUp is compared with it (FeatUp, section 4)."""
+"""The deep image prior: a network fitted to each image (Ulyanov et al., CVPR 2018).
+
+A baseline of FeatUp (section 4).
+"""
 
 from collections.abc import Iterator
 from typing import Literal, get_args
@@ -8,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from featup.errors import GeometryError
-from featup.upsamplers.base import ChannelMap, Upsampler, as_guidance, row_bands
+from featup.upsamplers.base import ChannelMap, Upsampler, as_guidance, row_slices
 from featup.upsamplers.joint import resize_guidance
 
 __all__ = ["DeepImagePrior", "Drive"]
@@ -18,12 +21,12 @@ Drive = Literal["image", "noise"]
 
 
 class DeepImagePrior(Upsampler):
-    """Deep image prior (Ulyanov et al., CVPR 2018, arXiv 1711.10925): fitted to each image, nothing is trained.
+    """Deep image prior (arXiv 1711.10925): fitted to each image, without training.
 
-    A small convolutional encoder-decoder, driven by the image or by noise, is fitted from its random start so that
-    the means of its output over each feature's cell are the features. A mean commutes with the last, linear layer,
-    so the fit never makes the channels at high resolution. No gradient comes back from the result, and a projection
-    is applied after a fit to all channels: project the features beforehand for a cheaper fit.
+    A small convolutional encoder-decoder takes the image, or noise, as input. From random weights it is fitted until
+    the means of its output over each feature's cell match the features. The mean commutes with the last, linear layer,
+    so the fit never computes the channels at high resolution. The result carries no gradient. A projection is applied
+    after a fit to all channels: a fit to projected features is cheaper.
     """
 
     name = "deep_image_prior"
@@ -33,11 +36,11 @@ class DeepImagePrior(Upsampler):
     ) -> None:
         """
         Args:
-            steps: Of Adam, an image.
-            lr: Adam's.
-            drive: What goes into the network: the ``image``, or ``noise`` as in the original.
+            steps: Steps of Adam for an image, at least 1.
+            lr: Learning rate of Adam.
+            drive: The network's input: the ``image``, or ``noise`` as in the original.
             width: Channels of the network, a multiple of 4.
-            seed: Of its weights and of the noise, the same for every image; the global generators stay as they are.
+            seed: Of its weights and of the noise, the same for every image; the global generators are left alone.
 
         Raises:
             GeometryError: fewer than one step, a width that is not a multiple of 4, or an unknown drive.
@@ -54,20 +57,21 @@ class DeepImagePrior(Upsampler):
         self.width = width
         self.seed = seed
 
-    def mapped_bands(
-        self, features: Tensor, guidance: Tensor, size: tuple[int, int], total: ChannelMap | None
+    def mapped_row_tiles(
+        self, features: Tensor, guidance: Tensor, size: tuple[int, int], channel_map: ChannelMap | None
     ) -> Iterator[tuple[slice, Tensor]]:
-        """See :meth:`Upsampler.mapped_bands`."""
-        # Also within inference_mode, whose tensors take no part in a fit: hence the copies.
+        """See :meth:`Upsampler.mapped_row_tiles`."""
+        # The copies are no inference tensors, with which autograd could not fit.
         with torch.inference_mode(False), torch.enable_grad():
-            hidden, end = self._fit(features.detach().clone(), guidance.detach().clone(), size)
-        end = end if total is None else ChannelMap(total.weight.detach(), total.bias.detach()).after(end)
-        for rows in row_bands(size, None, features.device):
-            yield rows, functional.linear(hidden[:, rows], end.weight, end.bias)
+            hidden, last = self._fit(features.detach().clone(), guidance.detach().clone(), size)
+        if channel_map is not None:
+            last = ChannelMap(channel_map.weight.detach(), channel_map.bias.detach()).after(last)
+        for rows in row_slices(size, None, features.device):
+            yield rows, functional.linear(hidden[:, rows], last.weight, last.bias)
 
     def _fit(self, features: Tensor, guidance: Tensor, size: tuple[int, int]) -> tuple[Tensor, ChannelMap]:
-        """The network's last hidden map ``[1, H', W', width]``, and the channel map from there to the features."""
-        # One scale for all, so that the step size suits features of any magnitude.
+        """The network's last hidden map ``[1, H', W', width]``, and the channel map from it to the features."""
+        # All channels have one scale, so that the learning rate suits features of any magnitude.
         mean = features.mean((0, 1, 2))
         scale = (features - mean).square().mean().sqrt().clamp_min(1e-12)
         target = (features - mean) / scale
@@ -77,7 +81,7 @@ class DeepImagePrior(Upsampler):
             generator = torch.Generator().manual_seed(self.seed)
             drive = torch.randn(1, self.width, *size, generator=generator).to(features)
         with torch.random.fork_rng(devices=[]):
-            # The CPU's generator is the only one that is put back afterwards, so it alone is seeded.
+            # Only the CPU's generator is restored afterwards, so only this generator is seeded.
             torch.default_generator.manual_seed(self.seed)
             body = _Hourglass(drive.shape[1], self.width)
             head = nn.Linear(self.width, features.shape[3])
@@ -92,12 +96,12 @@ class DeepImagePrior(Upsampler):
             loss.backward()  # type: ignore[no-untyped-call]
             optimiser.step()
         with torch.no_grad():
-            end = ChannelMap(head.weight * scale, head.bias * scale + mean)
-            return body(drive).permute(0, 2, 3, 1), end
+            last = ChannelMap(head.weight * scale, head.bias * scale + mean)
+            return body(drive).permute(0, 2, 3, 1), last
 
 
 class _Hourglass(nn.Module):
-    """Three halvings and back, with what each halving lost added again: ``[1, C, H, W]`` to ``[1, width, H, W]``."""
+    """Three halvings and back, with skip connections: ``[1, C, H, W]`` to ``[1, width, H, W]``."""
 
     def __init__(self, channels: int, width: int) -> None:
         super().__init__()

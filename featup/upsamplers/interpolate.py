@@ -1,11 +1,11 @@
-"""Interpolations: the baselines, blind to the image."""
+"""Nearest, bilinear and bicubic interpolation: baselines that do not read the image."""
 
 from collections.abc import Iterator
 
 from torch import Tensor
 
 from featup.kernels.resample import Interpolation, interpolation_taps, resample
-from featup.upsamplers.base import Upsampler, row_bands
+from featup.upsamplers.base import Upsampler, row_slices
 
 __all__ = ["Interpolate"]
 
@@ -18,9 +18,9 @@ class Interpolate(Upsampler):
         self.name = kind
         self.kind: Interpolation = kind
 
-    def bands(self, features: Tensor, guidance: Tensor, size: tuple[int, int]) -> Iterator[tuple[slice, Tensor]]:
-        """See :meth:`Upsampler.bands`; the guidance is not looked at."""
+    def row_tiles(self, features: Tensor, guidance: Tensor, size: tuple[int, int]) -> Iterator[tuple[slice, Tensor]]:
+        """See :meth:`Upsampler.row_tiles`; the guidance is ignored."""
         down = interpolation_taps(self.kind, features.shape[1], size[0])
         across = interpolation_taps(self.kind, features.shape[2], size[1])
-        for rows in row_bands(size, None, features.device):
+        for rows in row_slices(size, None, features.device):
             yield rows, resample(features, down[rows], across)

@@ -1,7 +1,6 @@
 """The learned stack of joint bilateral upsamplers (FeatUp, section 3.2, equations 5 to 7)."""
 
 from collections.abc import Sequence
-from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -10,27 +9,28 @@ from torch.nn import functional
 from featup.errors import GeometryError
 from featup.kernels.resample import BICUBIC_A
 from featup.kernels.window_correlation import window_correlation
+from featup.names import RangeKernel
 from featup.upsamplers.base import ChannelMap
 from featup.upsamplers.joint import JointUpsampler
 
-__all__ = ["IMAGENET_MEAN", "IMAGENET_STD", "JBU", "JBUStage", "RangeKernel"]
+__all__ = ["IMAGENET_MEAN", "IMAGENET_STD", "JBU", "JBUStage"]
 
-# What the official checkpoints' guidance is normalised with, whatever the backbone wants.
+# The normalisation of the guidance in official checkpoints, whatever the backbone's own is.
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 _LEAST_LOGIT = -20.0
-
-RangeKernel = Literal["projection", "distance"]
 
 
 class JBUStage(nn.Module):
     """Filters of one stage: a learned range kernel times a Gaussian.
 
-    The range kernel compares keys that are made from colours. With ``projection``, the paper's, by their product, so
-    that the key with the largest product wins, not the most similar one; a small learned correction is added. With
-    ``distance`` by minus half their squared distance, so that nothing is more similar to a position than itself; such a
-    stage starts as the bilateral filter of ``start``. It has no correction: its filters stay weighted
-    means, which a linear probe of coarse features takes as it takes these.
+    A small network turns the guidance channels of each position into a key, and the range kernel compares keys.
+
+    - ``projection``, the paper's kernel, compares by the dot product. The largest weight goes to the key with the
+      largest product, which need not be the most similar key. A small learned correction is added to the filters.
+    - ``distance`` compares by minus half the squared distance, so that each position is most similar to itself. The
+      stage is initialised as a bilateral filter. It has no correction: its filters stay weighted means, whose results
+      a linear probe of coarse features reads as it reads coarse features.
     """
 
     def __init__(
@@ -39,10 +39,17 @@ class JBUStage(nn.Module):
         radius: int = 3,
         dropout: float = 0.1,
         kernel: RangeKernel = "projection",
-        start: tuple[float, float] = (3.0, 0.1),
-        feature_keys: int = 0,
-        start_feature: float = 0.4,
+        initial_sigmas: tuple[float, float] = (3.0, 0.1),
+        affinity_channels: int = 0,
+        initial_affinity_sigma: float = 0.4,
     ) -> None:
+        """
+        Args:
+            key_dim, radius, dropout, kernel: See :class:`JBU`.
+            initial_sigmas: With ``distance``: in pixels of the stage, and in colour.
+            affinity_channels: With ``distance``: guidance channels beside the colours.
+            initial_affinity_sigma: With ``distance``: along those channels.
+        """
         super().__init__()
         self.kernel = kernel
         self.radius = radius
@@ -50,26 +57,26 @@ class JBUStage(nn.Module):
         taps = (2 * radius + 1) ** 2
         self.range_temp = nn.Parameter(torch.tensor(0.0))
         self.sigma_spatial = nn.Parameter(torch.tensor(1.0))
-        guides = 3 + feature_keys
-        self.range_in = nn.Linear(guides, key_dim)
+        guidance_channels = 3 + affinity_channels
+        self.range_in = nn.Linear(guidance_channels, key_dim)
         self.range_out = nn.Linear(key_dim, key_dim)
         if kernel == "projection":
-            self.fixup_in = nn.Linear(taps + guides, taps)
+            self.fixup_in = nn.Linear(taps + guidance_channels, taps)
             self.fixup_out = nn.Linear(taps, taps)
             return
-        self.range_skip = nn.Linear(guides, key_dim, bias=False)
+        self.range_skip = nn.Linear(guidance_channels, key_dim, bias=False)
         nn.init.zeros_(self.range_out.weight)
         nn.init.zeros_(self.range_out.bias)
         with torch.no_grad():
-            self.range_skip.weight.copy_(torch.eye(key_dim, guides))
-            self.range_skip.weight[:, :3] /= start[1]
-            self.range_skip.weight[:, 3:] /= start_feature
-            self.sigma_spatial.fill_(start[0] / radius)
+            self.range_skip.weight.copy_(torch.eye(key_dim, guidance_channels))
+            self.range_skip.weight[:, :3] /= initial_sigmas[1]
+            self.range_skip.weight[:, 3:] /= initial_affinity_sigma
+            self.sigma_spatial.fill_(initial_sigmas[0] / radius)
 
     def forward(self, padded_guidance: Tensor) -> Tensor:
         """``[B, H + 2r, W + 2r, 3 + D]``, normalised, to filters ``[B, H, W, 2r + 1, 2r + 1]``.
 
-        With a correction the taps need not sum to one: it is added after the normalisation.
+        With ``projection`` the taps need not sum to one, because the correction is added after the normalisation.
         """
         radius = self.radius
         inside = (slice(None), slice(radius, -radius), slice(radius, -radius))
@@ -79,11 +86,11 @@ class JBUStage(nn.Module):
         if self.kernel == "distance":
             keys = keys + self.range_skip(padded_guidance)
             query = torch.cat([keys[inside], torch.ones_like(keys[inside][..., :1])], -1)
-            # The query's own square is the same over its window: the softmax cancels it.
+            # The square of the query is constant over its window: the softmax cancels it.
             keys = torch.cat([keys, -0.5 * keys.square().sum(-1, keepdim=True)], -1)
         correlation = window_correlation(query * temperature, keys)
         if self.kernel == "distance":
-            # No further below the centre than counts: subnormal numbers take a CPU a hundred times as long.
+            # Smaller weights would not count, and subnormal numbers take a CPU a hundred times as long.
             centre = correlation[..., self.radius, self.radius, None, None]
             correlation = (correlation - centre).clamp_min(_LEAST_LOGIT)
         kernel = correlation.flatten(-2).softmax(-1) * self._gaussian()
@@ -108,9 +115,9 @@ class JBUStage(nn.Module):
 
 
 class JBU(JointUpsampler):
-    """A stack of learned 2x stages and, with the paper's kernel, a small residual map of channels at the end.
+    """A stack of learned 2x stages and, with the paper's kernel, a small residual channel map at the end.
 
-    The last stage that runs ends exactly at the size asked for; a nearer size runs fewer stages.
+    A smaller target size runs fewer stages. The last stage that runs ends exactly at the target size.
     """
 
     name = "jbu"
@@ -127,95 +134,107 @@ class JBU(JointUpsampler):
         dropout: float = 0.1,
         end_dropout: float = 0.2,
         kernel: RangeKernel = "projection",
-        start: tuple[float, float] = (3.0, 0.1),
-        feature_keys: int = 0,
-        start_feature: float = 0.4,
-        coarse_stages: int = 0,
-        start_coarse: float = 1.0,
+        initial_sigmas: tuple[float, float] = (3.0, 0.1),
+        affinity_channels: int = 0,
+        initial_affinity_sigma: float = 0.4,
+        same_resolution_stages: int = 0,
+        initial_same_resolution_sigma: float = 1.0,
         bicubic_a: float = BICUBIC_A,
     ) -> None:
         """
         Args:
-            channels: Of the features the stack is made for.
-            stages: Most doublings it can serve: 4 for stride 16.
-            key_dim: Width of the range kernel's projection.
+            channels: Of the features.
+            stages: Number of 2x stages: 4 for stride 16.
+            key_dim: Channels of the range kernel's keys.
             guidance_mean, guidance_std: Normalisation of the image inside the upsampler, on [0, 1] RGB.
             radius, tile_pixels: See :class:`JointUpsampler`.
-            dropout: Probability that a hidden unit of the filters' two small networks is left out, in training only.
-            end_dropout: Likewise for a channel on its way into the map of channels at the end.
-            kernel: See :class:`JBUStage`. With ``distance`` the colours it starts from are those of [-1, 1]: give 0.5
-                as mean and standard deviation of the guidance.
-            start: The bilateral filter that ``distance`` starts as: its sigmas in pixels of a stage and in colour.
-            feature_keys: With ``distance``, how many directions of the coarse features the range kernel sees beside
-                the colours: what looks alike but is not the same thing is kept apart, what is one thing and looks
-                different is joined. :meth:`set_feature_keys` gives them; until then they are zero.
-            start_feature: The sigma that ``distance`` starts with along them, in their standard deviations together.
-            coarse_stages: Stages at the features' own size before the doublings, which make tokens of one thing agree;
-                their means are kept as long as the tokens, see :func:`featup.upsamplers.base.keeping_lengths`.
-            start_coarse: The sigma in colour that these start with.
-            bicubic_a: Of the interpolation inside a stage. Further below zero it sharpens what the filters then
-                blur; official weights are for the default.
+            dropout: Probability that a hidden unit of the filters' two small networks is dropped in training, in
+                [0, 1).
+            end_dropout: Likewise for an input channel of the residual channel map.
+            kernel: See :class:`JBUStage`. The initial sigmas of ``distance`` are for colours in [-1, 1]: give 0.5 as
+                mean and standard deviation of the guidance.
+            initial_sigmas: With ``distance``: the sigmas of the initial bilateral filter, in pixels of a stage and in
+                colour, above 0.
+            affinity_channels: With ``distance``: channels computed from the coarse features that the range kernel
+                compares beside the colours. They separate objects of like colour, and join the differently coloured
+                parts of one object. They are zero until :meth:`set_affinity_projection` is called.
+            initial_affinity_sigma: With ``distance``: the initial sigma along those channels, above 0, in the root of
+                their total variance.
+            same_resolution_stages: Stages that filter the coarse features at their own size before the 2x stages; see
+                :func:`featup.upsamplers.base.norm_preserving_mean`.
+            initial_same_resolution_sigma: With ``distance``: their initial sigma in colour, above 0.
+            bicubic_a: Keys' ``a`` of the interpolation inside a stage. Below the default it sharpens the map that the
+                filters then blur. Official weights need the default.
 
         Raises:
-            GeometryError: a radius below one, a dropout outside [0, 1), a start that is not positive, keys of the
-                features with the paper's kernel, or more of them than the kernel is wide.
+            GeometryError: a radius below one, a dropout outside [0, 1), an initial sigma that is not positive,
+                affinity channels with the paper's kernel, or more of them than the keys or the features allow.
         """
         super().__init__(radius, tile_pixels)
-        if feature_keys and (kernel == "projection" or feature_keys + 3 > key_dim or feature_keys > channels):
+        if affinity_channels and (
+            kernel == "projection" or affinity_channels + 3 > key_dim or affinity_channels > channels
+        ):
             raise GeometryError(
-                f"jbu: feature_keys={feature_keys} with kernel={kernel!r}: only the distance kernel takes them, "
-                f"at most key_dim - 3 = {key_dim - 3} and one for each of {channels} channels"
+                f"jbu: affinity_channels={affinity_channels} with kernel={kernel!r}: only the distance kernel takes "
+                f"them, at most key_dim - 3 = {key_dim - 3} and one for each of {channels} channels; ask for fewer"
             )
         if not (0 <= dropout < 1 and 0 <= end_dropout < 1):
             raise GeometryError(f"jbu: dropout={dropout} and end_dropout={end_dropout} must be at least 0 and below 1")
-        if not min(*start, start_feature, start_coarse) > 0:
+        if not min(*initial_sigmas, initial_affinity_sigma, initial_same_resolution_sigma) > 0:
             raise GeometryError(
-                f"jbu: start={start}, start_feature={start_feature} and start_coarse={start_coarse} are sigmas and "
-                "must be positive"
+                f"jbu: initial_sigmas={initial_sigmas}, initial_affinity_sigma={initial_affinity_sigma} and "
+                f"initial_same_resolution_sigma={initial_same_resolution_sigma} must be positive"
             )
         self.channels = channels
         self.key_dim = key_dim
         self.guidance_mean = tuple(guidance_mean)
         self.guidance_std = tuple(guidance_std)
         self.end_dropout = end_dropout
-        self.feature_keys = feature_keys
-        self.coarse_stages = coarse_stages
-        guides = (feature_keys, start_feature)
-        self.stages = nn.ModuleList(JBUStage(key_dim, radius, dropout, kernel, start, *guides) for _ in range(stages))
-        self.coarse = nn.ModuleList(
-            JBUStage(key_dim, radius, dropout, kernel, (start[0], start_coarse), *guides) for _ in range(coarse_stages)
+        self.affinity_channels = affinity_channels
+        self.same_resolution_stages = same_resolution_stages
+        affinity = (affinity_channels, initial_affinity_sigma)
+        coarse_sigmas = (initial_sigmas[0], initial_same_resolution_sigma)
+        # Saved checkpoints hold the names ``stages``, ``coarse`` and ``feature_map``.
+        self.stages = nn.ModuleList(
+            JBUStage(key_dim, radius, dropout, kernel, initial_sigmas, *affinity) for _ in range(stages)
         )
-        if feature_keys:
-            self.register_buffer("feature_map", torch.zeros(feature_keys, channels))
+        self.coarse = nn.ModuleList(
+            JBUStage(key_dim, radius, dropout, kernel, coarse_sigmas, *affinity) for _ in range(same_resolution_stages)
+        )
+        if affinity_channels:
+            self.register_buffer("feature_map", torch.zeros(affinity_channels, channels))
             self.feature_map: Tensor
         self.kernel = kernel
         self.bicubic_a = bicubic_a
         if kernel == "projection":
             self.fixup = nn.Linear(channels, channels)
 
-    def set_feature_keys(self, components: Tensor, variance: Tensor) -> None:
-        """Take directions of the features, those of a PCA of the training images', as the keys.
+    def set_affinity_projection(self, components: Tensor, variance: Tensor) -> None:
+        """Set the projection from features to affinity channels: principal components of the training images' features.
 
-        Their unit is the root of the variance they hold together, whatever the scale of a backbone's features.
+        It is scaled by the root of the components' total variance, so that the scale of the features does not matter.
 
         Args:
-            components: Orthonormal rows ``[feature_keys, C]``.
-            variance: ``[feature_keys]``, of the features along each.
+            components: Orthonormal directions ``[affinity_channels, C]``.
+            variance: ``[affinity_channels]``, of the features along each.
 
         Raises:
-            GeometryError: not as many as there are keys, or of other features.
+            GeometryError: components of another shape.
         """
-        shape = (self.feature_keys, self.channels)
+        shape = (self.affinity_channels, self.channels)
         if tuple(components.shape) != shape:
-            raise GeometryError(f"jbu: the keys take components {list(shape)}, got {list(components.shape)}")
+            raise GeometryError(
+                f"jbu: the affinity projection takes components {list(shape)}, got {list(components.shape)}; fit a PCA "
+                "with that many components on this backbone and layer"
+            )
         unit = variance.sum().sqrt().clamp_min(1e-6)
         self.feature_map.copy_(components / unit)
 
-    def keys(self, features: Tensor) -> Tensor | None:
-        """See :meth:`JointUpsampler.keys`. The filters only compare them: their mean does not matter."""
-        return functional.linear(features, self.feature_map) if self.feature_keys else None
+    def affinity_features(self, features: Tensor) -> Tensor | None:
+        """See :meth:`JointUpsampler.affinity_features`. Filters read differences only, so the mean stays in."""
+        return functional.linear(features, self.feature_map) if self.affinity_channels else None
 
-    def mixing(self, channels: int) -> ChannelMap | None:
+    def output_projection(self, channels: int) -> ChannelMap | None:
         """``x + 0.1 * fixup(x)`` as one channel map; none with the distance kernel."""
         if channels != self.channels:
             raise GeometryError(
@@ -225,26 +244,26 @@ class JBU(JointUpsampler):
         if self.kernel == "distance":
             return None
         weight = self.fixup.weight
-        # In training a channel is left out for the whole batch. One drawn anew at every position would not commute
-        # with the operator over space, and all channels would have to be made at high resolution.
-        kept = functional.dropout(weight.new_ones(channels), self.end_dropout, self.training)
+        # In training a channel is dropped for the whole batch. Dropout sampled at every position would not commute with
+        # the operator over space, and all channels would have to be computed at high resolution.
+        scale = functional.dropout(weight.new_ones(channels), self.end_dropout, self.training)
         identity = torch.eye(channels, device=weight.device, dtype=weight.dtype)
-        return ChannelMap(identity + 0.1 * weight * kept, 0.1 * self.fixup.bias)
+        return ChannelMap(identity + 0.1 * weight * scale, 0.1 * self.fixup.bias)
 
     def largest(self, low: tuple[int, int]) -> tuple[int, int]:
-        """See :meth:`Upsampler.largest`: as far as the stack goes."""
+        """See :meth:`Upsampler.largest`: the stack's 2x stages limit it."""
         return low[0] << len(self.stages), low[1] << len(self.stages)
 
     def check_stages(self, count: int, low: tuple[int, int], high: tuple[int, int]) -> None:
         """See :meth:`JointUpsampler.check_stages`."""
         if count > len(self.stages):
             raise GeometryError(
-                f"jbu: {low} to {high} (height, width) takes {count} doublings and the stack has {len(self.stages)}; "
+                f"jbu: {low} to {high} (height, width) takes {count} 2x stages and the stack has {len(self.stages)}; "
                 f"ask for at most {self.largest(low)}, or train a deeper stack"
             )
 
     def prepare_guidance(self, guidance: Tensor) -> Tensor:
-        """From [0, 1] to the normalisation the stack was trained with."""
+        """From [0, 1] to the normalisation that the stack was trained with."""
         return (guidance - guidance.new_tensor(self.guidance_mean)) / guidance.new_tensor(self.guidance_std)
 
     def filters(self, stage: int, padded_guidance: Tensor) -> Tensor:

@@ -1,8 +1,8 @@
-"""What all joint bilateral upsamplers share: 2x stages, windows, and bands that bound the memory.
+"""The base of all joint bilateral upsamplers: 2x stages over windows, computed in row tiles that bound the memory.
 
 A stage (FeatUp, section 3.2) interpolates the features to the stage's size and replaces every vector by a weighted
-sum over the window around it; the weights come from the image at that size. Weights for a whole map are 49 numbers
-a pixel, so a stage works in bands of rows and holds one band's weights at a time.
+sum over the window around it. The weights come from the image at that size. They take 49 numbers a pixel, so a stage
+works in row tiles and holds the weights of one tile at a time.
 """
 
 from collections.abc import Iterator
@@ -15,18 +15,22 @@ from torch.nn import functional
 from featup.errors import GeometryError
 from featup.kernels.adaptive_conv import adaptive_conv
 from featup.kernels.resample import BICUBIC_A, interpolation_taps, resample
-from featup.upsamplers.base import ChannelMap, Upsampler, as_guidance, keeping_lengths, row_bands, stage_sizes
+from featup.upsamplers.base import ChannelMap, Upsampler, as_guidance, norm_preserving_mean, row_slices, stage_sizes
 
 __all__ = ["JointUpsampler", "resize_guidance"]
 
 
 class JointUpsampler(Upsampler):
-    """A stack of joint stages. Sub-classes say how a band's filters follow from the guidance."""
+    """A stack of joint bilateral stages. Sub-classes compute a tile's filters from the guidance channels.
 
-    coarse_stages = 0
-    """How many stages at the features' own size come before the doublings."""
+    The guidance channels of a stage are the image's colours and, if the sub-class has them, affinity features: a few
+    channels computed from the coarse features, so that the filters compare features as well as colours.
+    """
+
+    same_resolution_stages = 0
+    """How many stages filter the coarse features at their own size, before the 2x stages."""
     bicubic_a = BICUBIC_A
-    """Of the interpolation inside a stage; see :func:`featup.kernels.resample.interpolation_taps`."""
+    """Keys' ``a`` of the interpolation inside a stage; see :func:`featup.kernels.resample.interpolation_taps`."""
 
     def __init__(self, radius: int, tile_pixels: int | None) -> None:
         """
@@ -46,12 +50,12 @@ class JointUpsampler(Upsampler):
         self.tile_pixels = tile_pixels
 
     def filters(self, stage: int, padded_guidance: Tensor) -> Tensor:
-        """Filters of one band.
+        """Filters of one row tile.
 
         Args:
-            stage: How many doublings have gone before; negative before the first, in a stage that keeps the size.
-            padded_guidance: ``[1, h + 2r, w + 2r, 3]``, the band with its surroundings, as :meth:`prepare_guidance`
-                left it; then the channels of :meth:`keys`, if there are any.
+            stage: Number of the 2x stage, from 0; negative for the same-resolution stages before them.
+            padded_guidance: ``[1, h + 2r, w + 2r, 3 + D]``: the tile and its surroundings. The colours are scaled by
+                :meth:`prepare_guidance`; the ``D`` channels of :meth:`affinity_features` follow, if there are any.
 
         Returns:
             ``[1, h, w, 2r + 1, 2r + 1]``.
@@ -59,91 +63,100 @@ class JointUpsampler(Upsampler):
         raise NotImplementedError
 
     def check_stages(self, count: int, low: tuple[int, int], high: tuple[int, int]) -> None:
-        """Raise if ``count`` stages from ``low`` to ``high`` cannot be served; by default all can."""
+        """Raise if ``count`` 2x stages from ``low`` to ``high`` cannot be served; by default all can."""
 
     def prepare_guidance(self, guidance: Tensor) -> Tensor:
-        """From [0, 1] to the scale the filters are made for."""
+        """Scale colours in [0, 1] as the filters take them."""
         return guidance
 
-    def keys(self, features: Tensor) -> Tensor | None:
-        """What the filters shall know of the features: ``[1, h, w, D]`` from ``[1, h, w, C]``; by default nothing."""
+    def affinity_features(self, features: Tensor) -> Tensor | None:
+        """Channels that the filters compare beside the colours: ``[1, h, w, C]`` to ``[1, h, w, D]``; by default none.
+
+        Args:
+            features: The coarse features, before any channel map.
+        """
         return None
 
-    def mapped_bands(
-        self, features: Tensor, guidance: Tensor, size: tuple[int, int], total: ChannelMap | None
+    def mapped_row_tiles(
+        self, features: Tensor, guidance: Tensor, size: tuple[int, int], channel_map: ChannelMap | None
     ) -> Iterator[tuple[slice, Tensor]]:
-        """See :meth:`Upsampler.mapped_bands`. The filters come from the features as they were before the map, and the
-        stages at the features' own size run on all channels: keeping lengths is not linear."""
+        """See :meth:`Upsampler.mapped_row_tiles`.
+
+        The affinity features come from all channels, before the map. The same-resolution stages also filter all
+        channels, because a norm-preserving mean is not linear.
+        """
         guidance = self.prepare_guidance(as_guidance(guidance, features.dtype))
-        keys = self.keys(features)
+        affinity = self.affinity_features(features)
         low = (features.shape[1], features.shape[2])
-        guide = _guide(guidance, keys, low) if self.coarse_stages else guidance
-        for stage in range(-self.coarse_stages, 0):
-            features = keeping_lengths(partial(self.run_stage, stage, guidance=guide), features)
-        if total is None:
-            yield from self._doublings(features, guidance, size, keys)
+        coarse_guidance = _guidance_channels(guidance, affinity, low) if self.same_resolution_stages else guidance
+        for stage in range(-self.same_resolution_stages, 0):
+            features = norm_preserving_mean(partial(self.run_stage, stage, guidance=coarse_guidance), features)
+        if channel_map is None:
+            yield from self._upsampled_row_tiles(features, guidance, size, affinity)
             return
-        mapped = functional.linear(features, total.weight)
-        for rows, linear in self._doublings(mapped, guidance, size, keys):
-            yield rows, linear + total.bias if torch.is_grad_enabled() else linear.add_(total.bias)
+        mapped = functional.linear(features, channel_map.weight)
+        for rows, tile in self._upsampled_row_tiles(mapped, guidance, size, affinity):
+            yield rows, tile + channel_map.bias if torch.is_grad_enabled() else tile.add_(channel_map.bias)
 
-    def bands(self, features: Tensor, guidance: Tensor, size: tuple[int, int]) -> Iterator[tuple[slice, Tensor]]:
-        """See :meth:`Upsampler.bands`. The last stage's map is never whole, only the smaller ones before it."""
-        return self.mapped_bands(features, guidance, size, None)
+    def row_tiles(self, features: Tensor, guidance: Tensor, size: tuple[int, int]) -> Iterator[tuple[slice, Tensor]]:
+        """See :meth:`Upsampler.row_tiles`. Only the maps before the last stage are held as a whole."""
+        return self.mapped_row_tiles(features, guidance, size, None)
 
-    def _doublings(
-        self, features: Tensor, guidance: Tensor, size: tuple[int, int], keys: Tensor | None
+    def _upsampled_row_tiles(
+        self, features: Tensor, guidance: Tensor, size: tuple[int, int], affinity: Tensor | None
     ) -> Iterator[tuple[slice, Tensor]]:
+        """The 2x stages, the last one in row tiles."""
         low = (features.shape[1], features.shape[2])
         sizes = stage_sizes(low, size)
         self.check_stages(len(sizes), low, size)
         for stage, stage_size in enumerate(sizes[:-1]):
-            features = self.run_stage(stage, features, _guide(guidance, keys, stage_size))
+            features = self.run_stage(stage, features, _guidance_channels(guidance, affinity, stage_size))
         if sizes:
-            yield from self._stage_bands(len(sizes) - 1, features, _guide(guidance, keys, size))
+            yield from self._stage_row_tiles(len(sizes) - 1, features, _guidance_channels(guidance, affinity, size))
         else:
-            # No stage to run: this may be the caller's own tensor, which must not be written to.
+            # Without a stage this may be the caller's own tensor, which must not be written to.
             yield slice(0, size[0]), features.clone()
 
     def run_stage(self, stage: int, features: Tensor, guidance: Tensor) -> Tensor:
         """One stage: ``features [B, h, w, C]`` to the size of the prepared ``guidance [B, H, W, 3 + D]``."""
         if torch.is_grad_enabled():
-            return torch.cat([band for _, band in self._stage_bands(stage, features, guidance)], 1)
+            return torch.cat([tile for _, tile in self._stage_row_tiles(stage, features, guidance)], 1)
         whole = features.new_empty(len(features), *guidance.shape[1:3], features.shape[3])
-        for _ in self._stage_bands(stage, features, guidance, whole):
+        for _ in self._stage_row_tiles(stage, features, guidance, whole):
             pass
         return whole
 
-    def _stage_bands(
+    def _stage_row_tiles(
         self, stage: int, features: Tensor, guidance: Tensor, whole: Tensor | None = None
     ) -> Iterator[tuple[slice, Tensor]]:
+        """The result of one stage in row tiles, written into ``whole`` if given."""
         _, height, width, _ = guidance.shape
         reach = 2 * self.radius
-        # The guidance reaches beyond its border by the same reflection as the interpolated features.
+        # The guidance is reflected at its border like the interpolated features.
         above, beside = (interpolation_taps("nearest", side, side, reflect=self.radius) for side in (height, width))
         padded = resample(guidance, above, beside)
         down, across = (
-            interpolation_taps("bicubic", held, side, self.radius, self.bicubic_a)
-            for held, side in zip(features.shape[1:3], (height, width), strict=True)
+            interpolation_taps("bicubic", low, high, self.radius, self.bicubic_a)
+            for low, high in zip(features.shape[1:3], (height, width), strict=True)
         )
-        for rows in row_bands((height, width), self.tile_pixels, features.device):
+        for rows in row_slices((height, width), self.tile_pixels, features.device):
             halo = slice(rows.start, rows.stop + reach)
             source = resample(features, down[halo], across)
             filters = self.filters(stage, padded[:, halo])
             yield rows, adaptive_conv(source, filters, out=None if whole is None else whole[:, rows])
 
 
-def _guide(guidance: Tensor, keys: Tensor | None, size: tuple[int, int]) -> Tensor:
-    """What a stage of ``size`` is guided by: colours, and keys interpolated from the features' grid."""
+def _guidance_channels(guidance: Tensor, affinity: Tensor | None, size: tuple[int, int]) -> Tensor:
+    """Colours at ``size`` and, after them, affinity features interpolated from the coarse grid."""
     guidance = resize_guidance(guidance, size)
-    if keys is None:
+    if affinity is None:
         return guidance
-    rows, cols = (interpolation_taps("bilinear", keys.shape[axis + 1], size[axis]) for axis in (0, 1))
-    return torch.cat([guidance, resample(keys, rows, cols)], -1)
+    rows, cols = (interpolation_taps("bilinear", affinity.shape[axis + 1], size[axis]) for axis in (0, 1))
+    return torch.cat([guidance, resample(affinity, rows, cols)], -1)
 
 
 def resize_guidance(guidance: Tensor, size: tuple[int, int]) -> Tensor:
-    """``[B, H, W, 3]`` to ``[B, *size, 3]``: the mean over each cell going down, bilinear going up."""
+    """``[B, H, W, 3]`` to ``[B, *size, 3]``: the mean over each cell to go down, bilinear to go up."""
     if (guidance.shape[1], guidance.shape[2]) == size:
         return guidance
     planes = guidance.permute(0, 3, 1, 2).contiguous()

@@ -1,19 +1,25 @@
-"""SAPA, one of the trained upsamplers that FeatUp is compared with (FeatUp, section 4)."""
+"""SAPA: kernels from the similarity of image and features (Lu et al., NeurIPS 2022).
+
+A trained baseline of FeatUp (section 4). The reassembly by the predicted kernels is in
+:mod:`featup.upsamplers.reassembly`.
+"""
 
 import torch
 from torch import Tensor, nn
 
 from featup.kernels.window_correlation import window_correlation
-from featup.upsamplers.carafe import Reassembly
+from featup.upsamplers.reassembly import Reassembly
 
 __all__ = ["SAPA"]
 
 
 class _SAPAStage(nn.Module):
+    """The embeddings of image and features of one stage, and their similarity."""
+
     def __init__(self, width: int, key_dim: int) -> None:
         super().__init__()
         self.query = nn.Sequential(nn.Conv2d(3, key_dim, 3), nn.GELU(), nn.Conv2d(key_dim, key_dim, 1))
-        # Without biases: what is added to all keys of a window alike, the softmax cancels.
+        # Without biases: the softmax cancels a constant added to all keys of a window.
         self.key = nn.Sequential(nn.LayerNorm(width, bias=False), nn.Linear(width, key_dim, bias=False))
         self.scale = key_dim**-0.5
 
@@ -28,11 +34,11 @@ class _SAPAStage(nn.Module):
 
 
 class SAPA(Reassembly):
-    """Similarity-aware point affiliation (Lu et al., NeurIPS 2022, arXiv 2209.12866), once per doubling.
+    """Similarity-aware point affiliation (arXiv 2209.12866), once per 2x stage.
 
-    The logits of a child's 5x5 kernel are the similarities of the image around it, embedded by two small convolutions,
-    to the embedded features of its parent's window. Of the original's encoder features, only the image is at hand here.
-    Untrained, the kernels are near to uniform.
+    Two small convolutions embed the image at each child, and a linear layer embeds the features of the parent's 5x5
+    window. The logits of the child's kernel are the products of the two embeddings. The original takes high-resolution
+    features of an encoder in place of the image. The initial kernels are nearly uniform.
     """
 
     name = "sapa"
@@ -47,10 +53,10 @@ class SAPA(Reassembly):
     ) -> None:
         """
         Args:
-            channels: Of the features it is made for.
-            stages: Most doublings it can serve: 4 for stride 16.
+            channels: Of the features.
+            stages: Number of 2x stages: 4 for stride 16.
             width: Channels of the compressed features, which all stages share.
-            key_dim: Channels that the similarity is taken over.
+            key_dim: Channels of the two embeddings.
             tile_pixels: Most output positions whose kernels are held at once, by default chosen for the device.
         """
         super().__init__(channels, width, tile_pixels)

@@ -1,4 +1,4 @@
-"""Chains the stages of a run; the one place that knows Ray Data.
+"""The main job on Ray Data: chains the stages of a run, and watches over it.
 
 ``ray.data.range`` over the units that are left -> load (tasks: read and decode) -> featurize (actors: extract,
 upsample, encode, write) -> receipts on the driver. A unit is one row from end to end.
@@ -6,6 +6,11 @@ upsample, encode, write) -> receipts on the driver. A unit is one row from end t
 
 import os
 import sys
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 import ray
@@ -13,22 +18,43 @@ import ray.data
 from numpy.typing import NDArray
 
 from featup.errors import FeatupError
-from pipeline.cluster.connect import connect, default_gpus
+from pipeline.cluster.connect import connect
 from pipeline.cluster.featurizer import Featurizer
 from pipeline.cluster.planning import MOST_BLOCKS, index_on_ray
 from pipeline.cluster.progress import Progress
+from pipeline.cluster.resources import Allotment, allot, await_resources, cluster_resources
 from pipeline.compute.load import decode_options, load_row
 from pipeline.compute.models import Setup
-from pipeline.compute.prepare import check_options, complete_plan, create_all, layout_of, plan_input, prepare
+from pipeline.compute.prepare import (
+    check_options,
+    complete_plan,
+    create_or_grow,
+    layout_of,
+    plan_store,
+    prepare,
+    units_to_retry,
+)
+from pipeline.compute.recheck import recheck_input
 from pipeline.config.precompute import PrecomputeConfig
 from pipeline.errors import JobFailedError, PipelineError, StoreError
 from pipeline.inputs import storage
-from pipeline.inputs.plan import Plan, PlannedShard
+from pipeline.inputs.plan import Plan
+from pipeline.store.create import declare_complete, withdraw_complete
 from pipeline.store.index import Summary, write_index
 from pipeline.store.layout import Layout, read_attributes
+from pipeline.store.lease import Lease
 from pipeline.store.ledger import Ledger, Receipt
+from pipeline.store.segments import UNITS_PER_SEGMENT
+from pipeline.store.verification import find_plan
 
 __all__ = ["precompute", "stages"]
+
+# So many units in a row that fail alike, and not one that succeeds: the fault is not the units'.
+_ALIKE = 5
+# The slowest unit that a run should bear: Ray Data ends a run in which nothing happens for longer.
+_LEAST_PATIENCE = 1800.0
+_SECONDS_PER_FIT = 60.0
+_SECONDS_PER_IMAGE = 5.0
 
 
 def precompute(config: PrecomputeConfig) -> Summary:
@@ -39,98 +65,230 @@ def precompute(config: PrecomputeConfig) -> Summary:
 
     Raises:
         JobFailedError: units failed for good, or too many samples did; all others are in the store.
-        StoreMismatchError: ``out`` holds a store made with other options, input or weights.
+        InputChangedError: an input shard is not the one the store was made from.
+        LeaseError: another driver is at work on the store.
+        StoreMismatchError: ``out`` holds a store made with other options or weights.
+        KeyboardInterrupt, SystemExit: after Ctrl-C or SIGTERM, with a note that says how far the run came.
     """
-    config = config.absolute(on_cluster=bool(os.environ.get("RAY_ADDRESS")))
+    on_cluster = bool(os.environ.get("RAY_ADDRESS"))
+    config = config.absolute(on_cluster=on_cluster)
     check_options(config)
-    connect(config.object_store_mb)
-    shards = plan_input(config, index_all=index_on_ray)
-    gpus = default_gpus(config.gpus_per_actor)
+    state = _State()
+    with Lease.acquire(config.out) as lease, _ending_in_one_line(state):
+        connect(config.object_store_mb)
+        return _run(config, lease, state, on_cluster)
+
+
+@dataclass
+class _State:
+    """How far a run is, for its last words."""
+
+    units: int = 0
+    done: int = 0
+    started: bool = False
+    failures: dict[int, Receipt] = field(default_factory=dict)
+
+
+@contextmanager
+def _ending_in_one_line(state: _State) -> Iterator[None]:
     try:
-        setup: Setup = ray.get(_prepare_remotely.options(num_cpus=1, num_gpus=gpus).remote(config, shards))
-    except ray.exceptions.RayTaskError as error:
-        if isinstance(error.cause, (PipelineError, FeatupError)):
-            raise error.cause from None  # an error in the options, not one in a worker: its own text says it all
+        yield
+    except (KeyboardInterrupt, SystemExit) as stop:
+        # Ctrl-C or SIGTERM: the job's last line says how far it came.
+        stop.add_note(f"{state.done} of {state.units} units done" if state.started else "before the first unit")
         raise
-    plan = complete_plan(config, shards, setup.channels)
-    layout = layout_of(config, plan.rows_per_shard, setup.channels, plan.units)
+    except ray.exceptions.RayError as error:
+        cause = getattr(error, "cause", None)
+        if isinstance(cause, (PipelineError, FeatupError)):
+            raise cause from None  # An error in the options, not one in a worker: its own text says it all.
+        first = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        raise JobFailedError(
+            f"Ray ended the run: {first.strip()} ({type(error).__name__}); {state.done} of {state.units} units are "
+            "done, and the same command goes on. The log of the process that died is under /tmp/ray/session_latest/logs"
+        ) from error
+
+
+def _run(config: PrecomputeConfig, lease: Lease, state: _State, on_cluster: bool) -> Summary:
+    allotment = _allot(config, on_cluster)
+    config = replace(
+        config,
+        cpus_per_actor=allotment.cpus_per_actor,
+        loader_cpus=allotment.loader_cpus,
+        gpus_per_actor=allotment.gpus_per_actor,
+    )
     ledger = Ledger(storage.join(config.out, "ledger"))
-    done = ledger.done()
-    if done and read_attributes(config.out) is None:
+    if read_attributes(config.out) is None and storage.list_files(ledger.url):
         raise StoreError(
             f"{config.out} has receipts and no arrays: features.zarr was removed or moved, and the receipts would make "
             "this run leave it empty; put it back, or remove the ledger folder as well"
         )
-    create_all(config, plan, layout, setup)
+    old = find_plan(config.out)
+    update = plan_store(config, old, index_all=index_on_ray)
+    recheck_input(config, old, update, ledger, lambda text: print(text, flush=True))
+    setup: Setup = ray.get(
+        _prepare_remotely.options(num_cpus=min(1.0, allotment.cpus), num_gpus=allotment.gpus_per_actor).remote(
+            config, update.shards
+        )
+    )
+    plan = complete_plan(config, update.shards, setup.channels)
+    layout = layout_of(config, plan.rows_per_shard, setup.channels, plan.units)
+    create_or_grow(config, plan, layout, setup)
     for fault in plan.faults:
         print(f"input fault: {fault}", flush=True)
+    if config.retry_failed is not None:
+        units = units_to_retry(config, plan, ledger)
+        print(f"{len(units)} units hold failed samples that are tried again", flush=True)
+        if units:
+            withdraw_complete(config.out)
+            ledger.clear_attempts(units)
+            ledger.reopen(units)
 
-    todo = np.array([unit for unit in range(plan.units) if unit not in done], dtype=np.int64)
+    done = ledger.done()
+    for segment in done.compactable:
+        ledger.compact(segment)
+    todo = done.todo(plan.units)
     left = sum(len(plan.unit(int(unit))) for unit in todo)
+    state.units, state.done, state.started = plan.units, plan.units - len(todo), True
     print(
-        f"{config.out}: {plan.samples} samples in {plan.units} units, {len(done)} units done before, "
+        f"{config.out}: {plan.samples} samples in {plan.units} units, {state.done} units done before, "
         f"{len(todo)} to do with {left} samples; backbone {config.backbone} on {setup.device}, "
         f"{setup.grid[0]}x{setup.grid[1]} to {config.target_size} by {config.upsampler}, {setup.channels} channels",
         flush=True,
     )
-    failures: dict[int, Receipt] = {}
     if len(todo):
-        progress = Progress(len(todo), left)
-        for row in stages(config, plan, layout, setup, todo, gpus).iter_rows():
-            receipt = Receipt.from_json(row["receipt"])
-            progress.add(receipt)
-            if receipt.error:
-                failures[receipt.unit.unit] = receipt
-                print(f"{receipt.unit} failed: {receipt.error}", file=sys.stderr, flush=True)
-    summary = write_index(config.out, plan, ledger, failures)
+        withdraw_complete(config.out)
+        _set_patience(config, plan)
+        rows = stages(config, plan, layout, setup, todo, allotment).iter_rows()
+        whole = plan.units // UNITS_PER_SEGMENT
+        left_of = Counter(unit // UNITS_PER_SEGMENT for unit in todo.tolist() if unit // UNITS_PER_SEGMENT < whole)
+        _follow(rows, Progress(len(todo), left), left_of, ledger, lease, state)
+    lease.check()
+    summary = write_index(config.out, plan, ledger, state.failures)
+    if not state.failures:
+        declare_complete(config.out)
     print(summary.text(), flush=True)
     _judge(config, summary)
     return summary
 
 
+def _allot(config: PrecomputeConfig, on_cluster: bool) -> Allotment:
+    resources, nodes = cluster_resources()
+    allotment = allot(
+        resources,
+        nodes=nodes,
+        actors=config.actors,
+        cpus_per_actor=config.cpus_per_actor,
+        gpus_per_actor=config.gpus_per_actor,
+        loader_cpus=config.loader_cpus,
+    )
+    if allotment.hint:
+        print(allotment.hint, flush=True)
+    await_resources(
+        allotment,
+        # On one machine nothing will join.
+        seconds=config.resource_timeout if on_cluster else 0.0,
+        resources=lambda: cluster_resources()[0],
+        report=lambda text: print(text, flush=True),
+    )
+    return allotment
+
+
+def _set_patience(config: PrecomputeConfig, plan: Plan) -> None:
+    """How long Ray Data may see nothing happen before it ends the run: several of the slowest units."""
+    per_image = _SECONDS_PER_FIT if config.upsampler == "implicit" else _SECONDS_PER_IMAGE
+    patience = max(_LEAST_PATIENCE, 4 * per_image * plan.rows_per_shard)
+    ray.data.DataContext.get_current().execution_no_progress_timeout_s = patience
+
+
+def _follow(
+    rows: Iterator[Mapping[str, Any]],
+    progress: Progress,
+    left_of: Counter[int],
+    ledger: Ledger,
+    lease: Lease,
+    state: _State,
+) -> None:
+    """Count what comes in, compact receipts, and stop where going on can help nobody.
+
+    Args:
+        left_of: units that are left of each segment of the ledger; a segment is compacted when its last one is done.
+
+    Raises:
+        JobFailedError: the surroundings or the input are at fault, or every unit fails alike.
+        LeaseError: another driver took the store over.
+    """
+    alike: list[str] = []
+    succeeded = False
+    with progress:
+        for row in rows:
+            lease.check()
+            receipt = Receipt.from_json(row["receipt"])
+            progress.add(receipt)
+            if not receipt.error:
+                state.done += 1
+                succeeded = True
+                segment = receipt.unit.unit // UNITS_PER_SEGMENT
+                left_of[segment] -= 1
+                if left_of[segment] == 0:
+                    ledger.compact(segment)
+                continue
+            if row["fault"] in ("environment", "input"):
+                raise JobFailedError(
+                    f"{receipt.error}. The job stops here with {state.done} of {state.units} units done, as no other "
+                    "unit would fare better"
+                )
+            state.failures[receipt.unit.unit] = receipt
+            print(f"{receipt.unit} failed: {receipt.error}", file=sys.stderr, flush=True)
+            alike = [*alike, receipt.error.partition(":")[0]][-_ALIKE:]
+            if not succeeded and len(alike) == _ALIKE and len(set(alike)) == 1:
+                raise JobFailedError(
+                    f"the first {_ALIKE} units failed alike, so the job stops; the last by {receipt.error}. Mend that, "
+                    "and the same command goes on"
+                )
+
+
 def _judge(config: PrecomputeConfig, summary: Summary) -> None:
     if summary.failed_units:
         raise JobFailedError(
-            f"{len(summary.failed_units)} of {summary.units} units failed for good: "
-            f"{summary.failed_units[:10]}; the reasons stand above and in index.parquet. Run the same command again "
-            "to try only these"
+            f"{len(summary.failed_units)} of {summary.units} units failed: {summary.failed_units[:10]}; the reasons "
+            "stand above and in the index. Run the same command again to try only these"
         )
     fraction = summary.failed / max(1, summary.samples)
     if fraction > config.max_failed_fraction:
         raise JobFailedError(
             f"{summary.failed} of {summary.samples} samples failed ({fraction:.2%}), more than "
-            f"max_failed_fraction={config.max_failed_fraction:.2%}; the rest is in the store. Look at the reasons, "
-            "mend the shards and start a new store, or raise the limit"
+            f"max_failed_fraction={config.max_failed_fraction:.2%}; the rest is in the store. Look at the reasons "
+            "(featup status --failed), then raise the limit, or try them again with --retry-failed"
         )
 
 
 @ray.remote(max_retries=2)  # type: ignore[untyped-decorator]
-def _prepare_remotely(config: PrecomputeConfig, shards: tuple[PlannedShard, ...]) -> Setup:
+def _prepare_remotely(config: PrecomputeConfig, shards: Any) -> Setup:
     return prepare(config, shards)
 
 
 def stages(
-    config: PrecomputeConfig, plan: Plan, layout: Layout, setup: Setup, todo: NDArray[np.int64], gpus: float
+    config: PrecomputeConfig, plan: Plan, layout: Layout, setup: Setup, todo: NDArray[np.int64], allotment: Allotment
 ) -> ray.data.Dataset:
     """The stages from the units ``todo`` to their receipts, nothing run yet.
 
     Loading and featurizing must not be fused, or the actor would wait for every unit to be read and decoded: Ray keeps
-    stages apart whose resources differ, which the config sees to.
+    stages apart whose resources differ, which the allotment sees to.
     """
-    reference = ray.put((plan, todo, decode_options(config, setup.mean)))
+    reference = ray.put((plan, todo, decode_options(config, setup.mean), config.out))
     return (
         ray.data.range(len(todo), override_num_blocks=min(len(todo), MOST_BLOCKS))
-        .map(load_row, fn_kwargs={"fetch": ray.get, "reference": reference}, num_cpus=config.loader_cpus)
+        .map(load_row, fn_kwargs={"fetch": ray.get, "reference": reference}, num_cpus=allotment.loader_cpus)
         .map_batches(
             Featurizer,
-            fn_constructor_args=(config, setup, layout),
+            fn_constructor_args=(config, setup, layout, allotment.actors_per_node),
             batch_size=1,
             batch_format="numpy",
-            num_cpus=config.cpus_per_actor,
-            num_gpus=gpus or None,
+            num_cpus=allotment.cpus_per_actor,
+            num_gpus=allotment.gpus_per_actor or None,
             # Two calls at once, of which one computes and the other writes.
             compute=ray.data.ActorPoolStrategy(
-                size=config.actors,
+                size=allotment.actors,
                 max_tasks_in_flight_per_actor=4,
                 max_concurrent_calls_per_actor=2,
                 enable_true_multi_threading=True,

@@ -1,6 +1,8 @@
 """Verification on all CPUs of a cluster."""
 
-from functools import lru_cache
+from collections.abc import Callable
+from contextlib import nullcontext
+from functools import lru_cache, partial
 from typing import Any
 
 import numpy as np
@@ -10,41 +12,84 @@ import ray.data
 from pipeline.cluster.connect import connect
 from pipeline.cluster.planning import MOST_BLOCKS
 from pipeline.compute.source_check import check_source
-from pipeline.errors import StoreError
 from pipeline.inputs import storage
 from pipeline.inputs.plan import Plan
-from pipeline.store.layout import read_attributes
-from pipeline.store.verify import Finding, Verification, verify_index, verify_unit
+from pipeline.store.lease import Lease
+from pipeline.store.ledger import Ledger
+from pipeline.store.segments import UNITS_PER_SEGMENT
+from pipeline.store.verification import Verification, find_partial, repair_store, stored_plan, verify_store
+from pipeline.store.verify import Finding, SourceCheck, verify_unit
 
 __all__ = ["verify"]
 
 
-def verify(out: str, object_store_mb: int, source_units: int = 8) -> Verification:
+def verify(
+    out: str,
+    object_store_mb: int,
+    source_units: int = 8,
+    repair: bool = False,
+    remove_partial: bool = False,
+    url_of_shard: Callable[[int], str] | None = None,
+) -> Verification:
     """Re-read the whole store, on all of the cluster's CPUs.
 
     Args:
         out: the store.
         object_store_mb: memory of Ray's object store where the job starts its own Ray.
         source_units: of so many units, labels are decoded again from the input shards and compared.
+        repair: set damaged units back, so that the next run computes them anew.
+        remove_partial: remove files that a writer began and did not finish.
+        url_of_shard: where an input shard lies now, by its number in the plan; by default where the plan says.
 
     Raises:
-        StoreError: there is no store, or no index.
+        StoreError: there is no store, or its plan is damaged.
+        LeaseError: a job is at work on the store that is to be repaired.
     """
-    place = storage.join(out, "plan", "plan.json")
-    if read_attributes(out) is None or not storage.exists(place):
-        raise StoreError(f"no feature store at {out}; give the folder that was --out")
-    plan = Plan.from_json(storage.read_bytes(place), storage.join(out, "plan", "index"))
-    report = Verification(units=plan.units, samples=plan.samples)
-    report.problems += verify_index(out, plan)
+    plan = stored_plan(out)
+    # Before the lease, whose own renewals are files that are being written for a moment.
+    leftover = find_partial(out)
+    with Lease.acquire(out) if repair or remove_partial else nullcontext():
+        report = Verification(units=plan.units, samples=plan.samples)
+        if leftover and remove_partial:
+            for place in leftover:
+                storage.remove(place)
+            report.notes.append(f"{len(leftover)} leftover .partial files removed")
+        else:
+            report.problems += [f"{place} is left over from a writer that was killed" for place in leftover]
+        _verify(out, plan, report, object_store_mb, source_units, url_of_shard)
+        if repair:
+            repair_store(out, report)
+        elif report.damaged or report.misindexed:
+            report.notes.append("--repair sets damaged units back, for the next run of the job to compute anew")
+        return report
+
+
+def _verify(
+    out: str,
+    plan: Plan,
+    report: Verification,
+    object_store_mb: int,
+    source_units: int,
+    url_of_shard: Callable[[int], str] | None,
+) -> None:
+    done = Ledger(storage.join(out, "ledger")).done()
+    indexed = verify_store(out, plan, done, report)
+    units = np.flatnonzero(done.mask(plan.units))
+    if not len(units):
+        return
     connect(object_store_mb)
-    chosen = set(np.linspace(0, plan.units - 1, min(source_units, plan.units), dtype=int).tolist())
-    reference = ray.put((out, plan, chosen))
-    rows = ray.data.range(plan.units, override_num_blocks=min(plan.units, MOST_BLOCKS)).map(
+    chosen = units[np.linspace(0, len(units) - 1, min(source_units, len(units)), dtype=int)].tolist()
+    urls = {
+        unit: url_of_shard(shard) if url_of_shard else plan.shards[shard].url
+        for unit in chosen
+        for shard in [plan.unit(unit).shard]
+    }
+    reference = ray.put((out, plan, units, urls, indexed))
+    rows = ray.data.range(len(units), override_num_blocks=min(len(units), MOST_BLOCKS)).map(
         _verify_row, fn_kwargs={"reference": reference}, num_cpus=1
     )
     for row in rows.iter_rows():
         report.add(Finding.from_row(row))
-    return report
 
 
 @lru_cache(maxsize=2)
@@ -54,5 +99,7 @@ def _shared(reference: Any) -> Any:
 
 
 def _verify_row(row: dict[str, Any], reference: Any) -> dict[str, Any]:
-    out, plan, chosen = _shared(reference)
-    return verify_unit(out, plan, int(row["id"]), check_source if row["id"] in chosen else None).to_row()
+    out, plan, units, urls, indexed = _shared(reference)
+    unit = int(units[row["id"]])
+    source: SourceCheck | None = partial(check_source, url=urls[unit]) if unit in urls else None
+    return verify_unit(out, plan, unit, source, unit // UNITS_PER_SEGMENT in indexed).to_row()

@@ -6,16 +6,55 @@ import numba
 import torch
 from torch import nn
 
-__all__ = ["device_of", "set_threads"]
+from pipeline.errors import ConfigError
+
+__all__ = ["choose_device", "context_is_broken", "device_of", "set_threads", "share_threads"]
 
 
-def set_threads(count: int | None, actors: int) -> int:
-    """Use ``count`` threads in this process, by default the machine's cores shared among the actors."""
-    # Ray sets OMP_NUM_THREADS to the cores it reserved, which on a machine of its own leaves the others idle.
-    threads = count or max(1, len(os.sched_getaffinity(0)) // actors)
+def share_threads(count: int | None, processes: int) -> int:
+    """Threads of a process: ``count``, by default this machine's cores shared among ``processes`` on this machine."""
+    return count or max(1, len(os.sched_getaffinity(0)) // max(1, processes))
+
+
+def set_threads(count: int | None, processes: int) -> int:
+    """Use ``count`` threads for what the calling thread computes, see :func:`share_threads`; the number used.
+
+    Both numba and OpenMP keep the number per calling thread, so every thread that computes calls this. Ray sets
+    ``OMP_NUM_THREADS`` to the cores it reserved, which would leave the others idle.
+    """
+    threads = share_threads(count, processes)
     torch.set_num_threads(threads)
     numba.set_num_threads(min(threads, numba.config.NUMBA_NUM_THREADS))
     return threads
+
+
+def choose_device(gpus: float | None) -> torch.device:
+    """The device of a process that was given ``gpus`` GPUs; ``None`` takes one where there is one.
+
+    Ray does not hide GPUs from a process that asked for none, so what is visible says nothing.
+
+    Raises:
+        ConfigError: a GPU is asked for and torch sees none.
+    """
+    if gpus == 0 or (gpus is None and not torch.cuda.is_available()):
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        raise ConfigError(
+            f"{gpus:g} GPUs are asked for and torch {torch.__version__} sees none: there is no GPU, its driver does "
+            "not fit, or this torch is a build for CPUs; give --gpus-per-actor 0, or install torch for CUDA"
+        )
+    return torch.device("cuda")
+
+
+def context_is_broken(error: BaseException) -> bool:
+    """Whether a CUDA error leaves this process unable to use its GPU: any but running out of memory does."""
+    if isinstance(error, torch.OutOfMemoryError):
+        return False
+    texts = (error, error.__cause__, error.__context__)
+    return any(
+        isinstance(one, torch.AcceleratorError) or (isinstance(one, RuntimeError) and "CUDA error" in str(one))
+        for one in texts
+    )
 
 
 def device_of(module: nn.Module) -> torch.device:

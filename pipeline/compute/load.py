@@ -1,8 +1,8 @@
 """The loading stage: one unit of work becomes blocks of decoded images and aligned labels."""
 
+import atexit
 import json
 import os
-import platform
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
@@ -12,18 +12,24 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from pipeline.compute.outcome import Outcome, failed_unit
 from pipeline.decode.kinds import label_spec
+from pipeline.decode.members import check_bytes, hash_members, select_members
 from pipeline.decode.options import DecodeOptions
 from pipeline.decode.sample import PreparedSample, prepare_sample
-from pipeline.errors import PipelineError, Reason, SampleError
+from pipeline.decode.worker import DecoderProcess
+from pipeline.errors import Fault, PipelineError, Reason, SampleError, fault_of
+from pipeline.inputs import storage
+from pipeline.inputs.changes import check_unchanged
 from pipeline.inputs.plan import Plan, UnitKey
-from pipeline.inputs.read import read_samples
+from pipeline.inputs.read import Sample, read_samples
+from pipeline.inputs.storage import RangeReader
 from pipeline.inputs.tar import IndexedSample, ShardIndex
-from pipeline.redaction import redact
-from pipeline.store.ledger import Receipt, SampleRecord
+from pipeline.options import Size
+from pipeline.store.ledger import Ledger, Receipt, SampleRecord
 
 if TYPE_CHECKING:
-    from pipeline.config.base import BackboneConfig, Size
+    from pipeline.config.base import BackboneConfig
     from pipeline.config.precompute import PrecomputeConfig
 
 
@@ -31,7 +37,6 @@ __all__ = [
     "LoadedUnit",
     "decode_options",
     "empty_blocks",
-    "failed_unit",
     "image_options",
     "image_size",
     "load_row",
@@ -57,7 +62,7 @@ class LoadedUnit:
     sizes: dict[str, int]
 
 
-def image_size(config: "PrecomputeConfig") -> "Size":
+def image_size(config: "PrecomputeConfig") -> Size:
     """(height, width) images are decoded at: the backbone's, or the output's where that is larger, for the guidance."""
     target = config.target_size
     inside = target.height <= config.size.height and target.width <= config.size.width
@@ -66,70 +71,81 @@ def image_size(config: "PrecomputeConfig") -> "Size":
 
 def image_options(config: "BackboneConfig", mean: tuple[float, float, float]) -> DecodeOptions:
     """The decoder's options for images alone; padding has the colour that the backbone's normalisation makes zero."""
-    red, green, blue = (round(255 * value) for value in mean)
-    return DecodeOptions(
-        size=config.size,
-        geometry=config.geometry,
-        image_exts=config.image_exts,
-        max_pixels=config.max_pixels,
-        fill=(red, green, blue),
-    )
+    return DecodeOptions.of(config, labels=(), fill=_fill(mean))
 
 
 def decode_options(config: "PrecomputeConfig", mean: tuple[float, float, float]) -> DecodeOptions:
     """The decoder's options, for the image and its labels."""
-    return replace(
-        image_options(config, mean),
-        size=image_size(config),
-        label_size=config.target_size,
-        labels=config.labels,
-        seg_dtype=config.seg_dtype,
-        depth_png_scale=config.depth_png_scale,
-        depth_npy_scale=config.depth_npy_scale,
-        label_orientation=config.label_orientation,
-    )
+    return DecodeOptions.of(config, size=image_size(config), label_size=config.target_size, fill=_fill(mean))
+
+
+def _fill(mean: tuple[float, float, float]) -> tuple[int, int, int]:
+    red, green, blue = (round(255 * value) for value in mean)
+    return red, green, blue
 
 
 def load_sample(index: ShardIndex, position: int, options: DecodeOptions) -> PreparedSample:
-    """Read and decode one sample of a shard.
+    """Read and decode one sample of a shard, in this process.
+
+    The limits on bytes, pixels and scans hold; ``options.decode_timeout`` does not, as it takes a child process for
+    every thread that calls this. Callers fit on a selection of samples, or hold them in memory anyway.
 
     Raises:
         SampleError: it cannot be used.
     """
-    (members,) = read_samples(index, position, position + 1)
+    (members,) = _read_samples(index, position, position + 1, options)
     if isinstance(members, SampleError):
         raise members
     return prepare_sample(members, options)
 
 
-def load_unit(plan: Plan, key: UnitKey, options: DecodeOptions) -> LoadedUnit:
+def load_unit(
+    plan: Plan,
+    key: UnitKey,
+    options: DecodeOptions,
+    decode: Callable[[Sample, DecodeOptions], PreparedSample] | None = None,
+    *,
+    read: RangeReader = storage.read_range,
+) -> LoadedUnit:
     """Read and decode one unit. Samples that cannot be used are recorded, and leave fill values.
 
+    The shard is looked up before and after its samples are read, so that a unit never mixes two versions of it.
+
+    Args:
+        plan: the plan.
+        key: the unit.
+        options: of decoding.
+        decode: prepares the members of a sample; by default a child process of this one, within
+            ``options.decode_timeout``.
+        read: reads byte ranges.
+
     Raises:
-        InputError: the shard is not the one that was planned.
+        InputChangedError: the shard is not the one that was planned.
+        EnvironmentFault: it may not be read, or no child process can be started.
         OSError: it cannot be read, after retries.
     """
-    rows = plan.rows_per_shard
+    decode = decode or _decoder(os.getpid()).prepare
     index = plan.index(key.shard)
-    wanted = set(options.image_exts)
-    specs = [label_spec(kind, options.seg_dtype) for kind in options.labels]
-    wanted.update(ext for spec in specs for ext in spec.extensions)
     started = time.perf_counter()
-    samples = read_samples(index, key.start, key.stop, wanted.__contains__)
+    check_unchanged(plan.shards[key.shard])
+    samples = _read_samples(index, key.start, key.stop, options, read)
+    check_unchanged(plan.shards[key.shard])
     read_done = time.perf_counter()
 
-    blocks = empty_blocks(rows, options)
+    blocks = empty_blocks(plan.rows_per_shard, options)
     records = []
     for offset, (entry, members) in enumerate(zip(index.samples[key.start : key.stop], samples, strict=True)):
-        row = key.row + offset
+        record = SampleRecord(entry.key, key.row + offset, "ok")
         try:
             if isinstance(members, SampleError):
                 raise members
-            sample = prepare_sample(members, options)
+            sha256, label_sha256 = hash_members(members, options)
+            record = replace(record, sha256=sha256, label_sha256=label_sha256)
+            sample = decode(members, options)
         except SampleError as error:
             truncated = _cut_off(index, entry, key.start + offset, error)
             reason, detail = (Reason.TAR_TRUNCATED, truncated) if truncated else (error.reason, error.detail)
-            records.append(SampleRecord(entry.key, row, "failed", reason.value, detail))
+            records.append(replace(record, status="failed", reason=reason.value, detail=detail))
             continue
         blocks["image"][offset] = sample.image
         for kind, label in sample.labels.items():
@@ -137,17 +153,13 @@ def load_unit(plan: Plan, key: UnitKey, options: DecodeOptions) -> LoadedUnit:
         if "valid" in blocks:
             blocks["valid"][offset] = sample.valid
         records.append(
-            SampleRecord(
-                key=entry.key,
-                row=row,
-                status="ok",
+            replace(
+                record,
                 source_size=sample.transform.source_size,
                 transform=sample.transform.to_row(),
                 flags=sample.flags,
                 orientation=sample.orientation,
                 decoder=sample.decoder,
-                sha256=sample.sha256,
-                label_sha256=sample.label_sha256,
             )
         )
     decode_done = time.perf_counter()
@@ -159,6 +171,33 @@ def load_unit(plan: Plan, key: UnitKey, options: DecodeOptions) -> LoadedUnit:
         seconds={"read": read_done - started, "decode": decode_done - read_done},
         sizes={"read": read_bytes, "decode": sum(block.nbytes for block in blocks.values())},
     )
+
+
+@lru_cache(maxsize=1)
+def _decoder(process: int) -> DecoderProcess:
+    """The decoder of this process; its number is the argument because a forked process needs its own."""
+    decoder = DecoderProcess()
+    atexit.register(decoder.close)
+    return decoder
+
+
+def _read_samples(
+    index: ShardIndex, start: int, stop: int, options: DecodeOptions, read: RangeReader = storage.read_range
+) -> list[Sample | SampleError]:
+    """The members of samples ``start`` to ``stop`` that are decoded; samples with too large ones are not read."""
+    entries = tuple(_limited(entry, options) for entry in index.samples[start:stop])
+    return read_samples(replace(index, samples=entries), 0, len(entries), read=read)
+
+
+def _limited(entry: IndexedSample, options: DecodeOptions) -> IndexedSample:
+    """A sample with only the members that are decoded, or with the problem that one of them is too large."""
+    selected = select_members({member.ext for member in entry.members}, options).values()
+    members = tuple(member for member in entry.members if member.ext in selected)
+    try:
+        check_bytes(((member.ext, member.size) for member in members), options.max_bytes)
+    except SampleError as error:
+        return replace(entry, problem=entry.problem or (error.reason, error.detail))
+    return replace(entry, members=members)
 
 
 def empty_blocks(rows: int, options: DecodeOptions) -> dict[str, NDArray[Any]]:
@@ -184,22 +223,35 @@ def _cut_off(index: ShardIndex, entry: IndexedSample, position: int, error: Samp
 def load_row(row: dict[str, Any], fetch: Callable[[Any], Any], reference: Any) -> dict[str, Any]:
     """Row ``{"id": n}`` to the n-th unit that is to be done, loaded and packed as one row.
 
-    A unit that cannot be loaded comes as the account of its failure, beside empty arrays: all rows have the same
-    columns. This module imports neither torch nor zarr, so that the processes that load start fast and stay small.
+    A unit that has a receipt is not read: its receipt is passed on. A unit that cannot be loaded becomes a receipt with
+    its error. Either comes with empty blocks, because all rows have the same columns.
+
+    This module imports neither torch nor Ray, so that the processes that load start fast and stay small.
 
     Args:
-        fetch: gets what ``reference`` stands for: the plan, the numbers of the units to do, and the decoder's options.
+        row: the position of the unit among those that are to be done.
+        fetch: gets the object that ``reference`` stands for.
+        reference: the plan, the numbers of the units to do, the options of decoding, and the store's URL.
     """
-    plan, todo, options = _fetched(fetch, reference)
+    plan, todo, options, out = _fetched(fetch, reference)
     key: UnitKey = plan.unit(int(todo[row["id"]]))
+    shard = plan.shards[key.shard].digest
     try:
-        return pack(key, load_unit(plan, key, options))
+        receipt = Ledger(storage.join(out, "ledger")).get(key, shard)
+        if receipt is None:
+            return pack(key, load_unit(plan, key, options))
+        outcome = Outcome(receipt)
     except (PipelineError, OSError) as error:
         records = tuple(
-            SampleRecord(entry.key, key.row + offset, "ok") for offset, entry in enumerate(plan.unit_samples(key))
+            SampleRecord(name, key.row + offset, "ok") for offset, name in enumerate(_sample_keys(plan, key))
         )
-        receipt = failed_unit(key, plan.shards[key.shard].digest, records, error)
-        return {"meta": receipt.to_json(), "failed": True, **empty_blocks(plan.rows_per_shard, options)}
+        outcome = Outcome(failed_unit(key, shard, records, error), fault_of(error))
+    return {
+        "meta": outcome.receipt.to_json(),
+        "settled": True,
+        "fault": outcome.fault,
+        **empty_blocks(plan.rows_per_shard, options),
+    }
 
 
 @lru_cache(maxsize=2)
@@ -208,18 +260,12 @@ def _fetched(fetch: Callable[[Any], Any], reference: Any) -> Any:
     return fetch(reference)
 
 
-def failed_unit(key: UnitKey, shard: str, records: tuple[SampleRecord, ...], error: Exception) -> Receipt:
-    """The account of a unit that failed for good; its samples failed with it."""
-    text = redact(f"{type(error).__name__}: {error}")
-    lost = tuple(
-        replace(record, status="failed", reason=Reason.UNIT_FAILED.value, detail=text)
-        if record.status == "ok"
-        else record
-        for record in records
-    )
-    return Receipt(
-        unit=key, shard=shard, samples=lost, worker={"host": platform.node(), "pid": os.getpid()}, error=text
-    )
+def _sample_keys(plan: Plan, key: UnitKey) -> list[str]:
+    """The keys of a unit's samples; empty where it is the index that cannot be read."""
+    try:
+        return [entry.key for entry in plan.unit_samples(key)]
+    except (PipelineError, OSError):
+        return [""] * len(key)
 
 
 def pack(key: UnitKey, loaded: LoadedUnit) -> dict[str, Any]:
@@ -231,15 +277,16 @@ def pack(key: UnitKey, loaded: LoadedUnit) -> dict[str, Any]:
         "seconds": loaded.seconds,
         "sizes": loaded.sizes,
     }
-    return {"meta": json.dumps(meta).encode(), "failed": False, **loaded.blocks}
+    return {"meta": json.dumps(meta).encode(), "settled": False, "fault": "", **loaded.blocks}
 
 
-def unpack(batch: Mapping[str, NDArray[Any]]) -> Iterator[tuple[UnitKey, LoadedUnit | Receipt]]:
-    """The units of a batch of rows."""
+def unpack(batch: Mapping[str, NDArray[Any]]) -> Iterator[tuple[UnitKey, LoadedUnit | Outcome]]:
+    """The units of a batch of rows: loaded ones, and the outcome of those that are done already or failed."""
     for position, text in enumerate(batch["meta"]):
-        if batch["failed"][position]:
+        if batch["settled"][position]:
             receipt = Receipt.from_json(text)
-            yield receipt.unit, receipt
+            fault: Fault = str(batch["fault"][position])  # type: ignore[assignment]
+            yield receipt.unit, Outcome(receipt, fault)
             continue
         meta = json.loads(text)
         records = Receipt.from_json(
@@ -249,6 +296,6 @@ def unpack(batch: Mapping[str, NDArray[Any]]) -> Iterator[tuple[UnitKey, LoadedU
         blocks = {
             name: column[position] if name == "image" else np.array(column[position])
             for name, column in batch.items()
-            if name not in ("meta", "failed")
+            if name not in ("meta", "settled", "fault")
         }
         yield UnitKey(**meta["unit"]), LoadedUnit(blocks, records, meta["shard"], meta["seconds"], meta["sizes"])

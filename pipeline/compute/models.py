@@ -5,18 +5,20 @@ import platform
 from dataclasses import asdict, dataclass, replace
 
 import numpy as np
+import safetensors.torch
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
 from featup.backbones import Backbone, create_backbone
-from featup.checkpoints import check_backbone, load_pca
+from featup.checkpoints import check_backbone
 from featup.errors import GeometryError
 from featup.images import resize_images
-from featup.multiview.implicit import Fit, FitOptions, Implicit
+from featup.multiview.implicit import Fit, Implicit
 from featup.projection import PCA, PCAFit
 from featup.upsamplers import ChannelMap, Upsampler, create_upsampler
 from featup.weights import file_digest
+from pipeline.compute.device import choose_device
 from pipeline.compute.load import decode_options, load_sample
 from pipeline.config.base import BackboneConfig
 from pipeline.config.precompute import PrecomputeConfig
@@ -24,9 +26,9 @@ from pipeline.errors import ConfigError, SampleError, StoreError
 from pipeline.inputs import storage
 from pipeline.inputs.plan import Plan
 from pipeline.store.layout import list_differences
-from pipeline.store.provenance import feature_space, stored_config
+from pipeline.store.provenance import feature_space, pca_place, stored_config, stored_pca
 
-__all__ = ["Extractor", "Setup", "fit_pca", "make_backbone", "pca_place", "take_pca"]
+__all__ = ["Extractor", "Setup", "fit_pca", "keep_weights", "make_backbone", "pca_place", "take_pca", "weights_place"]
 
 
 @dataclass(frozen=True)
@@ -51,16 +53,21 @@ class Setup:
         return replace(self, channels=len(pca.components), digests=digests)
 
 
-def make_backbone(config: BackboneConfig) -> Backbone:
+def make_backbone(config: BackboneConfig, weights: str | None = None) -> Backbone:
     """The backbone that the options name, on the CPU.
+
+    Args:
+        config: names it.
+        weights: file or URL of its weights; by default ``config.weights``, else timm's own where it is pretrained.
 
     Raises:
         FeatupError: a model, layer, size or weights that do not fit.
     """
+    weights = weights or config.weights
     return create_backbone(
         config.backbone,
-        weights=storage.local_copy(config.weights) if config.weights else None,
-        pretrained=config.pretrained and config.weights is None,
+        weights=storage.local_copy(weights) if weights else None,
+        pretrained=config.pretrained and weights is None,
         layer=config.layer,
         stride=config.stride,
         norm=config.norm,
@@ -71,17 +78,47 @@ def make_backbone(config: BackboneConfig) -> Backbone:
     )
 
 
+def weights_place(config: BackboneConfig) -> str | None:
+    """Where a store keeps the weights that timm downloaded for it; ``None`` where nothing is downloaded."""
+    downloads = config.pretrained and config.weights is None
+    return storage.join(config.out, "plan", "backbone.safetensors") if downloads else None
+
+
+def keep_weights(config: BackboneConfig) -> str | None:
+    """Download timm's weights once, into the store: no actor, and no later run, asks the hub for them again.
+
+    Returns:
+        The file's name; ``None`` where nothing is downloaded.
+
+    Raises:
+        WeightsError: timm cannot get them.
+    """
+    place = weights_place(config)
+    if place is not None and not storage.exists(place):
+        # Without an image size: weights as they are published, before any resampling.
+        backbone = create_backbone(config.backbone, pretrained=True, kwargs=config.backbone_kwargs)
+        state = {name: value.contiguous().clone() for name, value in backbone.model.state_dict().items()}
+        storage.write_atomic(place, safetensors.torch.save(state))
+    return place
+
+
 class Extractor:
     """Backbone, upsampler and projection of one config on one device."""
 
-    def __init__(self, config: PrecomputeConfig, pca: PCA | None = None) -> None:
+    def __init__(self, config: PrecomputeConfig, pca: PCA | None = None, weights: str | None = None) -> None:
         """
+        Args:
+            config: names backbone and upsampler; ``gpus_per_actor`` chooses the device.
+            pca: gives principal components in place of the channels.
+            weights: file or URL of the backbone's weights, see :func:`make_backbone`.
+
         Raises:
+            ConfigError: a GPU is asked for, and there is none.
             FeatupError: a model, layer, size or checkpoint that does not fit.
         """
         self.config = config
-        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        self.backbone: Backbone = make_backbone(config).to(self.device)
+        self.device = choose_device(config.gpus_per_actor)
+        self.backbone: Backbone = make_backbone(config, weights).to(self.device)
         self.grid = self.backbone.grid(config.size)
         checkpoint = storage.local_copy(config.checkpoint) if config.checkpoint else None
         # Of implicit fitting this is what a fit starts from.
@@ -113,8 +150,7 @@ class Extractor:
         self.projection = pca.as_channel_map()
         self.channels = len(pca.components)
         if self.config.upsampler == "implicit":
-            options = FitOptions(steps=self.config.fit_steps, views=self.config.fit_views, seed=self.config.fit_seed)
-            self.upsampler = Implicit(self.backbone, pca, self.upsampler, options, self.config.size)
+            self.upsampler = Implicit(self.backbone, pca, self.upsampler, self.config.fit_options, self.config.size)
 
     def setup(self) -> Setup:
         """The facts every actor must agree on."""
@@ -183,17 +219,12 @@ def fit_pca(extractor: Extractor, plan: Plan, components: int, images: int) -> P
     return fit.solve(components)
 
 
-def pca_place(store: str) -> str:
-    """Where a store keeps its PCA."""
-    return storage.join(store, "plan", "pca.safetensors")
-
-
 def take_pca(store: str, config: PrecomputeConfig, setup: Setup) -> tuple[PCA, bytes]:
     """Another store's PCA and its file's bytes, for a run with ``config`` and ``setup``.
 
     Raises:
         ConfigError: its backbone gives other features than this run's.
-        StoreError: there is no such store, or it has all channels.
+        StoreError: there is no such store, it is not complete, it has all channels, or its PCA file was replaced.
     """
     other = stored_config(store)
     if "pca" not in other[1]["digests"]:
@@ -204,5 +235,4 @@ def take_pca(store: str, config: PrecomputeConfig, setup: Setup) -> tuple[PCA, b
             f"the PCA of {store} is of other features: {'; '.join(differences)}. Give the options of the backbone that "
             "store was made with, or --pca to fit a PCA to this data set"
         )
-    place = pca_place(store)
-    return load_pca(storage.local_copy(place)), storage.read_bytes(place)
+    return stored_pca(store)

@@ -1,31 +1,57 @@
 """What happens once, before the first unit: the plan, the models' facts, the PCA, and the store's creation."""
 
+import hashlib
 import sys
 from dataclasses import asdict, replace
 from importlib.metadata import version
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.compute as pc
 import yaml
 
 from featup.checkpoints import pca_bytes
 from pipeline.compute.device import set_threads
-from pipeline.compute.models import Extractor, Setup, fit_pca, pca_place, take_pca
+from pipeline.compute.models import Extractor, Setup, fit_pca, keep_weights, take_pca, weights_place
 from pipeline.config.base import InputConfig, describe
 from pipeline.config.precompute import PrecomputeConfig
-from pipeline.errors import StoreMismatchError
+from pipeline.errors import Reason, StoreMismatchError
 from pipeline.inputs import storage
-from pipeline.inputs.plan import Plan, PlannedShard, make_plan, rows_of
-from pipeline.store.create import create_store
+from pipeline.inputs.patterns import expand
+from pipeline.inputs.plan import IndexAll, Plan, PlannedShard, make_plan, rows_of
+from pipeline.inputs.plan_update import PlanUpdate, update_plan
+from pipeline.store.create import create_store, grow_store
+from pipeline.store.index import read_index
 from pipeline.store.layout import Layout, finished_attributes, list_differences, tile_of
+from pipeline.store.ledger import Ledger
+from pipeline.store.provenance import pca_place
 
-__all__ = ["complete_plan", "create_all", "layout_of", "plan_input", "prepare", "versions"]
+__all__ = [
+    "check_options",
+    "complete_plan",
+    "create_or_grow",
+    "layout_of",
+    "plan_input",
+    "plan_store",
+    "prepare",
+    "units_to_retry",
+    "versions",
+]
 
 
-def plan_input(config: InputConfig, index_all: Any = None) -> tuple[PlannedShard, ...]:
+def plan_input(config: InputConfig, index_all: IndexAll | None = None) -> tuple[PlannedShard, ...]:
     """Index the input shards; the indices are kept in ``OUT/plan/index``."""
-    index_dir = storage.join(config.out, "plan", "index")
-    storage.make_dirs(index_dir)
-    return make_plan(config.shards, index_dir, config.limit, index_all)
+    return make_plan(config.shards, _index_dir(config.out), config.limit, index_all)
+
+
+def plan_store(config: PrecomputeConfig, old: Plan | None, index_all: IndexAll | None = None) -> PlanUpdate:
+    """The plan of a store's input as it is now: that of before, with what is new behind it.
+
+    Raises:
+        InputChangedError: a shard has other content than the store was made from.
+        InputError: nothing matches, no shard holds a sample, or one that the store was made from is gone.
+    """
+    return update_plan(old, expand(config.shards), _index_dir(config.out), config.limit, index_all)
 
 
 def prepare(config: PrecomputeConfig, shards: tuple[PlannedShard, ...]) -> Setup:
@@ -36,21 +62,21 @@ def prepare(config: PrecomputeConfig, shards: tuple[PlannedShard, ...]) -> Setup
         StoreError: there is no store at ``pca_from``, or it has no PCA.
     """
     set_threads(config.threads, config.actors)
-    extractor = Extractor(config)
+    extractor = Extractor(config, weights=keep_weights(config))
     setup = extractor.setup()
-    found = finished_attributes(config.out)
+    existing = finished_attributes(config.out)
     if config.pca_from is not None:
         pca, data = take_pca(config.pca_from, config, setup)
     elif config.pca is None:
         return setup
-    elif found is not None:
-        digests = setup.digests | {"pca": found["identity"]["pca digest"]}
+    elif existing is not None:
+        digests = setup.digests | {"pca": existing["identity"]["pca digest"]}
         return replace(setup, channels=config.pca, digests=digests)
     else:
-        plan = Plan(shards, 1, storage.join(config.out, "plan", "index"))
+        plan = Plan(shards, 1, _index_dir(config.out))
         pca = fit_pca(extractor, plan, config.pca, config.pca_images)
         data = pca_bytes(pca, backbone=config.backbone, layer=setup.layer, weights=setup.digests["backbone"])
-    if found is None:
+    if existing is None:
         # Of a store that is there the PCA stays: whether this is the same, its digest says before anything runs.
         storage.write_atomic(pca_place(config.out), data)
     return setup.with_pca(pca, data)
@@ -75,57 +101,95 @@ def layout_of(config: PrecomputeConfig, rows_per_shard: int, channels: int, unit
 
 def complete_plan(config: PrecomputeConfig, shards: tuple[PlannedShard, ...], channels: int) -> Plan:
     """The plan, once the number of stored channels tells how many images make a Zarr shard."""
-    rows = rows_of(layout_of(config, 1, channels, 1).sample_bytes, config.rows_per_shard)
-    return Plan(shards, rows, storage.join(config.out, "plan", "index"))
+    layout = layout_of(config, 1, channels, 1)
+    decoded = 3 * max(config.size.height * config.size.width, layout.height * layout.width)
+    labels = sum(spec.row_bytes for spec in layout.arrays[1:])
+    rows = rows_of(layout.sample_bytes, config.rows_per_shard, decoded + labels)
+    return Plan(shards, rows, _index_dir(config.out))
 
 
 def check_options(config: PrecomputeConfig) -> None:
     """Refuse another run's store before anything in it is touched."""
-    found = finished_attributes(config.out)
-    if found is None:
-        return
-    wanted = config.identity()
-    differences = list_differences({name: found["identity"].get(name) for name in wanted}, wanted)
-    if differences:
-        raise StoreMismatchError(
-            f"{config.out} was made with other options:\n  " + "\n  ".join(differences) + "\n"
-            "Finish it with the options it was made with, or give another --out."
-        )
+    existing = finished_attributes(config.out)
+    if existing is not None:
+        options = config.identity()
+        _refuse(config.out, {name: value for name, value in existing["identity"].items() if name in options}, options)
 
 
-def create_all(config: PrecomputeConfig, plan: Plan, layout: Layout, setup: Setup) -> None:
-    """Create the store, or check that the one there is this run's; keep plan and config beside it.
+def create_or_grow(config: PrecomputeConfig, plan: Plan, layout: Layout, setup: Setup) -> None:
+    """Create the store, or check that the one there is this run's and make it as long as the plan.
+
+    Plan and config are kept beside it: the plan before the arrays, so that arrays never hold rows of shards that no
+    plan names.
 
     Raises:
-        StoreMismatchError: it was made with other options, input or weights; the text lists the differences.
+        StoreMismatchError: it was made with other options or weights; the text lists the differences.
     """
-    place = storage.join(config.out, "plan", "plan.json")
     identity = config.identity() | {f"{name} digest": value for name, value in setup.digests.items()}
-    identity |= {"input shards": len(plan.shards), "input samples": plan.samples, "input digest": plan.digest}
+    existing = finished_attributes(config.out)
+    if existing is not None:
+        _refuse(config.out, existing["identity"], identity)
     provenance = {
         "identity": identity,
         "config": describe(config),
         "setup": asdict(setup),
         "versions": versions(),
+        "plan_files": _plan_files(config),
     }
-    try:
-        create_store(config.out, layout, provenance)
-    except StoreMismatchError as error:
-        if storage.exists(place):
-            old = Plan.from_json(storage.read_bytes(place), plan.index_dir)
-            changed = [
-                f"{now.url}: {was.size} bytes, {was.used} samples then; {now.size} bytes, {now.used} samples now"
-                for was, now in zip(old.shards, plan.shards, strict=False)
-                if (was.url, was.size, was.used) != (now.url, now.size, now.used)
-            ]
-            if changed:
-                raise StoreMismatchError(f"{error}\nInput that changed:\n  " + "\n  ".join(changed[:10])) from error
-        raise
-    storage.write_atomic(place, plan.to_json())
+    storage.write_atomic(_plan_place(config.out), plan.to_json())
+    create_store(config.out, layout, provenance, _defaults())
+    grow_store(config.out, layout)
     storage.write_atomic(
         storage.join(config.out, "plan", "config.yaml"),
         yaml.safe_dump(describe(config), sort_keys=False).encode(),
     )
+
+
+def units_to_retry(config: PrecomputeConfig, plan: Plan, ledger: Ledger) -> list[int]:
+    """Units that are done and hold failed samples, of the reasons that ``retry_failed`` names (all, if none)."""
+    attributes = finished_attributes(config.out)
+    if attributes is None:
+        return []
+    reasons = set(config.retry_failed or Reason)
+    if attributes.get("complete"):
+        table = read_index(config.out, ["unit", "status", "reason"])
+        failed = pc.and_(pc.equal(table["status"], "failed"), pc.is_in(table["reason"], pa.array(sorted(reasons))))
+        return sorted(set(table.filter(failed)["unit"].to_pylist()))
+    done = ledger.done()
+    keys = ((key, plan.shards[key.shard].digest) for key in map(plan.unit, range(plan.units)) if key.unit in done)
+    return [
+        key.unit
+        for key, receipt in ledger.receipts(keys)
+        if receipt is not None and any(record.reason in reasons for record in receipt.samples)
+    ]
+
+
+def _refuse(out: str, stored: dict[str, Any], wanted: dict[str, Any]) -> None:
+    differences = list_differences(stored, wanted, defaults=_defaults())
+    if differences:
+        raise StoreMismatchError(
+            f"{out} was made with other settings: {'; '.join(differences)}. Finish it with the settings it was made "
+            "with, or give another --out"
+        )
+
+
+def _defaults() -> dict[str, Any]:
+    """Options that decide what is written, with their defaults: what an older store is taken to have been made with."""
+    return PrecomputeConfig(shards=("-",), out="-").identity()
+
+
+def _plan_files(config: PrecomputeConfig) -> dict[str, str]:
+    """sha256 of the files beside the plan, by name, that decide what is written (the PCA's is in the identity)."""
+    place = weights_place(config)
+    return {} if place is None else {"backbone.safetensors": hashlib.sha256(storage.read_bytes(place)).hexdigest()}
+
+
+def _index_dir(out: str) -> str:
+    return storage.join(out, "plan", "index")
+
+
+def _plan_place(out: str) -> str:
+    return storage.join(out, "plan", "plan.json")
 
 
 def versions() -> dict[str, str]:

@@ -1,10 +1,10 @@
-"""The featurizing stage: the actor that extracts, upsamples, encodes and writes, and returns receipts only."""
+"""One unit from decoded images to stored shards: extract, upsample, encode, write, and the receipt."""
 
 import os
 import platform
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 
@@ -12,21 +12,24 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from featup.checkpoints import load_pca
 from featup.errors import FeatupError
-from featup.weights import file_digest
-from pipeline.compute.device import set_threads
-from pipeline.compute.load import LoadedUnit, failed_unit
-from pipeline.compute.models import Extractor, Setup, pca_place
+from pipeline.compute.device import context_is_broken, set_threads
+from pipeline.compute.load import LoadedUnit
+from pipeline.compute.models import Extractor, Setup, weights_place
+from pipeline.compute.outcome import Outcome, failed_unit
 from pipeline.config.precompute import PrecomputeConfig
-from pipeline.errors import PipelineError, Reason, StoreError
+from pipeline.errors import EnvironmentFault, PipelineError, Reason, StoreError, UnitError
 from pipeline.inputs import storage
 from pipeline.inputs.plan import UnitKey
 from pipeline.store.layout import FAILED, NOTHING, OK, Layout
 from pipeline.store.ledger import Ledger, Receipt, SampleRecord
+from pipeline.store.provenance import stored_pca
 from pipeline.store.writer import StoreWriter, round_mantissa, row_checksum
 
-__all__ = ["UnitProcessor"]
+__all__ = ["BROKEN_CONTEXT_STATUS", "UnitProcessor"]
+
+BROKEN_CONTEXT_STATUS = 66
+"""Exit status of a process whose CUDA context broke."""
 
 
 class UnitProcessor:
@@ -35,19 +38,35 @@ class UnitProcessor:
     Computing and writing each have a lock of their own: while one thread writes a unit, the other computes the next.
     """
 
-    def __init__(self, config: PrecomputeConfig, setup: Setup, layout: Layout) -> None:
+    def __init__(
+        self,
+        config: PrecomputeConfig,
+        setup: Setup,
+        layout: Layout,
+        processes: int = 1,
+        end_process: Callable[[int], object] = os._exit,
+    ) -> None:
         """
+        Args:
+            config: every option.
+            setup: the facts of the models that every process must agree on.
+            layout: the store's.
+            processes: how many processes share this machine's cores.
+            end_process: ends this process with an exit status, without any clean-up.
+
         Raises:
             StoreError: the weights this process found are not those the store was made for, or there is no store.
         """
         self.config = config
         self.layout = layout
-        self.threads = set_threads(config.threads, config.actors)
+        self._processes = processes
+        self._end_process = end_process
+        self.threads = set_threads(config.threads, processes)
         pca, pca_digest = None, {}
         if config.projects:
-            path = storage.local_copy(pca_place(config.out))
-            pca, pca_digest = load_pca(path), {"pca": file_digest(path)}
-        self.extractor = Extractor(config, pca)
+            pca = stored_pca(config.out)[0]
+            pca_digest = {"pca": setup.digests["pca"]}
+        self.extractor = Extractor(config, pca, weights_place(config))
         digests = self.extractor.digests | pca_digest
         if digests != setup.digests:
             raise StoreError(
@@ -60,32 +79,45 @@ class UnitProcessor:
         # Blocks to use again: memory fresh from the system costs a page fault every 4 KiB, a tenth of the time here.
         self._spare: list[NDArray[np.float16]] = []
 
-    def process(self, key: UnitKey, loaded: LoadedUnit) -> Receipt:
+    def process(self, key: UnitKey, loaded: LoadedUnit) -> Outcome:
         """Features, data, receipt, in that order. A unit that is done already is left alone.
 
-        Returns the receipt, or, where every attempt failed, a receipt with ``error`` that is not in the ledger.
+        A unit that ended its process ``unit_attempts`` times, in this run or an earlier one, is given up: its samples
+        are recorded as failed. A CUDA error that breaks the context ends the process; another one takes its place.
         """
-        done = self.ledger.get(key, loaded.shard)
-        if done is not None:
-            return done
-        attempt = 0
+        set_threads(self.config.threads, self._processes)
+        receipt = self.ledger.get(key, loaded.shard)
+        if receipt is not None:
+            return Outcome(receipt)
+        if self.ledger.begin_attempt(key.unit) > self.config.unit_attempts:
+            return self._give_up(key, loaded)
+        failures = 0
         while True:
-            attempt += 1
             try:
-                return self._process(key, loaded)
+                outcome = Outcome(self._process(key, loaded))
+            except EnvironmentFault as error:
+                outcome = Outcome(failed_unit(key, loaded.shard, loaded.records, error), "environment")
             except (FeatupError, PipelineError, OSError, RuntimeError, ValueError) as error:
                 # Anything else is a fault of this program and ends the job with its traceback.
-                if attempt == self.config.unit_attempts:
-                    return failed_unit(key, loaded.shard, loaded.records, error)
+                if context_is_broken(error):
+                    print(f"{key}: {error}; this process cannot use its GPU any more and is replaced", flush=True)
+                    self._end_process(BROKEN_CONTEXT_STATUS)
+                failures += 1
+                # What a device computes may fail by chance; what a store refuses, its retries have asked for already.
+                if failures < self.config.unit_attempts and not isinstance(error, (OSError, PipelineError)):
+                    continue
+                outcome = Outcome(failed_unit(key, loaded.shard, loaded.records, error), "unit")
+            self.ledger.end_attempt(key.unit)
+            return outcome
 
     def _process(self, key: UnitKey, loaded: LoadedUnit) -> Receipt:
         seconds, sizes = dict(loaded.seconds), dict(loaded.sizes)
         with self._computing:
             features, records = self.compute(loaded, seconds)
-        good = [offset for offset, record in enumerate(records) if record.status == "ok"]
+        ok = [offset for offset, record in enumerate(records) if record.status == "ok"]
         status = np.full(self.layout.rows_per_shard, NOTHING, np.uint8)
         status[: len(records)] = FAILED
-        status[good] = OK
+        status[ok] = OK
         blocks = {**loaded.blocks, "features": features, "status": status}
         del blocks["image"]
         for spec in self.layout.arrays[:-1]:
@@ -93,7 +125,7 @@ class UnitProcessor:
         with self._writing:
             with _timed(seconds, "encode_write"):
                 sizes["stored"] = self.writer.write(key, blocks)
-                sizes["encode_write"] = len(good) * self.layout.sample_bytes
+                sizes["encode_write"] = len(ok) * self.layout.sample_bytes
             with _timed(seconds, "checksum"):
                 checksums = {
                     spec.name: [
@@ -109,11 +141,39 @@ class UnitProcessor:
                 checksums=checksums,
                 seconds=seconds,
                 sizes=sizes,
-                worker={"host": platform.node(), "pid": os.getpid(), "threads": self.threads},
+                worker={
+                    "host": platform.node(),
+                    "pid": os.getpid(),
+                    "threads": self.threads,
+                    "finished": round(time.time(), 3),
+                },
             )
             self.ledger.commit(receipt)
         self._spare.append(features)
         return receipt
+
+    def _give_up(self, key: UnitKey, loaded: LoadedUnit) -> Outcome:
+        """Record a unit's samples as failed, for good: the job goes on without it."""
+        error = UnitError(
+            f"{key} ended its process {self.config.unit_attempts} times and is given up; look at its samples and at "
+            "the machine's memory, then run the same command with --retry-failed unit_failed"
+        )
+        failed = failed_unit(key, loaded.shard, loaded.records, error)
+        status = np.full(self.layout.rows_per_shard, NOTHING, np.uint8)
+        status[: len(loaded.records)] = FAILED
+        blocks = {
+            spec.name: np.full((self.layout.rows_per_shard, *spec.row_shape), spec.fill, spec.dtype)
+            for spec in self.layout.arrays
+        } | {"status": status}
+        with self._writing:
+            self.writer.write(key, blocks)
+            nothing: dict[str, list[int | None]] = {
+                spec.name: [None] * len(loaded.records) for spec in self.layout.arrays
+            }
+            receipt = replace(failed, error="", checksums=nothing)
+            self.ledger.commit(receipt)
+        self.ledger.end_attempt(key.unit)
+        return Outcome(receipt)
 
     def compute(
         self, loaded: LoadedUnit, seconds: dict[str, float]
@@ -151,7 +211,7 @@ class UnitProcessor:
                 continue
             for row, fit in zip(rows, fits, strict=False):
                 records[row] = replace(records[row], explained_variance=fit.explained_variance)
-                if not fit.explained_variance > fit.before:
+                if not fit.explained_variance > fit.initial_explained_variance:
                     records[row] = replace(records[row], flags=(*records[row].flags, "fit_no_better"))
             for row, one in zip(rows, place, strict=True):
                 # float16 ends at 65504: what does not fit is infinite, and would poison a probe.

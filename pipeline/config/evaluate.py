@@ -1,62 +1,104 @@
-"""Options of ``jobs.evaluate``."""
+"""Options of ``featup evaluate``."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import get_args
 
-from pipeline.config.base import BackboneConfig, option
+from featup.names import TrainableName, UpsamplerName
+from pipeline.config.base import BackboneConfig
+from pipeline.decode.options import DepthOptions
+from pipeline.options import option
 
 __all__ = ["EvaluateConfig"]
 
 
-@dataclass(frozen=True, kw_only=True)
-class EvaluateConfig(BackboneConfig):
-    """Options of ``jobs.evaluate``: shards of labelled images in, a table of upsamplers out."""
+_TRAINED = get_args(TrainableName)
+_UNTRAINED = (
+    *(name for name in get_args(UpsamplerName) if name not in _TRAINED),
+    *("strided", "large_image", "deep_image_prior", "implicit", "implicit=bilinear", "implicit=bilateral"),
+)
+_METHODS = (
+    f"{', '.join(_UNTRAINED)}, nor NAME=FILE with one of {', '.join(_TRAINED)}, nor implicit=FILE.safetensors of a jbu"
+)
 
-    train: tuple[str, ...] = option((), "segmentation: tar shards with seg.png to fit probes on")
-    val: tuple[str, ...] = option((), "segmentation: tar shards with seg.png to evaluate on")
-    classes: int | None = option(None, "segmentation: how many classes there are")
-    ignore_index: int = option(255, "segmentation: the class id of pixels without a label")
-    depth_train: tuple[str, ...] = option((), "depth: tar shards with depth.png or depth.npy to fit probes on")
-    depth_val: tuple[str, ...] = option((), "depth: tar shards with depth.png or depth.npy to evaluate on")
-    depth_png_scale: float = option(0.001, "metres per unit of depth.png")
-    depth_npy_scale: float = option(1.0, "metres per unit of depth.npy")
-    cam_shards: tuple[str, ...] = option((), "class activation maps: tar shards with images, labels are not read")
-    limit: int | None = option(None, "evaluate on the first so many images of each set")
-    train_limit: int | None = option(None, "fit on the first so many images of each set")
+
+def _is_method(row: str) -> bool:
+    name, _, file = row.partition("=")
+    trained = name in _TRAINED or (name == "implicit" and file.endswith(".safetensors"))
+    return row in _UNTRAINED or (trained and bool(file))
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateConfig(DepthOptions, BackboneConfig):
+    """Options of ``featup evaluate``: shards of labelled images in, a table of upsamplers out."""
+
+    train: tuple[str, ...] = option(
+        (), "segmentation: tar shards with seg.png to fit probes on", group="input", path=True
+    )
+    val: tuple[str, ...] = option((), "segmentation: tar shards with seg.png to evaluate on", group="input", path=True)
+    classes: int | None = option(None, "segmentation: number of classes", group="input", at_least=1, at_most=65535)
+    ignore_index: int = option(
+        255, "segmentation: the class id of pixels without a label", group="input", at_least=0, at_most=65535
+    )
+    depth_train: tuple[str, ...] = option(
+        (), "depth: tar shards with depth.png or depth.npy to fit probes on", group="input", path=True
+    )
+    depth_val: tuple[str, ...] = option(
+        (), "depth: tar shards with depth.png or depth.npy to evaluate on", group="input", path=True
+    )
+    cam_shards: tuple[str, ...] = option(
+        (), "class activation maps: tar shards with images, labels are not read", group="input", path=True
+    )
+    limit: int | None = option(None, "evaluate on the first images of each set, so many", group="input", at_least=1)
+    train_limit: int | None = option(None, "fit on the first images of each set, so many", group="input", at_least=1)
 
     rows: tuple[str, ...] = option(
         ("nearest", "bilinear", "bicubic", "strided", "large_image", "bilateral"),
-        "of the table: nearest, bilinear, bicubic, bilateral, strided, large_image; NAME=FILE for those that are "
-        "trained: jbu, resize_conv, carafe, sapa, ifa; and those that are fitted to each image: deep_image_prior, "
-        "implicit, which starts from bilateral, or implicit=FILE from a jbu",
+        "of the table, one a method: nearest, bilinear, bicubic, bilateral, strided, large_image; trained, as "
+        "NAME=FILE: jbu, resize_conv, carafe, sapa, ifa; fitted to each image: deep_image_prior, implicit (its initial "
+        "map by bilateral) or implicit=FILE (by a jbu)",
+        group="upsampler",
+        path=True,
     )
-    fit_steps: int = option(20, "implicit: steps of a fit")
-    fit_views: int = option(32, "implicit: jittered views of an image that its fit is made from")
-    fit_components: int = option(128, "implicit: principal components of the training images' features to fit in")
-    prior_steps: int = option(300, "deep_image_prior: steps of a fit")
+    fit_steps: int = option(20, "implicit: steps of a fit", group="upsampler", at_least=1)
+    fit_views: int = option(
+        32, "implicit: jittered views of an image that it is fitted to", group="upsampler", at_least=1
+    )
+    fit_components: int = option(
+        128, "implicit: principal components of the training images' features to fit in", group="upsampler", at_least=1
+    )
+    prior_steps: int = option(300, "deep_image_prior: steps of a fit", group="upsampler", at_least=1)
+    factor: int = option(
+        2, "strided and large_image: how many times finer their features are", group="upsampler", at_least=1, at_most=64
+    )
+    sigma_space: float = option(1.0, "bilateral: in pixels of a stage", group="upsampler", above=0)
+    sigma_colour: float = option(0.2, "bilateral: on RGB in [-1, 1]", group="upsampler", above=0)
+
     views: int = option(
-        0, "also measure the share of variance that each row explains of so many shifted views of an image, 0 for none"
+        0,
+        "shifted views of an image, of whose variance the share explained by each method is measured; 0 for none",
+        group="evaluation",
+        at_least=0,
     )
-    views_images: int = option(16, "images the views are made of, spread over the set")
-    factor: int = option(2, "strided and large_image: how many times finer their features are")
-    sigma_space: float = option(1.0, "bilateral: in pixels of a stage")
-    sigma_colour: float = option(0.2, "bilateral: on RGB in [-1, 1]")
-    retrained: bool = option(True, "also fit probes on each row's own upsampled features")
-    pixels: int = option(100, "retrained: pixels of every training image that the probe is fitted on")
-    seeds: int = option(1, "retrained: how many probes, each on other pixels")
-    max_vectors: int = option(200_000, "fit a probe on no more feature vectors than this, drawn by a seed")
-    resamples: int = option(200, "of the images, for the intervals of differences")
-    pictures: int = option(6, "images of each set to make pictures of")
-    batch_size: int = option(8, "images upsampled at once", run=True)
+    views_images: int = option(
+        16, "images the views are warped from, spread over the set", group="evaluation", at_least=1
+    )
+    retrained: bool = option(True, "also fit probes on each method's own upsampled features", group="evaluation")
+    pixels: int = option(
+        100, "retrained: pixels of every training image that the probe is fitted on", group="evaluation", at_least=1
+    )
+    seeds: int = option(1, "retrained: probes, each fitted on other pixels", group="evaluation", at_least=1)
+    max_vectors: int = option(
+        200_000, "feature vectors a probe is fitted on, at most, sampled by a seed", group="evaluation", at_least=1
+    )
+    resamples: int = option(200, "of the images, for the intervals of differences", group="evaluation", at_least=1)
+    pictures: int = option(6, "images of each set to draw pictures of", group="evaluation", at_least=0)
+
+    batch_size: int = option(8, "images upsampled at once", group="run", run=True, at_least=1)
 
     def _checks(self) -> Sequence[tuple[bool, str]]:
-        counts = (
-            *("limit", "train_limit", "classes", "factor", "pixels", "seeds", "max_vectors", "resamples"),
-            *("fit_steps", "fit_views", "fit_components", "prior_steps", "views_images"),
-        )
         return [
             *super()._checks(),
-            (min(self.size) < 1, f"size={self.size}: both sides must be at least 1"),
             (
                 bool(self.train) != bool(self.val) or bool(self.depth_train) != bool(self.depth_val),
                 f"train={self.train} with val={self.val}, depth_train={self.depth_train} with "
@@ -71,16 +113,6 @@ class EvaluateConfig(BackboneConfig):
                 f"train={self.train} with classes={self.classes}: segmentation needs both",
             ),
             (not self.rows, "rows is empty; name at least one upsampler"),
+            *((not _is_method(row), f"rows: {row!r} is not one of {_METHODS}") for row in self.rows),
             (len(set(self.rows)) != len(self.rows), f"rows={self.rows}: one is named twice"),
-            *(
-                (
-                    getattr(self, name) is not None and getattr(self, name) < 1,
-                    f"{name}={getattr(self, name)} must be at least 1",
-                )
-                for name in (*counts, "batch_size")
-            ),
-            (
-                min(self.pictures, self.views) < 0,
-                f"pictures={self.pictures} and views={self.views} must be 0 or more",
-            ),
         ]

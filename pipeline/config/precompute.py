@@ -1,74 +1,158 @@
-"""Every option, once: frozen dataclasses, checked on construction, read from YAML and the command line."""
+"""Options of ``featup precompute``."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal, get_args
+from typing import TYPE_CHECKING, Literal, get_args
 
-from featup.upsamplers import TrainableName, UpsamplerName
-from pipeline.config.base import InputConfig, LabelKind, Size, option
+from featup.errors import GeometryError
+from featup.names import FitBase, TrainableName, UpsamplerName
+from pipeline.config.base import LARGEST_SEED, InputConfig, whole_gpus
+from pipeline.decode.options import LabelOptions
+from pipeline.errors import Reason
+from pipeline.options import Size, option
+
+if TYPE_CHECKING:
+    from featup.multiview.implicit import FitOptions
 
 __all__ = ["PrecomputeConfig"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class PrecomputeConfig(InputConfig):
-    """Options of ``jobs.precompute``: shards of images in, a store of features out."""
-
-    _places: ClassVar[tuple[str, ...]] = (*InputConfig._places, "checkpoint", "pca_from")
-
-    labels: tuple[LabelKind, ...] = option((), "labels to store beside the features: seg, depth, cls")
-    seg_dtype: Literal["uint8", "uint16"] = option("uint8", "type of the stored class ids; its largest value is 'none'")
-    label_orientation: Literal["displayed", "stored"] = option(
-        "displayed", "the pixel grid labels are in when EXIF turns the image and sizes cannot tell"
-    )
-    depth_png_scale: float = option(0.001, "metres per unit of depth.png")
-    depth_npy_scale: float = option(1.0, "metres per unit of depth.npy")
+class PrecomputeConfig(LabelOptions, InputConfig):
+    """Options of ``featup precompute``: shards of images in, a store of features out."""
 
     upsampler: UpsamplerName | Literal["implicit"] = option(
         "bilateral",
-        "nearest, bilinear, bicubic, bilateral (training-free), trained: jbu, resize_conv, carafe, sapa, ifa, or "
-        "implicit: fitted to every image, seconds each",
+        "nearest, bilinear, bicubic, bilateral (training-free); jbu, resize_conv, carafe, sapa, ifa (trained); or "
+        "implicit (fitted to every image, seconds each)",
+        group="upsampler",
     )
     checkpoint: str | None = option(
-        None, "for those that are trained: our .safetensors, or for jbu an official FeatUp .ckpt", run=True
+        None,
+        "of a trained upsampler: our .safetensors, or for jbu an official FeatUp .ckpt",
+        group="upsampler",
+        run=True,
+        path=True,
     )
-    output_size: Size | None = option(None, "size of the stored features, HEIGHTxWIDTH; by default that of the image")
-    sigma_space: float = option(1.0, "bilateral: in pixels of a stage")
-    sigma_colour: float = option(0.2, "bilateral: on RGB in [-1, 1]")
-
-    fit_base: Literal["bilinear", "bilateral", "jbu"] = option(
-        "bilateral", "implicit: what a fit starts from and adds to: bilinear, bilateral, or jbu with its checkpoint"
+    output_size: Size | None = option(
+        None,
+        "size of the stored features, HEIGHTxWIDTH; by default that of the image",
+        group="upsampler",
+        at_least=1,
+        at_most=16384,
     )
-    fit_steps: int = option(20, "implicit: steps of a fit")
-    fit_views: int = option(32, "implicit: jittered views of an image that its fit is made from")
-    fit_seed: int = option(0, "implicit: of views, samples and first weights")
+    sigma_space: float = option(1.0, "bilateral: in pixels of a stage", group="upsampler", above=0)
+    sigma_colour: float = option(0.2, "bilateral: on RGB in [-1, 1]", group="upsampler", above=0)
 
-    pca: int | None = option(None, "store so many principal components instead of all channels")
-    pca_images: int = option(256, "images the PCA is fitted on, spread over the data set")
+    fit_base: FitBase = option(
+        "bilateral",
+        "implicit: the upsampler of the initial map: bilinear, bilateral, or jbu with its checkpoint",
+        group="upsampler",
+    )
+    fit_steps: int = option(20, "implicit: steps of a fit", group="upsampler", at_least=1)
+    fit_views: int = option(
+        32, "implicit: jittered views of an image that it is fitted to", group="upsampler", at_least=1
+    )
+    fit_seed: int = option(
+        0,
+        "implicit: seed of views, samples and initial weights",
+        group="upsampler",
+        at_least=0,
+        at_most=LARGEST_SEED,
+    )
+
+    pca: int | None = option(
+        None, "store principal components, so many, instead of all channels", group="store", at_least=1
+    )
+    pca_images: int = option(256, "images the PCA is fitted on, spread over the data set", group="store", at_least=1)
     pca_from: str | None = option(
-        None, "another store whose PCA to take, so that one probe serves both; instead of pca", run=True
+        None,
+        "instead of pca: another store whose PCA is used, so that one probe serves both",
+        group="store",
+        run=True,
+        path=True,
     )
-    mantissa_bits: int | None = option(None, "round stored values to so many of float16's 10 bits, to compress better")
-    tile: int | None = option(None, "side of a chunk in pixels; by default as large as keeps a chunk below 4 MiB")
-    rows_per_shard: int | None = option(None, "images in one Zarr shard; by default as many as keep it below 256 MiB")
-    compression_level: int = option(1, "of zstd, 1 to 9")
+    mantissa_bits: int | None = option(
+        None,
+        "bits of float16's mantissa that stored values are rounded to, to compress better",
+        group="store",
+        at_least=1,
+        at_most=10,
+    )
+    tile: int | None = option(
+        None,
+        "side of a chunk in pixels, at most the longer side of the output; by default as large as keeps a chunk below "
+        "4 MiB",
+        group="store",
+        at_least=1,
+    )
+    rows_per_shard: int | None = option(
+        None,
+        "images in one Zarr shard; by default as many as keep it below 256 MiB",
+        group="store",
+        at_least=1,
+        at_most=65536,
+    )
+    compression_level: int = option(1, "of zstd", group="store", at_least=1, at_most=9)
 
-    actors: int = option(1, "processes that featurize", run=True)
-    gpus_per_actor: float | None = option(None, "by default 1 where the cluster has GPUs, else 0", run=True)
-    cpus_per_actor: float = option(1.0, "CPU cores Ray sets aside for each of them", run=True)
-    loader_cpus: float = option(0.5, "CPU cores Ray sets aside for each reading and decoding task", run=True)
-    batch_size: int = option(8, "images in one forward pass", run=True)
-    unit_attempts: int = option(2, "how often a unit is tried before it counts as failed", run=True)
+    actors: int = option(1, "processes that compute features", group="run", run=True, at_least=1)
+    gpus_per_actor: float | None = option(
+        None,
+        "GPUs of each actor: a fraction or a whole number; by default 1 where the cluster has GPUs, else 0",
+        group="run",
+        run=True,
+        at_least=0,
+    )
+    cpus_per_actor: float | None = option(
+        None,
+        "CPU cores Ray reserves for each actor; by default 1, or less where the machine has not so many",
+        group="run",
+        run=True,
+        at_least=0.01,
+    )
+    loader_cpus: float | None = option(
+        None,
+        "CPU cores Ray reserves for each reading and decoding task; by default 0.5, or less where the machine has not "
+        "so many",
+        group="run",
+        run=True,
+        at_least=0.01,
+    )
+    batch_size: int = option(8, "images in one forward pass", group="run", run=True, at_least=1)
+    unit_attempts: int = option(
+        3,
+        "how often a unit may fail or kill its process, over all runs, before it is listed as failed",
+        group="run",
+        run=True,
+        at_least=1,
+    )
+    retry_failed: tuple[str, ...] | None = option(
+        None,
+        "compute failed samples again, those of the given reasons or, without a word, of all",
+        group="run",
+        run=True,
+    )
+    resource_timeout: float = option(
+        1800.0,
+        "seconds to wait on a cluster for CPUs and GPUs that are asked for and not there yet",
+        group="run",
+        run=True,
+        at_least=0,
+    )
+    recheck_share: float = option(
+        1.0,
+        "share of finished samples whose bytes are compared where a shard's URL or time stamp changed",
+        group="run",
+        run=True,
+        above=0,
+        at_most=1,
+    )
 
     def _checks(self) -> Sequence[tuple[bool, str]]:
-        target = self.target_size
+        reasons = [reason.value for reason in Reason]
+        fit_problem = self._fit_problem()
         return [
             *super()._checks(),
-            (
-                min(*self.size, *target) < 1,
-                f"size={self.size}, output_size={target}: both sides must be at least 1",
-            ),
-            (len(set(self.labels)) != len(self.labels), f"labels={self.labels}: one is named twice"),
             (
                 (self._feed_forward in get_args(TrainableName)) != (self.checkpoint is not None),
                 f"upsampler={self.upsampler!r} with checkpoint={self.checkpoint!r}: those that are trained "
@@ -79,43 +163,43 @@ class PrecomputeConfig(InputConfig):
                 self.upsampler == "implicit" and not self.projects,
                 "upsampler='implicit' fits in the space of a PCA; give --pca, 128 for instance, or --pca-from STORE",
             ),
+            (fit_problem is not None, f"upsampler='implicit': {fit_problem}"),
             (
                 self.pca is not None and self.pca_from is not None,
                 f"pca={self.pca} fits a PCA and pca_from={self.pca_from!r} takes one that is there; give one of them",
             ),
             (
-                min(self.fit_steps, self.fit_views) < 1 or self.fit_seed < 0,
-                f"fit_steps={self.fit_steps} and fit_views={self.fit_views} must be at least 1, "
-                f"fit_seed={self.fit_seed} at least 0",
+                self.tile is not None and self.tile > max(self.target_size),
+                f"tile={self.tile} is larger than the stored features, {self.target_size} (HEIGHTxWIDTH); give at most "
+                f"{max(self.target_size)}",
             ),
+            whole_gpus("gpus_per_actor", self.gpus_per_actor),
             (
-                self.sigma_space <= 0 or self.sigma_colour <= 0,
-                "sigma_space and sigma_colour must be positive",
-            ),
-            (self.pca is not None and self.pca < 1, f"pca={self.pca} must be at least 1"),
-            (self.pca_images < 1, f"pca_images={self.pca_images} must be at least 1"),
-            (
-                self.mantissa_bits is not None and not 1 <= self.mantissa_bits <= 10,
-                f"mantissa_bits={self.mantissa_bits} must be between 1 and 10",
-            ),
-            (self.tile is not None and self.tile < 1, f"tile={self.tile} must be at least 1"),
-            (
-                self.rows_per_shard is not None and self.rows_per_shard < 1,
-                f"rows_per_shard={self.rows_per_shard} must be at least 1",
-            ),
-            (
-                not 1 <= self.compression_level <= 9,
-                f"compression_level={self.compression_level} must be 1 to 9",
-            ),
-            (self.actors < 1, f"actors={self.actors} must be at least 1"),
-            (self.batch_size < 1, f"batch_size={self.batch_size} must be at least 1"),
-            (self.unit_attempts < 1, f"unit_attempts={self.unit_attempts} must be at least 1"),
-            (
-                self.cpus_per_actor == self.loader_cpus and not self.gpus_per_actor,
+                self.cpus_per_actor is not None and self.cpus_per_actor == self.loader_cpus and not self.gpus_per_actor,
                 f"cpus_per_actor and loader_cpus are both {self.loader_cpus}: Ray would then run reading and decoding "
                 "inside the actors, one after the other; make them differ",
             ),
+            (
+                any(reason not in reasons for reason in self.retry_failed or ()),
+                f"retry_failed={self.retry_failed} must be reasons that samples fail for: {', '.join(reasons)}",
+            ),
         ]
+
+    def _fit_problem(self) -> str | None:
+        if self.upsampler != "implicit":
+            return None
+        try:
+            _ = self.fit_options
+        except GeometryError as error:
+            return str(error)
+        return None
+
+    @property
+    def fit_options(self) -> "FitOptions":
+        """How implicit fits an image."""
+        from featup.multiview.implicit import FitOptions
+
+        return FitOptions(steps=self.fit_steps, views=self.fit_views, seed=self.fit_seed)
 
     @property
     def _feed_forward(self) -> str:

@@ -1,45 +1,51 @@
-"""Options of ``jobs.train_probe``."""
+"""Options of ``featup train_probe``."""
 
 from collections.abc import Sequence
 from dataclasses import MISSING, dataclass
 from typing import Literal
 
-from pipeline.config.base import Checked, option
+from pipeline.config.base import LARGEST_SEED
+from pipeline.options import Checked, option
 
 __all__ = ["ProbeConfig"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class ProbeConfig(Checked):
-    """Options of ``jobs.train_probe``: a store of features and labels in, a linear probe out."""
+    """Options of ``featup train_probe``: a store of features and labels in, a linear probe out."""
 
-    store: str = option(MISSING, "the feature store to fit on: what was --out of jobs.precompute")
-    val_store: str | None = option(None, "another store, to evaluate on")
-    out: str = option(MISSING, "the probe: a .safetensors file")
-    label: Literal["seg", "depth"] = option("seg", "which of the store's labels: seg or depth")
-    classes: int | None = option(None, "seg: how many classes there are")
-    ignore_index: int = option(255, "seg: the class id of pixels without a label")
-    pixels: int = option(200, "pixels of every image that the probe is fitted on, fewer where there are many images")
-    max_vectors: int = option(400_000, "pixels in all that the probe is fitted on, at most")
-    seed: int = option(0, "of the pixels that are drawn")
-    workers: int = option(2, "processes that read the store", run=True)
-    batch_size: int = option(8, "images read at once by each of them", run=True)
-    threads: int | None = option(None, "threads of the fit; by default the machine's cores", run=True)
+    store: str = option(
+        MISSING, "the feature store to fit on: the --out of featup precompute", group="input", path=True
+    )
+    val_store: str | None = option(None, "another store, to evaluate on", group="input", path=True)
+    out: str = option(MISSING, "the probe: a .safetensors file", group="input", path=True)
+
+    label: Literal["seg", "depth"] = option("seg", "which of the store's labels: seg or depth", group="probe")
+    classes: int | None = option(None, "seg: number of classes", group="probe", at_least=1, at_most=65535)
+    ignore_index: int = option(
+        255, "seg: the class id of pixels without a label", group="probe", at_least=0, at_most=65535
+    )
+    pixels: int = option(
+        200,
+        "pixels sampled from every image to fit on, fewer where there are many images",
+        group="probe",
+        at_least=1,
+    )
+    max_vectors: int = option(400_000, "pixels in all to fit on, at most", group="probe", at_least=1)
+    seed: int = option(0, "of the sampled pixels", group="probe", at_least=0, at_most=LARGEST_SEED)
+
+    workers: int = option(2, "processes that read the store, 0 to read in this one", group="run", run=True, at_least=0)
+    batch_size: int = option(8, "images read at once by each process", group="run", run=True, at_least=1)
+    threads: int | None = option(
+        None, "threads of the fit; by default the machine's cores", group="run", run=True, at_least=1
+    )
 
     def _checks(self) -> Sequence[tuple[bool, str]]:
-        counts = ("pixels", "max_vectors", "batch_size", "threads", "classes")
         return [
+            *super()._checks(),
             (
                 (self.label == "seg") != (self.classes is not None),
                 f"label={self.label!r} with classes={self.classes}: seg needs the number of classes, depth has none",
             ),
             (not self.out.endswith(".safetensors"), f"out={self.out!r} must end in .safetensors"),
-            *(
-                (
-                    getattr(self, name) is not None and getattr(self, name) < 1,
-                    f"{name}={getattr(self, name)} must be at least 1",
-                )
-                for name in counts
-            ),
-            (self.workers < 0 or self.seed < 0, f"workers={self.workers} and seed={self.seed} must be 0 or more"),
         ]

@@ -1,1 +1,1 @@
-"""Bytes of one sample to its image and labels, through one transform. Bytes are never trusted."""
+"""Decoding: the bytes of one sample to its image and labels, through one transform. Bytes are never trusted."""

@@ -1,4 +1,4 @@
-"""What all image decoders share: size limits, error mapping, EXIF orientation, container checks."""
+"""Parts that all image decoders use: size limits, error mapping, EXIF orientation, container checks."""
 
 import re
 import struct
@@ -17,10 +17,21 @@ from PIL import Image, ImageFile, UnidentifiedImageError
 from pipeline.decode.geometry import Size, Window
 from pipeline.errors import Reason, SampleError
 
-__all__ = ["DecodedImage"]
+__all__ = [
+    "ORIENTATION_TAG",
+    "PILLOW_FORMATS",
+    "DecodedImage",
+    "as_displayed",
+    "check_container",
+    "check_pixels",
+    "controlled",
+    "exif_orientation",
+    "failing_as",
+]
 
 
 ORIENTATION_TAG = 274
+"""EXIF and TIFF tag of the orientation."""
 PILLOW_FORMATS = {
     "jpeg": ("JPEG",),
     "png": ("PNG",),
@@ -32,6 +43,7 @@ PILLOW_FORMATS = {
     "avif": ("AVIF",),
     "jp2": ("JPEG2000",),
 }
+"""File type, as ``sniff`` names it, to the Pillow formats that may open it; the types that are read."""
 _PILLOW_LOCK = threading.RLock()
 
 
@@ -44,9 +56,9 @@ class DecodedImage:
         source_size: (height, width) as displayed, at full resolution.
         extent: (top, left, height, width), the part of ``pixels`` that shows the whole source; less than
             all of it only where a scaled JPEG ends in a part of a pixel.
-        orientation: EXIF orientation as found, 1 to 8; 1 when there is none.
+        orientation: EXIF orientation in the file, 1 to 8; 1 when there is none.
         decoder: ``simplejpeg`` or ``pillow``.
-        flags: what was met and done on the way, sorted; the module's text lists them.
+        flags: special properties of the file, sorted; :mod:`pipeline.decode.sample` lists them.
     """
 
     pixels: npt.NDArray[np.uint8]
@@ -58,8 +70,8 @@ class DecodedImage:
 
 
 @contextmanager
-def failing_as(what: str, reason: Reason) -> Iterator[None]:
-    """Turn whatever a decoder raises on bad bytes into a SampleError."""
+def failing_as(name: str, reason: Reason) -> Iterator[None]:
+    """Turn any exception of a decoder into a SampleError that names the file type or extension ``name``."""
     try:
         yield
     except SampleError:
@@ -70,15 +82,15 @@ def failing_as(what: str, reason: Reason) -> Iterator[None]:
             text = "its header is damaged or cut short"
         if reason is Reason.UNDECODABLE and re.search("truncat|premature end of jpeg", text, re.IGNORECASE):
             reason = Reason.TRUNCATED
-        raise SampleError(reason, f"{what} cannot be decoded: {text}; fetch or encode the file again") from error
+        raise SampleError(reason, f"{name} cannot be decoded: {text}; fetch or encode the file again") from error
 
 
 @contextmanager
 def controlled(flags: set[str]) -> Iterator[None]:
-    """Decode under our rules: warnings become the flag ``warned``, no switch of the process loosens Pillow.
+    """Run Pillow with warnings turned into the flag ``warned``, and with truncated images refused.
 
-    Warning filters and Pillow's switches belong to the process, so they are set under a lock and put back.
-    The size limit is ours, checked from the header; Pillow's would warn at another number.
+    Warning filters and Pillow's settings are global to the process, so they are set under a lock and restored.
+    ``check_pixels`` enforces the size limit from the header; Pillow's own limit is switched off.
     """
     with _PILLOW_LOCK, warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
@@ -93,6 +105,7 @@ def controlled(flags: set[str]) -> Iterator[None]:
 
 
 def check_pixels(height: int, width: int, max_pixels: int) -> None:
+    """Refuse an image or label of more than ``max_pixels`` pixels: SampleError ``TOO_LARGE``."""
     if height * width > max_pixels:
         raise SampleError(
             Reason.TOO_LARGE,
@@ -109,6 +122,7 @@ def as_displayed(
     decoder: Literal["simplejpeg", "pillow"],
     flags: set[str],
 ) -> DecodedImage:
+    """The decoded image from pixels in displayed orientation; ``extent`` defaults to all of them."""
     if orientation > 1:
         flags.add("exif_rotated")
     return DecodedImage(
@@ -122,7 +136,7 @@ def as_displayed(
 
 
 def exif_orientation(payload: bytes, flags: set[str]) -> int:
-    """The orientation, 1 to 8, in an EXIF block's first directory; 1 when it holds none, or nonsense."""
+    """The orientation, 1 to 8, in an EXIF block's first directory; 1 when it holds none or an invalid value."""
     tiff = payload.removeprefix(b"Exif\0\0")
     if not tiff:
         return 1
@@ -143,7 +157,7 @@ def exif_orientation(payload: bytes, flags: set[str]) -> int:
 
 
 def check_container(kind: str, data: bytes) -> None:
-    """Raise ValueError where the container itself tells that bytes are missing or changed.
+    """Raise ValueError where a WebP's length or a PNG's checksums show that bytes are missing or changed.
 
     Pillow does not verify the checksums of a PNG's pixel data.
     """

@@ -13,6 +13,7 @@ import numpy.typing as npt
 from PIL import Image
 
 from pipeline.errors import ConfigError
+from pipeline.options import Size
 
 __all__ = [
     "Geometry",
@@ -29,7 +30,6 @@ __all__ = [
 
 
 Geometry: TypeAlias = Literal["squash", "center_crop", "pad"]
-Size: TypeAlias = tuple[int, int]
 Window: TypeAlias = tuple[float, float, float, float]
 Scalar = TypeVar("Scalar", bound=np.generic)
 # EXIF orientation -> from the stored grid to the displayed one: transpose, then flip rows, flip columns.
@@ -109,9 +109,9 @@ class Transform:
         except (KeyError, TypeError, ValueError) as error:
             raise ConfigError(f"not a row of a Transform: {row!r}; expected what Transform.to_row gives") from error
         return cls(
-            (int(h), int(w)),
+            Size(int(h), int(w)),
             (float(top), float(left), float(height), float(width)),
-            (int(H), int(W)),
+            Size(int(H), int(W)),
             (int(y), int(x), int(rows), int(columns)),
         )
 
@@ -144,7 +144,7 @@ def plan_transform(kind: Geometry, source_size: Size, output_size: Size) -> Tran
     elif kind == "pad":
         rows, columns = (max(1, (2 * h * W + w) // (2 * w)), W) if wide else (H, max(1, (2 * w * H + h) // (2 * h)))
         output = ((H - rows) // 2, (W - columns) // 2, rows, columns)
-    return Transform((h, w), source, (H, W), output)
+    return Transform(Size(h, w), source, Size(H, W), output)
 
 
 def apply_image(
@@ -204,7 +204,7 @@ def apply_label(label: npt.NDArray[Scalar], transform: Transform, fill: float) -
         ConfigError: the label has another size than the source.
     """
     if label.shape != transform.source_size:
-        raise ConfigError(f"label of shape {label.shape} does not fit a source of size {transform.source_size}")
+        raise ConfigError(f"label of shape {label.shape} does not fit a source of size {tuple(transform.source_size)}")
     top, left, height, width = transform.source_window
     out_top, out_left, out_h, out_w = transform.output_window
     rows = _nearest(top, height, out_h, transform.source_size[0])
@@ -242,7 +242,7 @@ def orient_window(window: Window, size: Size, orientation: int) -> tuple[Window,
     transpose, flip_rows, flip_columns = _ORIENT[orientation]
     top, left, height, width = window
     if transpose:
-        top, left, height, width, size = left, top, width, height, (size[1], size[0])
+        top, left, height, width, size = left, top, width, height, Size(size[1], size[0])
     if flip_rows:
         top = size[0] - top - height
     if flip_columns:

@@ -1,22 +1,34 @@
-"""JPEG, strictly, by simplejpeg (libjpeg-turbo)."""
+"""JPEG decoding with simplejpeg (libjpeg-turbo), which reports bit errors."""
 
 import re
 
+import numpy as np
 import simplejpeg
 
 from pipeline.decode.common import DecodedImage, as_displayed, check_pixels, exif_orientation
 from pipeline.decode.geometry import Size, orient, orient_window
 from pipeline.errors import Reason, SampleError
 
-__all__ = []
+__all__ = ["MAX_SCANS", "decode_jpeg"]
+
+
+MAX_SCANS = 1000
+"""Scans a JPEG may have. Encoders write about ten; a small file of thousands of empty scans decodes for minutes."""
+_MARKER = re.compile(rb"\xff[^\x00\x01\xd0-\xd7\xff]")
 
 
 def decode_jpeg(data: bytes, max_pixels: int, min_size: Size | None, flags: set[str]) -> DecodedImage | None:
-    """Decode strictly with simplejpeg; None where Pillow must: CMYK, and sampling that simplejpeg refuses."""
+    """Decode with simplejpeg; None where Pillow must decode: CMYK, and chroma sampling that simplejpeg refuses.
+
+    Raises:
+        SampleError: too many pixels or scans, or a kind of JPEG that is not read.
+        ValueError: the file is damaged.
+    """
     exif, scan = _jpeg_segments(data)
     try:
         height, width, colorspace, _ = simplejpeg.decode_jpeg_header(data)
         check_pixels(height, width, max_pixels)
+        _check_scans(data, scan)
         if colorspace in ("CMYK", "YCCK"):
             simplejpeg.decode_jpeg(data, colorspace="CMYK")  # for its bit-error check; Pillow converts the colours
             return None
@@ -44,8 +56,26 @@ def decode_jpeg(data: bytes, max_pixels: int, min_size: Size | None, flags: set[
     if scale > 1:
         flags.add("dct_scaled")
     extent, _ = orient_window((0.0, 0.0, height / scale, width / scale), pixels.shape[:2], orientation)
-    size = (width, height) if orientation >= 5 else (height, width)
+    size = Size(width, height) if orientation >= 5 else Size(height, width)
     return as_displayed(orient(pixels, orientation), size, extent, orientation, "simplejpeg", flags)
+
+
+def _check_scans(data: bytes, first_scan: int | None) -> None:
+    """Refuse a JPEG with more than ``MAX_SCANS`` scans."""
+    # Start-of-scan markers anywhere, in metadata too, bound the number of scans from above at little cost.
+    values = np.frombuffer(data, np.uint8)
+    if first_scan is None or np.count_nonzero((values[:-1] == 0xFF) & (values[1:] == 0xDA)) <= MAX_SCANS:
+        return
+    scans, at = 0, first_scan
+    while (match := _MARKER.search(data, at)) and (marker := data[match.start() + 1]) != 0xD9:
+        scans += marker == 0xDA
+        at = match.end() + int.from_bytes(data[match.end() : match.end() + 2], "big")
+    if scans > MAX_SCANS:
+        raise SampleError(
+            Reason.TOO_LARGE,
+            f"jpeg with {scans} scans, more than the limit of {MAX_SCANS}: it would decode for minutes and looks like "
+            "a decompression bomb; encode it again if it is a photograph",
+        )
 
 
 def _jpeg_segments(data: bytes) -> tuple[bytes, int | None]:

@@ -1,4 +1,4 @@
-"""Kinds of labels: where they come from and how they are stored. Needs no decoder."""
+"""The kinds of labels: the files they come from and how they are stored. Imports no decoder."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -15,10 +15,10 @@ IMAGE_EXTS = ("jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff", "ppm", 
 
 @dataclass(frozen=True)
 class LabelSpec:
-    """One kind of label: where it comes from and how it is stored.
+    """One kind of label.
 
     Attributes:
-        kind: its name, and the name of its array in the store.
+        kind: its name, which is also the name of its array in the store.
         extensions: accepted WebDataset extensions; the first one present is used.
         dtype: of the stored array.
         per_pixel: True: [h, w], goes through the image's transform; False: one number for the sample.
@@ -42,7 +42,7 @@ LABELS: Mapping[str, LabelSpec] = MappingProxyType(
 
 
 def label_spec(kind: str, seg_dtype: Literal["uint8", "uint16"] = "uint8") -> LabelSpec:
-    """``LABELS[kind]``, with ``seg`` stored as uint16 and filled with 65535 where that is asked for.
+    """``LABELS[kind]``, with ``seg`` as uint16 and the fill value 65535 for ``seg_dtype="uint16"``.
 
     Raises:
         ConfigError: an unknown kind.

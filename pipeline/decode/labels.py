@@ -1,4 +1,4 @@
-"""Labels from bytes: class maps, depth maps, class ids."""
+"""Label decoding: class maps, depth maps, class ids."""
 
 import io
 import re

@@ -1,70 +1,115 @@
-"""How samples become arrays."""
+"""Options of decoding: which configs have them, and what decoding is given."""
 
-from dataclasses import dataclass
-from typing import Literal, get_args
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from typing import Any, Literal, Self
 
-from pipeline.decode.geometry import Geometry, Size
-from pipeline.decode.kinds import IMAGE_EXTS, label_spec
-from pipeline.errors import ConfigError
+from pipeline.decode.geometry import Geometry
+from pipeline.decode.kinds import IMAGE_EXTS
+from pipeline.options import Checked, Size, option
 
-__all__ = ["DecodeOptions"]
+__all__ = ["DecodeOptions", "DepthOptions", "ImageOptions", "LabelKind", "LabelOptions", "SegDtype"]
+
+
+LabelKind = Literal["seg", "depth", "cls"]
+SegDtype = Literal["uint8", "uint16"]
+# ImageNet's mean, which the usual normalisations make about zero.
+_IMAGENET_MEAN = (124, 116, 104)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageOptions(Checked):
+    """How images are decoded."""
+
+    geometry: Geometry = option(
+        "squash",
+        "how an image gets the backbone's size: squash, center_crop, or pad (keeps the aspect, with a valid mask)",
+        group="decoding",
+    )
+    image_exts: tuple[str, ...] = option(
+        IMAGE_EXTS, "extensions an image may have, lower case; the first present is read", group="decoding"
+    )
+    max_pixels: int = option(
+        100_000_000, "a sample fails whose image or label has more pixels, by its header", group="decoding", at_least=1
+    )
+    max_bytes: int = option(
+        256 << 20,
+        "a sample fails whose image or label has more encoded bytes",
+        group="decoding",
+        run=True,
+        at_least=1,
+    )
+    decode_timeout: float = option(
+        60.0, "a sample fails whose decoding takes longer, in seconds", group="decoding", run=True, above=0
+    )
+
+    def _checks(self) -> Sequence[tuple[bool, str]]:
+        return [
+            *super()._checks(),
+            (
+                not self.image_exts or any(ext != ext.lower().strip(". ") or not ext for ext in self.image_exts),
+                f"image_exts={self.image_exts} must be lower-case extensions without a dot, at least one",
+            ),
+        ]
+
+
+@dataclass(frozen=True, kw_only=True)
+class DepthOptions(Checked):
+    """How depth labels become metres."""
+
+    depth_png_scale: float = option(0.001, "metres per unit of depth.png", group="decoding", above=0)
+    depth_npy_scale: float = option(1.0, "metres per unit of depth.npy", group="decoding", above=0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LabelOptions(DepthOptions):
+    """Which labels are decoded, and how."""
+
+    labels: tuple[LabelKind, ...] = option(
+        (), "labels every sample must have, stored beside the features: seg, depth, cls", group="decoding"
+    )
+    seg_dtype: SegDtype = option(
+        "uint8", "type of the stored class ids; its largest value means no label", group="decoding"
+    )
+    label_orientation: Literal["displayed", "stored"] = option(
+        "displayed",
+        "pixel grid of the labels of a photograph that EXIF turns, where their size cannot tell",
+        group="decoding",
+    )
+
+    def _checks(self) -> Sequence[tuple[bool, str]]:
+        return [
+            *super()._checks(),
+            (len(set(self.labels)) != len(self.labels), f"labels={self.labels}: one is named twice"),
+        ]
 
 
 @dataclass(frozen=True)
-class DecodeOptions:
-    """How samples become arrays; checked on construction.
+class DecodeOptions(ImageOptions, LabelOptions):
+    """What decoding is given: the options, and the sizes and the colour that follow from the rest of a config.
 
     Attributes:
-        size: (height, width) of the image that comes out.
+        size: (height, width) of the decoded image.
         label_size: (height, width) of labels and valid mask, which show the same window; None: ``size``.
-        geometry: see ``plan_transform``.
-        labels: kinds of label every sample must have, from ``LABELS``.
-        image_exts: lower-case WebDataset extensions of images; the first one present is used.
-        max_pixels: an image or label with more pixels, by its header, is refused before it is decoded.
-        fill: (r, g, b) of padding. The default is ImageNet's mean, which normalises to about zero.
-        seg_dtype: store dtype of ``seg``; larger class ids are refused.
-        depth_png_scale: metres per step of ``depth.png``.
-        depth_npy_scale: metres per unit of ``depth.npy``.
-        label_orientation: the pixel grid of labels of a rotated photograph where their size cannot tell:
-            ``displayed``, since annotation tools show photographs upright, or ``stored``.
-        dct_scaling: decode a large JPEG at 1/2, 1/4 or 1/8 as long as twice ``size`` remains on both sides.
-
-    Raises:
-        ConfigError: an option out of its range.
+        fill: (r, g, b) of padding.
     """
 
     size: Size
     label_size: Size | None = None
-    geometry: Geometry = "center_crop"
-    labels: tuple[str, ...] = ()
-    image_exts: tuple[str, ...] = IMAGE_EXTS
-    max_pixels: int = 100_000_000
-    fill: tuple[int, int, int] = (124, 116, 104)
-    seg_dtype: Literal["uint8", "uint16"] = "uint8"
-    depth_png_scale: float = 0.001
-    depth_npy_scale: float = 1.0
-    label_orientation: Literal["displayed", "stored"] = "displayed"
-    dct_scaling: bool = True
+    fill: tuple[int, int, int] = _IMAGENET_MEAN
 
-    def __post_init__(self) -> None:
-        for name, size in (("size", self.size), ("label_size", self.label_size or self.size)):
-            if len(size) != 2 or min(size) < 1:
-                raise ConfigError(f"{name} must be (height, width), both positive, got {size}")
-        for name, value, allowed in (
-            ("geometry", self.geometry, get_args(Geometry)),
-            ("seg_dtype", self.seg_dtype, ("uint8", "uint16")),
-            ("label_orientation", self.label_orientation, ("displayed", "stored")),
-        ):
-            if value not in allowed:
-                raise ConfigError(f"{name} must be one of {', '.join(allowed)}, got {value!r}")
-        for kind in self.labels:
-            label_spec(kind)
-        if not self.image_exts or any(ext != ext.lower().lstrip(".") for ext in self.image_exts):
-            raise ConfigError(f"image_exts must be lower-case extensions without a dot, got {self.image_exts}")
-        if self.max_pixels < 1:
-            raise ConfigError(f"max_pixels must be positive, got {self.max_pixels}")
-        if len(self.fill) != 3 or not all(0 <= value <= 255 for value in self.fill):
-            raise ConfigError(f"fill must be (r, g, b), each 0 to 255, got {self.fill}")
-        for name, scale in (("png", self.depth_png_scale), ("npy", self.depth_npy_scale)):
-            if not 0 < scale < float("inf"):
-                raise ConfigError(f"depth_{name}_scale must be positive and finite, got {scale}")
+    @classmethod
+    def of(cls, options: Checked, **derived: Any) -> Self:
+        """The decoding options that a config has, with what is derived; options it does not have keep their default."""
+        names = [one.name for one in fields(cls) if hasattr(options, one.name)]
+        return cls(**{name: getattr(options, name) for name in names} | derived)
+
+    def _checks(self) -> Sequence[tuple[bool, str]]:
+        return [
+            *super()._checks(),
+            (
+                min(*self.size, *(self.label_size or self.size)) < 1,
+                f"size={self.size} must be at least 1 on both sides",
+            ),
+            (not all(0 <= value <= 255 for value in self.fill), f"fill={self.fill} must be between 0 and 255"),
+        ]

@@ -1,4 +1,4 @@
-"""Every image format but plain JPEG, by Pillow."""
+"""Decoding with Pillow: every image format that simplejpeg does not decode."""
 
 import io
 from collections.abc import Mapping
@@ -12,11 +12,11 @@ from pipeline.decode.common import ORIENTATION_TAG, PILLOW_FORMATS, check_contai
 from pipeline.decode.geometry import orient
 from pipeline.errors import Reason, SampleError
 
-__all__ = []
+__all__ = ["decode_with_pillow"]
 
 
 def decode_with_pillow(data: bytes, kind: str, max_pixels: int, flags: set[str]) -> tuple[npt.NDArray[np.uint8], int]:
-    """uint8 [h, w, 3] in displayed orientation, and the EXIF orientation found."""
+    """uint8 [h, w, 3] in displayed orientation, and the file's EXIF orientation."""
     check_container(kind, data)
     image = Image.open(io.BytesIO(data), formats=PILLOW_FORMATS[kind])
     check_pixels(image.height, image.width, max_pixels)

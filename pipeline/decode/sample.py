@@ -1,27 +1,25 @@
-"""Bytes of one sample -> aligned uint8 image and label arrays.
+"""One sample's bytes to its aligned image and label arrays.
 
-Bytes are judged by their content, never by a name, and never trusted: whatever they are, the result is a
-whole picture or a ``SampleError`` that says why not. Size limits hold before anything is decoded.
+The file type follows from the content, never from the name, and bytes are never trusted: the result is a whole
+picture or a ``SampleError`` that says why not. Size limits hold before anything is decoded.
 
-Two decoders. simplejpeg (libjpeg-turbo, strict) takes JPEG, since it reports bit errors that Pillow turns
-into grey or smeared pixels without a word; Pillow takes the rest. What leaves a mark in ``flags``:
+simplejpeg (libjpeg-turbo, strict) decodes JPEG, because it reports bit errors that Pillow silently turns into grey or
+smeared pixels; Pillow decodes the other formats. ``flags`` records what was special about a photograph:
 
 - ``exif_rotated``: EXIF orientation is applied, so pixels are in displayed orientation (XMP's is ignored).
 - ``alpha``: transparency is composited over white.
 - ``animated``: more than one frame or page; the first is used.
-- ``sixteen_bit``: grey is scaled as ``round(v * 255 / max)``. Pillow itself reduces 16-bit colour, to
-  ``v >> 8``, which is within 1 of exact scaling.
-- ``grey``, ``palette``, ``cmyk``: converted to RGB. CMYK JPEG follows Adobe's inverted convention, as
-  browsers do.
+- ``sixteen_bit``: grey is scaled as ``round(v * 255 / max)``. Pillow itself reduces 16-bit colour, to ``v >> 8``, which
+  is within 1 of exact scaling.
+- ``grey``, ``palette``, ``cmyk``: converted to RGB. CMYK JPEG follows Adobe's inverted convention, as browsers do.
 - ``dct_scaled``: a JPEG decoded at 1/2, 1/4 or 1/8 because the output needs no more.
-- ``lenient``: a JPEG with chroma sampling that simplejpeg refuses; Pillow decoded it, blind to bit errors.
+- ``lenient``: a JPEG with chroma sampling that simplejpeg refuses; Pillow decoded it without reporting bit errors.
 - ``warned``: Pillow warned while decoding (damaged EXIF, odd palette ...), or the EXIF block was unreadable.
 - ``label_reoriented``: a label came in the stored grid and was turned with its image.
 
 Embedded colour profiles are ignored: pixel values are taken as sRGB, as the backbones' training did.
 """
 
-import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -42,6 +40,7 @@ from pipeline.decode.geometry import (
 from pipeline.decode.jpeg import decode_jpeg
 from pipeline.decode.kinds import label_spec
 from pipeline.decode.labels import decode_label
+from pipeline.decode.members import IMAGE, check_bytes, select_members
 from pipeline.decode.options import DecodeOptions
 from pipeline.decode.pillow import decode_with_pillow
 from pipeline.decode.sniff import sniff
@@ -57,24 +56,23 @@ class PreparedSample:
     Attributes:
         image: uint8 [H, W, 3].
         labels: kind -> [*label_size], or [] for ``cls``, in the dtype of ``label_spec``.
-        valid: bool [*label_size], False where the image is padding.
         transform: from source pixels, as displayed, to the labels' pixels.
         flags: the image's, and ``label_reoriented``; sorted.
-        orientation: EXIF orientation as found.
+        orientation: EXIF orientation in the file, 1 to 8.
         decoder: ``simplejpeg`` or ``pillow``.
-        sha256: hex digest of the image's bytes.
-        label_sha256: kind -> hex digest of the label's bytes.
     """
 
     image: npt.NDArray[np.uint8]
     labels: dict[str, npt.NDArray[Any]]
-    valid: npt.NDArray[np.bool_]
     transform: Transform
     flags: tuple[str, ...]
     orientation: int
     decoder: Literal["simplejpeg", "pillow"]
-    sha256: str
-    label_sha256: dict[str, str]
+
+    @property
+    def valid(self) -> npt.NDArray[np.bool_]:
+        """Bool [*label_size], False where the image is padding."""
+        return valid_mask(self.transform)
 
 
 def decode_image(data: bytes, *, max_pixels: int, min_size: Size | None = None) -> DecodedImage:
@@ -88,7 +86,7 @@ def decode_image(data: bytes, *, max_pixels: int, min_size: Size | None = None) 
 
     Raises:
         SampleError: ``UNDECODABLE`` (not an image, or damaged), ``TRUNCATED``, ``UNSUPPORTED`` (a format or
-            pixel type that is known and not read), ``TOO_LARGE``.
+            pixel type that is known and not read), ``TOO_LARGE`` (too many pixels, or too many scans).
     """
     kind = sniff(data)
     if kind is None or kind == "html":
@@ -108,7 +106,7 @@ def decode_image(data: bytes, *, max_pixels: int, min_size: Size | None = None) 
             return decoded
         with controlled(flags):
             pixels, orientation = decode_with_pillow(data, kind, max_pixels, flags)
-    return as_displayed(pixels, pixels.shape[:2], None, orientation, "pillow", flags)
+    return as_displayed(pixels, Size(*pixels.shape[:2]), None, orientation, "pillow", flags)
 
 
 def prepare_sample(members: Mapping[str, bytes], options: DecodeOptions) -> PreparedSample:
@@ -117,28 +115,31 @@ def prepare_sample(members: Mapping[str, bytes], options: DecodeOptions) -> Prep
     A label must have the photograph's size. Where EXIF turns the photograph, a label may lie in the displayed
     or in the stored pixel grid: its size decides, and where it fits both, ``options.label_orientation`` does.
 
+    This decodes in the calling process, under the limits that need no clock (bytes, pixels, scans);
+    ``options.decode_timeout`` holds only where :class:`pipeline.decode.worker.DecoderProcess` decodes.
+
     Args:
         members: WebDataset extension (``jpg``, ``seg.png`` ...; lower case) -> bytes.
-        options: what to make of them.
+        options: output sizes, kinds of labels and limits.
 
     Raises:
-        SampleError: the image or a label is missing, cannot be decoded, or does not fit.
+        SampleError: the image or a label is missing, too large, cannot be decoded, or does not fit.
     """
-    data = _first(members, options.image_exts, "image", Reason.IMAGE_MISSING)[1]
-    min_size = options.size if options.dct_scaling else None
-    decoded = decode_image(data, max_pixels=options.max_pixels, min_size=min_size)
+    selected = select_members(members, options)
+    check_bytes(((ext, len(members[ext])) for ext in selected.values()), options.max_bytes)
+    data = members[_required(IMAGE, selected, members, options)]
+    decoded = decode_image(data, max_pixels=options.max_pixels, min_size=options.size)
     transform = plan_transform(options.geometry, decoded.source_size, options.size)
     label_transform = transform.resized(options.label_size or options.size)
     flags = set(decoded.flags)
     labels: dict[str, npt.NDArray[Any]] = {}
-    label_sha256: dict[str, str] = {}
     for kind in options.labels:
         spec = label_spec(kind, options.seg_dtype)
-        ext, label_data = _first(members, spec.extensions, f"{kind} label", Reason.LABEL_MISSING)
+        ext = _required(kind, selected, members, options)
         label = decode_label(
             kind,
             ext,
-            label_data,
+            members[ext],
             max_pixels=options.max_pixels,
             depth_png_scale=options.depth_png_scale,
             depth_npy_scale=options.depth_npy_scale,
@@ -155,34 +156,34 @@ def prepare_sample(members: Mapping[str, bytes], options: DecodeOptions) -> Prep
                 flags.add("label_reoriented")
             label = apply_label(upright.astype(spec.dtype, copy=False), label_transform, spec.fill)
         labels[kind] = label
-        label_sha256[kind] = hashlib.sha256(label_data).hexdigest()
     return PreparedSample(
         image=apply_image(decoded.pixels, transform, options.fill, decoded.extent),
         labels=labels,
-        valid=valid_mask(label_transform),
         transform=label_transform,
         flags=tuple(sorted(flags)),
         orientation=decoded.orientation,
         decoder=decoded.decoder,
-        sha256=hashlib.sha256(data).hexdigest(),
-        label_sha256=label_sha256,
     )
 
 
-def _first(members: Mapping[str, bytes], exts: tuple[str, ...], what: str, missing: Reason) -> tuple[str, bytes]:
-    """The first of ``exts`` that the sample has, and its bytes."""
-    for ext in exts:
-        if ext in members:
-            return ext, members[ext]
+def _required(kind: str, selected: Mapping[str, str], members: Mapping[str, bytes], options: DecodeOptions) -> str:
+    """The extension of the image or of a label that the sample must have."""
+    if kind in selected:
+        return selected[kind]
+    image = kind == IMAGE
+    accepted = options.image_exts if image else label_spec(kind, options.seg_dtype).extensions
     present = ", ".join(sorted(ext for ext in members if not ext.startswith("__"))) or "nothing"
-    raise SampleError(missing, f"no {what} ({', '.join(exts)}) in the sample, which has {present}")
+    raise SampleError(
+        Reason.IMAGE_MISSING if image else Reason.LABEL_MISSING,
+        f"no {kind if image else f'{kind} label'} ({', '.join(accepted)}) in the sample, which has {present}",
+    )
 
 
 def _displayed(
     label: npt.NDArray[Any], image: DecodedImage, default: Literal["displayed", "stored"], ext: str
 ) -> npt.NDArray[Any]:
     """The label in the displayed grid: itself, or turned as its image was."""
-    displayed = image.source_size
+    displayed = tuple(image.source_size)
     stored = displayed[::-1] if image.orientation >= 5 else displayed
     if label.shape not in (displayed, stored):
         raise SampleError(
@@ -191,6 +192,6 @@ def _displayed(
             + (f", or {stored} before EXIF orientation {image.orientation}" if image.orientation > 1 else "")
             + "; labels must be annotated on the photograph at its full size",
         )
-    told = displayed != stored
-    in_stored_grid = label.shape == stored if told else default == "stored" and image.orientation > 1
+    size_decides = displayed != stored
+    in_stored_grid = label.shape == stored if size_decides else default == "stored" and image.orientation > 1
     return orient(label, image.orientation) if in_stored_grid else label

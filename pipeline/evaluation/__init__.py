@@ -1,1 +1,4 @@
-"""Tables and pictures that compare upsamplers on labelled images."""
+"""Evaluation: upsamplers compared on labelled images, in a table with intervals and in pictures.
+
+``evaluate`` runs the parts (probes on labels, views, class activation maps) in one process, without Ray.
+"""

@@ -1,8 +1,7 @@
-"""Class activation maps of the methods: how faithful they are to the backbone's own classifier."""
+"""The part of class activation maps: how faithful the upsampled maps are to the backbone's own classifier."""
 
 import time
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -10,70 +9,78 @@ from torch import Tensor
 from featup.backbones import Backbone
 from featup.evaluation.cam import class_probabilities, explain, grad_cam
 from featup.evaluation.metrics import average_drop, average_increase
+from featup.upsamplers import ChannelMap
 from pipeline.compute.device import device_of
 from pipeline.config.evaluate import EvaluateConfig
 from pipeline.console import report_time
-from pipeline.evaluation.image_set import evenly_spaced, load_set, predict
-from pipeline.evaluation.methods import Row
+from pipeline.evaluation.image_set import ImageSet, evenly_spaced, picture_name
+from pipeline.evaluation.methods import Method
 from pipeline.evaluation.panels import Panels
-from pipeline.evaluation.table import summarise
+from pipeline.evaluation.results import Measures, Part, compare
 
-__all__ = []
+__all__ = ["evaluate_activation_maps"]
 
 
-_CAM_MEASURES: Mapping[str, Callable[[Tensor], float]] = {
+_MEASURES: Measures = {
     "AD": lambda scores: average_drop(scores[:, 0], scores[:, 1]),
     "AI": lambda scores: average_increase(scores[:, 0], scores[:, 1]),
 }
 
 
-def evaluate_cam(
-    config: EvaluateConfig, backbone: Backbone, rows: Sequence[Row], found: dict[str, Any], pictures: Panels
-) -> None:
-    """Average drop and increase of all rows, for the class the model itself predicts."""
+def evaluate_activation_maps(
+    config: EvaluateConfig, backbone: Backbone, methods: Sequence[Method], baseline: str, images: ImageSet
+) -> Part:
+    """Average drop and increase of every method, for the class that the backbone's classifier predicts.
+
+    Args:
+        config, backbone, methods: The options, the backbone with its classifier, and what is compared.
+        baseline: The name of the method that the others are compared with.
+        images: The images, without labels.
+    """
     started = time.perf_counter()
-    images = load_set(config, backbone, config.cam_shards, None, config.limit)
-    found["data"]["CAM"] = images.facts
-    scores, weights = [], []
-    for batch in images.batches(config.batch_size):
-        pixels = images.images[batch].to(device_of(backbone))
-        score, classes = class_probabilities(backbone, pixels).max(1)
-        scores.append(score.cpu())
-        weights += grad_cam(backbone, pixels, classes)
-        images.facts.setdefault("classes", []).extend(classes.tolist())
-    report_time(f"CAM: {len(images)} images, decoded and through the backbone", started)
-    chosen = evenly_spaced(len(images), config.pictures)
-    titles = {number: f"cam_{number:05d}_{images.keys[number].replace('/', '_')}" for number in chosen}
-    probabilities = torch.cat(scores)
-    pictures |= {
-        title: [(f"image, {probabilities[number]:.3f}", images.images[number].numpy())]
-        for number, title in titles.items()
+    probabilities, classes, weights = _classify(config, backbone, images)
+    report_time(f"CAM: {len(images)} images through the classifier", started)
+    shown = {number: picture_name("cam", images, number) for number in evenly_spaced(len(images), config.pictures)}
+    pictures: Panels = {
+        name: [(f"image, {probabilities[number]:.3f}", images.images[number].numpy())] for number, name in shown.items()
     }
-    statistics = {}
-    for row in rows:
+    statistics, numbers = {}, {}
+    for method in methods:
         started = time.perf_counter()
         seconds = 0.0
-        explained = []
+        scores = []
         for batch in images.batches(config.batch_size):
             before = time.perf_counter()
             with torch.inference_mode():
                 maps = [
-                    predict(row, images, slice(one, one + 1), weights[one])[..., 0]
-                    for one in range(batch.start, batch.stop)
+                    images.upsample(method, slice(number, number + 1), weights[number])[..., 0]
+                    for number in range(batch.start, batch.stop)
                 ]
             seconds += time.perf_counter() - before
-            shown = explain(images.images[batch].to(maps[0].device), torch.cat(maps))
-            classes = torch.tensor(images.facts["classes"][batch], device=shown.device)
-            explained.append(class_probabilities(backbone, shown).gather(1, classes[:, None])[:, 0].cpu())
-            for number in set(chosen) & set(range(batch.start, batch.stop)):
-                panel = f"{row.name}, {explained[-1][number - batch.start]:.3f}"
-                pictures[titles[number]].append((panel, shown[number - batch.start].cpu().numpy()))
-        statistics[row.name] = torch.stack([probabilities, torch.cat(explained)], 1)
-        found["rows"][row.name]["CAM"] = {
+            masked = explain(images.images[batch].to(maps[0].device), torch.cat(maps))
+            predicted = classes[batch].to(masked.device)
+            scores.append(class_probabilities(backbone, masked).gather(1, predicted[:, None])[:, 0].cpu())
+            for number in shown.keys() & set(range(batch.start, batch.stop)):
+                title = f"{method.name}, {scores[-1][number - batch.start]:.3f}"
+                pictures[shown[number]].append((title, masked[number - batch.start].cpu().numpy()))
+        statistics[method.name] = torch.stack([probabilities, torch.cat(scores)], 1)
+        numbers[method.name] = {
             "seconds_per_image": seconds / len(images),
             "seconds": time.perf_counter() - started,
         }
-        report_time(f"CAM, {row.name}: AD {_CAM_MEASURES['AD'](statistics[row.name]):.4g}", started)
-    for row in rows:
-        ours, baseline = statistics[row.name], statistics[found["baseline"]]
-        found["rows"][row.name]["CAM"] |= summarise(_CAM_MEASURES, [ours], [baseline], config)
+        report_time(f"CAM, {method.name}: AD {_MEASURES['AD'](statistics[method.name]):.4g}", started)
+    for name, ours in statistics.items():
+        numbers[name] |= compare(_MEASURES, [ours], [statistics[baseline]], config.resamples)
+    return Part("CAM", numbers, {"CAM": {**images.facts, "classes": classes.tolist()}}, pictures)
+
+
+def _classify(config: EvaluateConfig, backbone: Backbone, images: ImageSet) -> tuple[Tensor, Tensor, list[ChannelMap]]:
+    """Each image's predicted class: its probability ``[N]``, its number ``[N]``, and its map's weights."""
+    probabilities, classes, weights = [], [], []
+    for batch in images.batches(config.batch_size):
+        pixels = images.images[batch].to(device_of(backbone))
+        highest, predicted = class_probabilities(backbone, pixels).max(1)
+        probabilities.append(highest.cpu())
+        classes.append(predicted.cpu())
+        weights += grad_cam(backbone, pixels, predicted)
+    return torch.cat(probabilities), torch.cat(classes), weights

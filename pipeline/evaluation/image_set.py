@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -11,18 +11,17 @@ from torch import Tensor
 
 from featup.backbones import Backbone
 from featup.upsamplers import ChannelMap
-from pipeline.compute.device import device_of
+from pipeline.compute.device import choose_device, device_of
 from pipeline.compute.load import image_options, load_sample
 from pipeline.config.evaluate import EvaluateConfig
 from pipeline.decode.sample import PreparedSample
 from pipeline.errors import InputError, JobFailedError, SampleError
-from pipeline.evaluation.methods import Row
-from pipeline.evaluation.table import plain_task
+from pipeline.evaluation.methods import Method
 from pipeline.inputs import storage
 from pipeline.inputs.plan import Plan, make_plan
 from pipeline.training.tasks import Task
 
-__all__ = ["ImageSet", "load_set"]
+__all__ = ["ImageSet", "evenly_spaced", "load_set", "picture_name", "seg_dtype"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,14 +47,26 @@ class ImageSet:
         return self.images.shape[1], self.images.shape[2]
 
     def batches(self, size: int) -> Iterator[slice]:
-        """Some images at a time."""
+        """Consecutive images, so many at a time."""
         yield from (slice(start, min(start + size, len(self))) for start in range(0, len(self), size))
+
+    def upsample(self, method: Method, batch: slice | Tensor, projection: ChannelMap | None) -> Tensor:
+        """A method's result for some of the images, at their own size, on the device of the computation.
+
+        Args:
+            method: Of upsampling.
+            batch: Which images, as a slice or as numbers.
+            projection: See :meth:`Method.predict`.
+        """
+        device = choose_device(None)
+        pixels, features = self.images[batch].to(device), self.features[batch].to(device)
+        return method.predict(pixels, features, projection, self.size)
 
 
 def load_set(
     config: EvaluateConfig, backbone: Backbone, shards: Sequence[str], task: Task | None, limit: int | None
 ) -> ImageSet:
-    """Decode images and labels, with all cores, and make their coarse features.
+    """Decode images and labels with all cores, and compute their coarse features.
 
     Raises:
         InputError: shards that cannot be found, or hold no sample that can be used.
@@ -68,9 +79,7 @@ def load_set(
     options = replace(
         image_options(config, backbone.mean),
         labels=() if task is None else (task.kind,),
-        seg_dtype=seg_dtype_of(config),
-        depth_png_scale=config.depth_png_scale,
-        depth_npy_scale=config.depth_npy_scale,
+        seg_dtype=seg_dtype(config),
     )
 
     def load(number: int) -> tuple[str, PreparedSample | SampleError]:
@@ -90,7 +99,9 @@ def load_set(
             keys.append(key)
             images.append(torch.from_numpy(sample.image))
             if task is not None:
-                labels.append(task.prepare(torch.from_numpy(sample.labels[task.kind].astype(plain_task(task)))))
+                # PyTorch has no uint16 to compute with.
+                dtype = np.int32 if task.kind == "seg" else np.float32
+                labels.append(task.prepare(torch.from_numpy(sample.labels[task.kind].astype(dtype))))
     if len(failures) > config.max_failed_fraction * plan.samples or not images:
         error = JobFailedError if images else InputError
         raise error(
@@ -104,17 +115,16 @@ def load_set(
     return ImageSet(pixels, torch.cat(maps), torch.stack(labels) if labels else torch.empty(0), tuple(keys), facts)
 
 
-def evenly_spaced(count: int, wanted: int) -> list[int]:
-    """Numbers of at most ``wanted`` images, spread over the set."""
-    return sorted({round(place) for place in np.linspace(0, count - 1, min(count, wanted))})
+def evenly_spaced(count: int, most: int) -> list[int]:
+    """Numbers of at most ``most`` of ``count`` images, spread over the set."""
+    return sorted({round(place) for place in np.linspace(0, count - 1, min(count, most))})
 
 
-def seg_dtype_of(config: EvaluateConfig) -> Any:
+def picture_name(kind: str, images: ImageSet, number: int) -> str:
+    """Of the picture of an image, without its suffix: ``KIND_NUMBER_KEY``."""
+    return f"{kind}_{number:05d}_{images.keys[number].replace('/', '_')}"
+
+
+def seg_dtype(config: EvaluateConfig) -> Literal["uint8", "uint16"]:
+    """The type that holds all class ids."""
     return "uint16" if max(config.classes or 0, config.ignore_index) > 255 else "uint8"
-
-
-def predict(row: Row, images: ImageSet, batch: slice, projection: ChannelMap | None) -> Tensor:
-    """A row's result for some images, at their own size, where the row makes it."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    pixels, features = images.images[batch].to(device), images.features[batch].to(device)
-    return row.predict(pixels, features, projection, images.size)

@@ -1,9 +1,8 @@
-"""The rows of an evaluation: ways to bring a backbone's features, or what a linear map makes of them, to a size."""
+"""The methods that an evaluation compares: ways to bring a backbone's features, or a projection of them, to a size."""
 
-from collections.abc import Sequence
 from hashlib import sha256
 from pathlib import Path
-from typing import Protocol, get_args
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -17,26 +16,31 @@ from featup.upsamplers import (
     ChannelMap,
     DeepImagePrior,
     Interpolate,
-    TrainableName,
     Upsampler,
-    UpsamplerName,
     create_upsampler,
 )
 from featup.weights import file_digest
 from pipeline.config.evaluate import EvaluateConfig
-from pipeline.errors import ConfigError
 from pipeline.inputs import storage
 
-__all__ = ["DeepImagePriorRow", "ImplicitRow", "LargeImageRow", "Row", "StridedRow", "UpsamplerRow", "make_rows"]
+__all__ = [
+    "DeepImagePriorMethod",
+    "ImplicitMethod",
+    "LargeImageMethod",
+    "Method",
+    "StridedMethod",
+    "UpsamplerMethod",
+    "create_methods",
+]
 
 
-class Row(Protocol):
-    """One way.
+class Method(Protocol):
+    """A way to upsample.
 
     Attributes:
         name: In the table.
-        digests: Of the files it was made from.
-        per_image: Whether it is fitted to every image it is given, which takes seconds.
+        digests: Of the weights it was created from.
+        per_image: Whether it is fitted to every image, which takes seconds.
     """
 
     name: str
@@ -44,12 +48,12 @@ class Row(Protocol):
     per_image: bool
 
     def predict(self, images: Tensor, features: Tensor, projection: ChannelMap | None, size: tuple[int, int]) -> Tensor:
-        """Upsampled features, with a map of channels applied to them.
+        """Upsampled features, with a projection of their channels.
 
         Args:
             images: uint8 ``[B, H, W, 3]``.
             features: The backbone's of these images, float32 ``[B, h, w, C]``.
-            projection: To ``K`` channels; ``None`` for all channels as they are.
+            projection: To ``K`` channels; ``None`` keeps all channels as they are.
             size: (height, width) of the result.
 
         Returns:
@@ -58,7 +62,7 @@ class Row(Protocol):
         ...
 
 
-class UpsamplerRow:
+class UpsamplerMethod:
     """An upsampler under the protocol."""
 
     per_image = False
@@ -69,12 +73,12 @@ class UpsamplerRow:
         self.upsampler = upsampler
 
     def predict(self, images: Tensor, features: Tensor, projection: ChannelMap | None, size: tuple[int, int]) -> Tensor:
-        """See :meth:`Row.predict`."""
+        """See :meth:`Method.predict`."""
         upsampled: Tensor = self.upsampler(features, images, size, projection)
         return upsampled
 
 
-class DeepImagePriorRow(UpsamplerRow):
+class DeepImagePriorMethod(UpsamplerMethod):
     """See :class:`featup.upsamplers.DeepImagePrior`."""
 
     name = DeepImagePrior.name
@@ -88,8 +92,8 @@ class DeepImagePriorRow(UpsamplerRow):
         super().__init__(self.name, DeepImagePrior(steps))
 
 
-class ImplicitRow:
-    """Fits to every image, each kept for whatever is asked of the image later."""
+class ImplicitMethod:
+    """A fit to every image, kept for later calls with the same image."""
 
     name = "implicit"
     per_image = True
@@ -98,9 +102,9 @@ class ImplicitRow:
         """
         Args:
             backbone: The one to evaluate.
-            base: What fits start from and add to.
-            config: Says how images are fitted.
-            digests: Of the files the base was made from.
+            base: The upsampler of each fit's initial map.
+            config: The options of the fits.
+            digests: Of the weights of ``base``.
         """
         self.digests = digests
         self.backbone = backbone
@@ -110,8 +114,11 @@ class ImplicitRow:
         self._implicit: Implicit | None = None
         self._fits: dict[bytes, Fit] = {}
 
-    def learn(self, features: Tensor) -> None:
-        """Take the space of the fits from coarse features of a data set ``[N, h, w, C]``; fits made before are left."""
+    def fit_components(self, features: Tensor) -> None:
+        """Fit the principal components that later fits use to coarse features of a data set, ``[N, h, w, C]``.
+
+        Earlier fits are forgotten.
+        """
         fit = PCAFit(features.shape[-1])
         fit.add(features)
         pca = fit.solve(min(self.config.fit_components, features.shape[-1]))
@@ -119,9 +126,9 @@ class ImplicitRow:
         self._fits = {}
 
     def predict(self, images: Tensor, features: Tensor, projection: ChannelMap | None, size: tuple[int, int]) -> Tensor:
-        """See :meth:`Row.predict`."""
+        """See :meth:`Method.predict`."""
         if self._implicit is None:
-            self.learn(features)
+            self.fit_components(features)
         assert self._implicit is not None
         outputs = []
         for image, feature in zip(images, features, strict=True):
@@ -137,8 +144,8 @@ def _identity(features: Tensor) -> ChannelMap:
     return ChannelMap(torch.eye(channels).to(features), features.new_zeros(channels))
 
 
-class _OwnFeaturesRow:
-    """Finer features from the backbone, interpolated bilinearly from there on; the coarse ones are not used."""
+class _FinerFeaturesMethod:
+    """Finer features of the backbone itself, interpolated bilinearly to the size; the coarse features are not used."""
 
     name: str
     per_image = False
@@ -159,81 +166,68 @@ class _OwnFeaturesRow:
         raise NotImplementedError
 
     def predict(self, images: Tensor, features: Tensor, projection: ChannelMap | None, size: tuple[int, int]) -> Tensor:
-        """See :meth:`Row.predict`."""
+        """See :meth:`Method.predict`."""
         interpolated: Tensor = self._interpolate(self.finer(images), images, size, projection)
         return interpolated
 
 
-class StridedRow(_OwnFeaturesRow):
-    """See :func:`featup.inference.strided_features`."""
+class StridedMethod(_FinerFeaturesMethod):
+    """See :func:`featup.evaluation.large_image.strided_features`."""
 
     name = "strided"
 
     def finer(self, images: Tensor) -> Tensor:
-        """See :func:`featup.inference.strided_features`."""
+        """See :func:`featup.evaluation.large_image.strided_features`."""
         return strided_features(self.backbone, images, self.factor)
 
 
-class LargeImageRow(_OwnFeaturesRow):
-    """See :func:`featup.inference.large_image_features`."""
+class LargeImageMethod(_FinerFeaturesMethod):
+    """See :func:`featup.evaluation.large_image.large_image_features`."""
 
     name = "large_image"
 
     def finer(self, images: Tensor) -> Tensor:
-        """See :func:`featup.inference.large_image_features`."""
+        """See :func:`featup.evaluation.large_image.large_image_features`."""
         return large_image_features(self.backbone, images, self.factor)
 
 
-def make_rows(config: EvaluateConfig, backbone: Backbone, device: torch.device) -> list[Row]:
-    """The rows that are asked for, ready.
+def create_methods(config: EvaluateConfig, backbone: Backbone, device: torch.device) -> list[Method]:
+    """The methods of ``config.rows``, the rows of the table, ready to predict.
 
     Raises:
-        ConfigError: an unknown name, or a checkpoint where none belongs or none where one does.
         FeatupError: a checkpoint that cannot be read, or of another backbone.
     """
-    trained = get_args(TrainableName)
-    plain = [name for name in get_args(UpsamplerName) if name not in trained]
-    own = {row.name: row for row in (StridedRow, LargeImageRow)}
+    finer = {method.name: method for method in (StridedMethod, LargeImageMethod)}
     bases = ("bilinear", "bilateral", "jbu")
-    rows: list[Row] = []
-    for spec, (name, _, file) in zip(config.rows, (spec.partition("=") for spec in config.rows), strict=True):
-        if name in own and not file:
-            rows.append(own[name](backbone, config.factor))
-        elif name == DeepImagePriorRow.name and not file:
-            rows.append(DeepImagePriorRow(config.prior_steps))
-        elif name == "implicit" and (file in ("", *bases[:2]) or file.endswith(".safetensors")):
+    methods: list[Method] = []
+    for name, _, file in (row.partition("=") for row in config.rows):
+        if name in finer:
+            methods.append(finer[name](backbone, config.factor))
+        elif name == DeepImagePriorMethod.name:
+            methods.append(DeepImagePriorMethod(config.prior_steps))
+        elif name == ImplicitMethod.name:
             base = file if file in bases else "jbu" if file else "bilateral"
-            started_from = _upsampler_row(config, backbone, device, base, file if base == "jbu" else "")
-            rows.append(ImplicitRow(backbone, started_from.upsampler, config, started_from.digests))
-        elif (name in plain and not file) or (name in trained and file):
-            rows.append(_upsampler_row(config, backbone, device, name, file))
+            initial = _upsampler_method(config, backbone, device, base, file if base == "jbu" else "")
+            methods.append(ImplicitMethod(backbone, initial.upsampler, config, initial.digests))
         else:
-            raise ConfigError(
-                f"rows: {spec!r} is not one of {', '.join([*plain, *own, DeepImagePriorRow.name])}, nor NAME=FILE with "
-                f"one of {', '.join(trained)}, nor implicit, implicit=bilinear, implicit=bilateral or "
-                "implicit=FILE of a jbu"
-            )
-    return rows
+            methods.append(_upsampler_method(config, backbone, device, name, file))
+    return methods
 
 
-def _upsampler_row(
+def _upsampler_method(
     config: EvaluateConfig, backbone: Backbone, device: torch.device, name: str, file: str
-) -> UpsamplerRow:
+) -> UpsamplerMethod:
     checkpoint = storage.local_copy(file) if file else None
     upsampler = create_upsampler(
-        name,  # type: ignore[arg-type]  # make_rows has checked it
+        name,  # type: ignore[arg-type]  # the config has checked it
         channels=backbone.channels,
         checkpoint=checkpoint,
         sigma_space=config.sigma_space,
         sigma_colour=config.sigma_colour,
     ).to(device)
     if checkpoint is None:
-        return UpsamplerRow(name, upsampler)
+        return UpsamplerMethod(name, upsampler)
     check_backbone(checkpoint, backbone)
-    alone = _trained_names(config.rows).count(name) <= 1
-    title = name if alone else f"{name} {Path(file).with_suffix('')}"
-    return UpsamplerRow(title, upsampler, {"checkpoint": file_digest(checkpoint)})
-
-
-def _trained_names(specs: Sequence[str]) -> list[str]:
-    return [spec.partition("=")[0] for spec in specs if "=" in spec]
+    checkpoints = [row for row in config.rows if row.partition("=")[0] == name]
+    title = name if len(checkpoints) <= 1 else f"{name} {Path(file).with_suffix('')}"
+    return UpsamplerMethod(title, upsampler, {"checkpoint": file_digest(checkpoint)})

@@ -12,12 +12,13 @@ from torch import Tensor
 from featup.pictures import side_by_side
 from pipeline.training.tasks import SegmentationTask, Task
 
-__all__ = ["class_colours"]
+__all__ = ["Panels", "class_colours", "colour", "sheet"]
 
 
 # In one line of a picture.
 _PANELS = 5
 Pixels = NDArray[np.uint8]
+# The panels of each picture, with their titles.
 Panels = dict[str, list[tuple[str, Pixels]]]
 
 
@@ -47,7 +48,7 @@ def colour(task: Task, values: Tensor, label: Tensor) -> Pixels:
 
 
 def sheet(panels: Sequence[tuple[str, Pixels]]) -> Pixels:
-    """Panels in lines of about the same length, as many as are needed."""
+    """Panels side by side, in lines of about the same length."""
     each = math.ceil(len(panels) / math.ceil(len(panels) / _PANELS))
     lines = [side_by_side(panels[at : at + each]) for at in range(0, len(panels), each)]
     width = max(line.shape[1] for line in lines)

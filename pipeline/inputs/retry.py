@@ -1,9 +1,10 @@
 """Operations on files that fail: repeated where the error may pass, one clear line where it lasts."""
 
+import asyncio
 import errno
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
 from typing import TypeVar
 
@@ -19,7 +20,7 @@ from pipeline.inputs.remote import (
     protocol,
 )
 
-__all__ = ["RetriesError", "environment_faults", "retried", "with_retries"]
+__all__ = ["RetriesError", "environment_faults", "retried", "retried_async", "with_retries"]
 
 
 T = TypeVar("T")
@@ -69,13 +70,18 @@ def with_retries(
         try:
             return action()
         except OSError as error:
-            if isinstance(error, _LASTING_ERRORS) or error.errno in _LASTING_ERRNOS:
-                raise
-            if attempt == attempts:
-                text = f"{what} failed {attempts} times, the last time with {type(error).__name__}: {error}"
-                raise (RetriesError(error.errno, text) if error.errno else RetriesError(text)) from error
+            _raise_lasting(error, what, attempt, attempts)
             sleep(first_wait * 2 ** (attempt - 1))
     raise ValueError(f"{what}: attempts must be 1 or more, not {attempts}")
+
+
+def _raise_lasting(error: OSError, what: str, attempt: int, attempts: int) -> None:
+    """Raise an error that lasts, or the last attempt's; return where there should be another attempt."""
+    if isinstance(error, _LASTING_ERRORS) or error.errno in _LASTING_ERRNOS:
+        raise error
+    if attempt == attempts:
+        text = f"{what} failed {attempts} times, the last time with {type(error).__name__}: {error}"
+        raise (RetriesError(error.errno, text) if error.errno else RetriesError(text)) from error
 
 
 def retried(action: Callable[[], T], url: str, verb: str, *, writing: bool = False) -> T:
@@ -94,6 +100,21 @@ def retried(action: Callable[[], T], url: str, verb: str, *, writing: bool = Fal
 
     with environment_faults(url, verb, writing=writing):
         return with_retries(attempt, what=f"{verb} {url}")
+
+
+async def retried_async(
+    action: Callable[[], Awaitable[T]], url: str, verb: str, *, writing: bool = False, attempts: int = 5
+) -> T:
+    """As :func:`retried`, of an action to be awaited; others on the event loop go on during the waits."""
+    with environment_faults(url, verb, writing=writing):
+        for attempt in range(1, attempts + 1):
+            try:
+                with mapped_errors(url):
+                    return await action()
+            except OSError as error:
+                _raise_lasting(error, f"{verb} {url}", attempt, attempts)
+                await asyncio.sleep(0.2 * 2 ** (attempt - 1))
+    raise ValueError(f"{verb} {url}: attempts must be 1 or more, not {attempts}")
 
 
 @contextmanager

@@ -16,7 +16,8 @@ from torch.utils.data import Dataset
 
 from pipeline.errors import ConfigError, ForkError
 from pipeline.inputs import storage
-from pipeline.store.layout import OK, AnyArray, open_arrays, stored_layout
+from pipeline.store.layout import AnyArray, Layout, open_arrays, store_attributes
+from pipeline.store.rows import good_rows
 
 __all__ = ["Codecs", "FeatureDataset"]
 
@@ -48,6 +49,7 @@ class FeatureDataset(Dataset[dict[str, Tensor]]):
         dtype: torch.dtype = torch.float32,
         transform: Callable[[dict[str, Tensor]], dict[str, Tensor]] | None = None,
         codecs: Codecs = "zarr",
+        partial: bool = False,
     ) -> None:
         """
         Args:
@@ -58,9 +60,11 @@ class FeatureDataset(Dataset[dict[str, Tensor]]):
             transform: called with each sample.
             codecs: ``zarr`` checks every chunk against its checksum; ``zarrs`` decodes in Rust, faster, and does not
                 check chunks that are read alone (zarrs 0.2.3), so it is for stores that ``jobs.verify`` found clean.
+            partial: serve a store whose job has not ended as well, with the samples that are in it now.
 
         Raises:
             StoreError: there is no store.
+            IncompleteStoreError: its job has not ended.
             ConfigError: an array it does not have, or a window outside of the image.
         """
         self.path = path
@@ -69,7 +73,8 @@ class FeatureDataset(Dataset[dict[str, Tensor]]):
         self.dtype = dtype
         self.transform = transform
         self.codecs: Codecs = codecs
-        layout = stored_layout(path)
+        attributes = store_attributes(path)
+        layout = Layout.from_dict(attributes["layout"])
         self.layout = layout
         known = [spec.name for spec in layout.arrays if spec.name != "status"]
         missing = [name for name in self.arrays if name not in known]
@@ -88,9 +93,8 @@ class FeatureDataset(Dataset[dict[str, Tensor]]):
                     f"{layout.height}x{layout.width} (height x width)"
                 )
         self._open: tuple[int, dict[str, AnyArray]] | None = None
-        # Read here with Python's codecs, which leave no threads behind, so that a fork stays possible.
-        status = np.asarray(open_arrays(path, ["status"])["status"][:])
-        self.rows = np.flatnonzero(status == OK)
+        # Read here without threads that stay behind, so that a fork is possible afterwards.
+        self.rows = good_rows(path, attributes, partial)
 
     def __len__(self) -> int:
         return len(self.rows)

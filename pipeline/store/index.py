@@ -1,49 +1,37 @@
-"""The index of a store: one table with a row for every sample, and the account of the run that follows from it."""
+"""The index of a store: a row for every sample, in a parquet file for each thousand units, and the summary of a run."""
 
+import hashlib
 import json
-import os
-import tempfile
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from pipeline.console import human_bytes
 from pipeline.errors import StoreError
 from pipeline.inputs import storage
-from pipeline.inputs.plan import Plan
+from pipeline.inputs.plan import Plan, UnitKey
+from pipeline.redaction import redact
 from pipeline.store.ledger import Ledger, Receipt, SampleRecord
-
-__all__ = ["Summary", "read_index", "write_index"]
-
-
-SCHEMA = pa.schema(
-    [
-        ("row", pa.int64()),
-        ("key", pa.string()),
-        ("shard", pa.dictionary(pa.int32(), pa.string())),
-        ("unit", pa.int64()),
-        ("status", pa.dictionary(pa.int8(), pa.string())),
-        ("reason", pa.dictionary(pa.int8(), pa.string())),
-        ("detail", pa.string()),
-        ("height", pa.int32()),
-        ("width", pa.int32()),
-        ("transform", pa.string()),
-        ("flags", pa.string()),
-        ("orientation", pa.int8()),
-        ("decoder", pa.dictionary(pa.int8(), pa.string())),
-        ("sha256", pa.string()),
-        ("explained_variance", pa.float32()),
-    ]
+from pipeline.store.outliers import flag_outliers
+from pipeline.store.parquet import read_columns
+from pipeline.store.partitions import (
+    INDEX_SCHEMA,
+    ROWS_PER_GROUP,
+    PartitionFacts,
+    list_partitions,
+    partition_place,
+    read_facts,
+    write_partition,
 )
-_ROWS_AT_ONCE = 50_000
-# Robust standard deviations below the median.
-_OUTLIER = 3.0
-# Fits of a set may be so alike that three deviations are nothing: less than this below the median is no outlier.
-_SHORTFALL = 0.05
+from pipeline.store.segments import UNITS_PER_SEGMENT, DoneUnits, segment_units
+
+__all__ = ["Summary", "index_table", "partition_count", "plan_digest", "read_index", "write_index"]
+
+_THREADS = 16
 
 
 @dataclass
@@ -60,20 +48,18 @@ class Summary:
     seconds: Counter[str] = field(default_factory=Counter)
     bytes: Counter[str] = field(default_factory=Counter)
 
-    def add(self, receipt: Receipt) -> None:
-        """Count one unit."""
-        self.samples += len(receipt.samples)
-        for record in receipt.samples:
-            if record.status == "ok":
-                self.ok += 1
-            else:
-                self.failed += 1
-                self.reasons[record.reason] += 1
-        self.seconds.update(receipt.seconds)
-        self.bytes.update(receipt.sizes)
+    def add(self, facts: PartitionFacts) -> None:
+        """Count the units of one partition."""
+        self.samples += facts.samples
+        self.ok += facts.ok
+        self.failed += facts.failed
+        self.reasons.update(facts.reasons)
+        self.failed_units += facts.failed_units
+        self.seconds.update(facts.seconds)
+        self.bytes.update(facts.bytes)
 
     def text(self) -> str:
-        """The account, for the end of a run."""
+        """The summary, for the end of a run."""
         lines = []
         if self.ok:
             lines.append(
@@ -91,40 +77,50 @@ class Summary:
         return "\n".join(lines)
 
 
+def partition_count(units: int) -> int:
+    """How many partitions the index of so many units has."""
+    return -(-units // UNITS_PER_SEGMENT)
+
+
 def write_index(out: str, plan: Plan, ledger: Ledger, failures: Mapping[int, Receipt]) -> Summary:
-    """Gather all receipts into ``OUT/index.parquet``.
+    """Bring ``OUT/index`` up to date with the receipts.
+
+    A partition whose units lie in a segment is written once, and read again only for its sums.
 
     Args:
-        failures: accounts of the units that failed in this run, by number.
+        out: the store.
+        plan: all of its units.
+        ledger: its receipts.
+        failures: records of the units that failed in this run, by number.
 
     Raises:
-        StoreError: a unit has neither a receipt nor an account, or its receipt lists other samples than the plan.
+        StoreError: a unit has neither a receipt nor a record of its failure, or its receipt lists other samples than
+            the plan.
+        DamagedReceiptError: a receipt is damaged.
     """
-    summary = Summary(units=plan.units, faults=plan.faults)
-    handle, path = tempfile.mkstemp(suffix=".parquet")
-    os.close(handle)
-    try:
-        with pq.ParquetWriter(path, SCHEMA, compression="zstd") as writer:
-            rows: list[dict[str, object]] = []
-            keys = map(plan.unit, range(plan.units))
-            for key, found in ledger.receipts((key, plan.shards[key.shard].digest) for key in keys):
-                receipt = found or failures.get(key.unit)
-                if receipt is None or len(receipt.samples) != len(key):
-                    counted = "no receipt" if receipt is None else f"{len(receipt.samples)} samples in its receipt"
-                    raise StoreError(f"{key} has {counted}, so not every sample is accounted for; run the job again")
-                if found is None:
-                    summary.failed_units.append(key.unit)
-                summary.add(receipt)
-                rows += [_row(record, plan.shards[key.shard].url, key.unit) for record in receipt.samples]
-                if len(rows) >= _ROWS_AT_ONCE:
-                    writer.write_table(pa.Table.from_pylist(rows, SCHEMA))
-                    rows = []
-            writer.write_table(pa.Table.from_pylist(rows, SCHEMA))
-        _flag_outliers(path)
-        with open(path, "rb") as file:
-            storage.write_atomic(storage.join(out, "index.parquet"), file.read())
-    finally:
-        os.remove(path)
+    done = ledger.done()
+    _require_all(plan, done, failures)
+    count = partition_count(plan.units)
+    present = list_partitions(out)
+    for number in present[present >= count].tolist():
+        storage.remove(partition_place(out, number))
+    segments, standing = set(done.segments.tolist()), set(present.tolist())
+
+    def partition(number: int) -> PartitionFacts | None:
+        known = read_facts(out, number) if number in segments and number in standing else None
+        stands = known is not None and known.sealed and known.plan == plan_digest(plan, number)
+        return known if stands else None
+
+    with ThreadPoolExecutor(_THREADS) as pool:
+        known = list(pool.map(partition, range(count)))
+    facts = [
+        one if one is not None else _write(out, plan, ledger, failures, number, number in segments)
+        for number, one in enumerate(known)
+    ]
+    flag_outliers(out, facts)
+    summary = Summary(units=plan.units, faults=[redact(fault) for fault in plan.faults])
+    for one in facts:
+        summary.add(one)
     if summary.samples != plan.samples or summary.samples != summary.ok + summary.failed:
         raise StoreError(
             f"{plan.samples} samples planned, {summary.samples} accounted for as {summary.ok} ok and "
@@ -133,56 +129,138 @@ def write_index(out: str, plan: Plan, ledger: Ledger, failures: Mapping[int, Rec
     return summary
 
 
-def _flag_outliers(path: str) -> None:
-    """Add the flag ``fit_outlier`` to images whose fit explains far less than those of the data set mostly do."""
-    explained = pq.read_table(path, columns=["explained_variance"])["explained_variance"].to_numpy()
-    known = explained[np.isfinite(explained)]
-    if not len(known):
-        return
-    median = np.median(known)
-    # What a normal distribution's standard deviation is to its median absolute deviation.
-    spread = 1.4826 * np.median(np.abs(known - median))
-    limit = median - max(_OUTLIER * spread, _SHORTFALL)
-    (outliers,) = np.nonzero(~(explained >= limit) & np.isfinite(explained))
-    table = pq.read_table(path)
-    flags = table["flags"].to_pylist()
-    for row in outliers:
-        flags[row] = f"{flags[row]} fit_outlier".strip()
-    place = table.schema.get_field_index("flags")
-    pq.write_table(table.set_column(place, "flags", pa.array(flags, pa.string())), path, compression="zstd")
+def _require_all(plan: Plan, done: DoneUnits, failures: Mapping[int, Receipt]) -> None:
+    """Refuse an index that lacks units, before any of its files changes."""
+    missing = [unit for unit in done.todo(plan.units).tolist() if unit not in failures]
+    if missing:
+        more = f" (and {len(missing) - 1} more)" if len(missing) > 1 else ""
+        raise StoreError(
+            f"{plan.unit(missing[0])}{more} has no receipt, so not every sample is accounted for; run the job again"
+        )
 
 
-def _row(record: SampleRecord, shard: str, unit: int) -> dict[str, object]:
-    height, width = record.source_size or (None, None)
-    return {
-        "row": record.row,
-        "key": record.key,
-        "shard": shard,
-        "unit": unit,
-        "status": record.status,
-        "reason": record.reason,
-        "detail": record.detail,
-        "height": height,
-        "width": width,
-        "transform": json.dumps(record.transform) if record.transform else "",
-        "flags": " ".join(record.flags),
-        "orientation": record.orientation,
-        "decoder": record.decoder,
-        "sha256": record.sha256,
-        "explained_variance": record.explained_variance,
+def _keys(plan: Plan, number: int) -> list[UnitKey]:
+    units = segment_units(number)
+    return [plan.unit(unit) for unit in range(units.start, min(units.stop, plan.units))]
+
+
+def plan_digest(plan: Plan, number: int) -> str:
+    """Identity of the part of a plan that a partition covers: units, input shards, and their URLs as in the index."""
+    units = segment_units(number)
+    first, last = plan.unit(units.start), plan.unit(min(units.stop, plan.units) - 1)
+    shards = plan.shards[first.shard : last.shard + 1]
+    content = [plan.rows_per_shard, first.start, last.stop, [[one.digest, redact(one.url)] for one in shards]]
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()
+
+
+def _write(
+    out: str, plan: Plan, ledger: Ledger, failures: Mapping[int, Receipt], number: int, sealed: bool
+) -> PartitionFacts:
+    facts = PartitionFacts(plan=plan_digest(plan, number), sealed=sealed)
+    seconds: Counter[str] = Counter()
+    sizes: Counter[str] = Counter()
+
+    def receipts() -> Iterator[Receipt]:
+        pairs = ((key, plan.shards[key.shard].digest) for key in _keys(plan, number))
+        for key, stored in ledger.receipts(pairs):
+            receipt = stored or failures.get(key.unit)
+            if receipt is None or len(receipt.samples) != len(key):
+                counted = "no receipt" if receipt is None else f"{len(receipt.samples)} samples in its receipt"
+                raise StoreError(f"{key} has {counted}, so not every sample is accounted for; run the job again")
+            if stored is None:
+                facts.failed_units.append(key.unit)
+            seconds.update(receipt.seconds)
+            sizes.update(receipt.sizes)
+            yield receipt
+        facts.seconds, facts.bytes = dict(seconds), dict(sizes)
+
+    def tables() -> Iterator[pa.Table]:
+        for batch in _pieces(receipts()):
+            table = index_table(batch, plan)
+            facts.count(table)
+            yield table
+
+    write_partition(out, number, tables(), facts)
+    return facts
+
+
+def _pieces(receipts: Iterable[Receipt]) -> Iterator[list[Receipt]]:
+    """Receipts in lists of about a row group's samples, so that no more are in memory at once."""
+    batch: list[Receipt] = []
+    samples = 0
+    for receipt in receipts:
+        batch.append(receipt)
+        samples += len(receipt.samples)
+        if samples >= ROWS_PER_GROUP:
+            yield batch
+            batch, samples = [], 0
+    if batch:
+        yield batch
+
+
+# A sample's values for the columns of the index, but for those that its unit decides.
+_COLUMNS: dict[str, Callable[[SampleRecord], object]] = {
+    "row": lambda record: record.row,
+    "status": lambda record: record.status,
+    "key": lambda record: record.key,
+    "reason": lambda record: record.reason,
+    "detail": lambda record: record.detail,
+    "height": lambda record: record.source_size and record.source_size[0],
+    "width": lambda record: record.source_size and record.source_size[1],
+    "transform": lambda record: json.dumps(record.transform) if record.transform else "",
+    "flags": lambda record: " ".join(record.flags),
+    "orientation": lambda record: record.orientation,
+    "decoder": lambda record: record.decoder,
+    "sha256": lambda record: bytes.fromhex(record.sha256) or None,
+    "label_sha256": lambda record: [(kind, bytes.fromhex(value)) for kind, value in record.label_sha256.items()],
+    "explained_variance": lambda record: record.explained_variance,
+}
+
+
+def index_table(receipts: Sequence[Receipt], plan: Plan) -> pa.Table:
+    """The rows of the index that follow from receipts, without the flags that compare images with each other."""
+    records = [record for receipt in receipts for record in receipt.samples]
+    counts = [len(receipt.samples) for receipt in receipts]
+    urls = [redact(plan.shards[receipt.unit.shard].url) for receipt in receipts]
+    names = sorted(set(urls))
+    codes = np.repeat(np.array([names.index(url) for url in urls], np.int32), counts)
+    columns = {
+        "shard": pa.DictionaryArray.from_arrays(pa.array(codes), pa.array(names, pa.string())),
+        "unit": pa.array(np.repeat(np.array([receipt.unit.unit for receipt in receipts], np.int64), counts)),
+        **{
+            name: pa.array([value(record) for record in records], INDEX_SCHEMA.field(name).type)
+            for name, value in _COLUMNS.items()
+        },
     }
+    return pa.Table.from_arrays([columns[name] for name in INDEX_SCHEMA.names], schema=INDEX_SCHEMA)
 
 
-def read_index(out: str, columns: list[str] | None = None) -> pa.Table:
-    """The index of a finished store.
+def read_index(out: str, columns: Sequence[str] | None = None, units: Iterable[int] | None = None) -> pa.Table:
+    """The index of a finished store as one table, in the order of rows.
+
+    Args:
+        out: the store.
+        columns: only these.
+        units: only the samples of these units; partitions of others are not read.
 
     Raises:
-        StoreError: there is none yet.
+        StoreError: there is no index yet, or a part of it is missing or damaged.
     """
-    try:
-        data = storage.read_bytes(storage.join(out, "index.parquet"))
-    except FileNotFoundError as error:
+    present = list_partitions(out)
+    if not len(present) or int(present[-1]) != len(present) - 1:
+        state = f"partitions {present.tolist()[:10]} only" if len(present) else "no index"
         raise StoreError(
-            f"{out} has no index.parquet: the job that makes the store has not ended; run it to its end"
-        ) from error
-    return pq.read_table(pa.BufferReader(data), columns=columns)
+            f"{out} has {state}: the job that makes the store has not ended, or files of the index were removed; run "
+            "the job to its end"
+        )
+    chosen = None if units is None else np.unique(np.fromiter(units, np.int64))
+    numbers = present if chosen is None else np.intersect1d(chosen // UNITS_PER_SEGMENT, present)
+    names = list(INDEX_SCHEMA.names if columns is None else columns)
+    tables = []
+    for number in numbers.tolist():
+        table = read_columns(partition_place(out, number), [*names, "unit"] if chosen is not None else names)
+        if chosen is not None:
+            table = table.filter(pa.array(np.isin(table["unit"].to_numpy(), chosen))).select(names)
+        tables.append(table)
+    schema = pa.schema([INDEX_SCHEMA.field(name) for name in names])
+    return pa.concat_tables([schema.empty_table(), *(table.cast(schema) for table in tables)]).unify_dictionaries()

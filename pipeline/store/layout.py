@@ -1,22 +1,28 @@
-"""Shapes, types and chunks of the store's arrays, and how they are opened."""
+"""Shapes, types and chunks of the store's arrays, the version of their format, and how they are opened."""
 
+import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any, Literal, cast
 
 import numpy as np
 import zarr
 from zarr.abc.store import Store as ZarrStore
-from zarr.storage import FsspecStore, LocalStore
+from zarr.storage import LocalStore
 
 from pipeline.decode.kinds import label_spec
-from pipeline.errors import StoreError
+from pipeline.errors import ConfigError, IncompleteStoreError, StoreError, StoreFormatError
 from pipeline.inputs import storage
+from pipeline.store.fields import read_fields
+from pipeline.store.remote_arrays import RemoteArrays
 
 __all__ = [
     "FAILED",
+    "FORMAT",
+    "FORMAT_VERSION",
     "NOTHING",
     "OK",
+    "OLDEST_FORMAT_VERSION",
     "AnyArray",
     "ArraySpec",
     "Layout",
@@ -25,10 +31,18 @@ __all__ = [
     "open_arrays",
     "open_group",
     "read_attributes",
+    "require_complete",
+    "store_attributes",
     "stored_layout",
     "tile_of",
 ]
 
+FORMAT = "featup-store"
+# Raised with every change that an older program would misread. A newer program opens and finishes stores of all
+# versions from the oldest on: what they do not have gets its default.
+FORMAT_VERSION = 2
+OLDEST_FORMAT_VERSION = 2
+_FIRST_FORMAT = "featup-datasets/1"
 
 AnyArray = zarr.Array[Any]
 NOTHING, OK, FAILED = 0, 1, 2
@@ -63,7 +77,7 @@ class ArraySpec:
 
 @dataclass(frozen=True)
 class Layout:
-    """Shapes, types and chunks of all arrays; the same for every worker."""
+    """Shapes, types and chunks of all arrays; the same for every worker. A field that is added needs a default."""
 
     rows: int
     rows_per_shard: int
@@ -75,6 +89,19 @@ class Layout:
     seg_dtype: Literal["uint8", "uint16"]
     valid_mask: bool
     compression_level: int
+
+    @staticmethod
+    def from_dict(values: Mapping[str, Any]) -> "Layout":
+        """The layout in a store's attributes, also of an older version: fields it does not have get their defaults.
+
+        Raises:
+            StoreFormatError: fields that this version does not have, or lacks.
+        """
+        return read_fields(Layout, values, "the store's layout")
+
+    def to_dict(self) -> dict[str, Any]:
+        """As kept in a store's attributes."""
+        return cast(dict[str, Any], json.loads(json.dumps(asdict(self))))
 
     def __post_init__(self) -> None:
         if self.rows % self.rows_per_shard:
@@ -114,7 +141,7 @@ def zarr_store(url: str, *, read_only: bool) -> ZarrStore:
     place = storage.join(url, "features.zarr")
     if storage.is_local(place):
         return LocalStore(storage.local_path(place), read_only=read_only)
-    return FsspecStore.from_url(place, read_only=read_only)
+    return RemoteArrays.at(place, read_only=read_only)
 
 
 def read_attributes(url: str) -> dict[str, Any] | None:
@@ -133,17 +160,48 @@ def read_attributes(url: str) -> dict[str, Any] | None:
             "damaged, or not that of a feature store; restore it, or give another --out"
         ) from error
     attributes = dict(root.attrs)
-    if "format" not in attributes:
-        raise StoreError(
-            f"{storage.join(url, 'features.zarr')} is a Zarr group and not a feature store; give another --out"
-        )
+    _check_format(storage.join(url, "features.zarr"), attributes)
     return attributes
 
 
+def _check_format(place: str, attributes: Mapping[str, Any]) -> None:
+    name, version = attributes.get("format"), attributes.get("format_version")
+    if name == _FIRST_FORMAT:
+        raise StoreFormatError(
+            f"{place} was made before format {OLDEST_FORMAT_VERSION} (it is of {name}), which this program does not "
+            "read; make it again with another --out"
+        )
+    if name != FORMAT:
+        raise StoreError(f"{place} is a Zarr group and not a feature store; give another --out")
+    if not isinstance(version, int) or version < OLDEST_FORMAT_VERSION:
+        raise StoreFormatError(
+            f"{place} is of format version {version!r}, this program reads {OLDEST_FORMAT_VERSION} to "
+            f"{FORMAT_VERSION}; make it again with another --out"
+        )
+    if version > FORMAT_VERSION:
+        raise StoreFormatError(
+            f"{place} is of format version {version}, this program reads {OLDEST_FORMAT_VERSION} to {FORMAT_VERSION}: "
+            "a newer program wrote it; update this one (pip install --upgrade featup-datasets)"
+        )
+
+
 def list_differences(
-    found: Mapping[str, Any], wanted: Mapping[str, Any], owners: tuple[str, str] = ("the store", "this run")
+    found: Mapping[str, Any],
+    wanted: Mapping[str, Any],
+    owners: tuple[str, str] = ("the store", "this run"),
+    defaults: Mapping[str, Any] | None = None,
 ) -> list[str]:
-    """What a store has and what a run wants, or any two ``owners`` have, name by name, where it is not the same."""
+    """What a store has and what a run wants, or any two ``owners`` have, name by name, where it is not the same.
+
+    Args:
+        found: of the first owner.
+        wanted: of the second.
+        owners: how the text calls the two.
+        defaults: what the first is taken to have of those names that only the second has: an option that the program
+            that made the store did not know yet.
+    """
+    known = {name: value for name, value in (defaults or {}).items() if name in wanted}
+    found = {**known, **found}
     return [
         f"{name}: {owners[0]} has {found.get(name)!r}, {owners[1]} has {wanted.get(name)!r}"
         for name in sorted(found.keys() | wanted.keys())
@@ -181,9 +239,16 @@ def open_arrays(url: str, names: Sequence[str], codecs: Literal["zarr", "zarrs"]
 
     Raises:
         StoreError: there is no store.
+        ConfigError: ``zarrs`` is not installed.
     """
     if codecs == "zarrs":
-        import zarrs  # noqa: F401 - registers the pipeline
+        try:
+            import zarrs  # noqa: F401 - registers the pipeline
+        except ModuleNotFoundError as error:
+            raise ConfigError(
+                "codecs='zarrs' needs the package zarrs, which is not installed; pip install 'featup-datasets[make]', "
+                "or read with codecs='zarr'"
+            ) from error
 
         settings: dict[str, Any] = {
             "codec_pipeline.path": "zarrs.ZarrsCodecPipeline",
@@ -198,19 +263,36 @@ def open_arrays(url: str, names: Sequence[str], codecs: Literal["zarr", "zarrs"]
 
 
 def stored_layout(url: str) -> Layout:
-    """The layout a store was created with.
+    """The layout a store was created with, and has grown to since.
 
     Raises:
         StoreError: there is no store.
+        StoreFormatError: it is of a format that this program does not read.
     """
-    values: dict[str, Any] = {
-        name: tuple(value) if isinstance(value, list) else value for name, value in attributes_of(url)["layout"].items()
-    }
-    return Layout(**values)
+    return Layout.from_dict(store_attributes(url)["layout"])
 
 
-def attributes_of(url: str) -> dict[str, Any]:
+def store_attributes(url: str) -> dict[str, Any]:
+    """The attributes of a store.
+
+    Raises:
+        StoreError: there is no store.
+        StoreFormatError: it is of a format that this program does not read.
+    """
     attributes = finished_attributes(url)
     if attributes is None:
         raise StoreError(f"no feature store at {url}; give the folder that was --out")
     return attributes
+
+
+def require_complete(url: str, attributes: Mapping[str, Any]) -> None:
+    """Refuse a store whose job has not ended.
+
+    Raises:
+        IncompleteStoreError: it is not complete.
+    """
+    if not attributes.get("complete"):
+        raise IncompleteStoreError(
+            f"{url} is not complete: the job that makes it has not ended, or is adding to it; run the job to its end, "
+            "or give partial=True to read what is there"
+        )

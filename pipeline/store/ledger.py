@@ -5,141 +5,260 @@ samples, rows), never by a worker, so any later run of the same plan finds it.
 """
 
 import json
+import os
+import platform
+import time
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field
-from itertools import islice
-from typing import Any, TypeVar
+from contextlib import suppress
+from itertools import groupby, islice
+from typing import TypeVar
 
-from pipeline.errors import StoreError
+from pipeline.errors import DamagedReceiptError, StoreError, StoreFormatError
 from pipeline.inputs import storage
 from pipeline.inputs.plan import UnitKey
+from pipeline.store.layout import FAILED, OK
+from pipeline.store.partitions import partition_place
+from pipeline.store.receipt import Receipt, SampleRecord
+from pipeline.store.segments import (
+    UNITS_PER_SEGMENT,
+    DoneUnits,
+    Segment,
+    encode_segment,
+    list_done,
+    open_segment,
+    receipt_place,
+    segment_place,
+    segment_units,
+)
 
 __all__ = ["Ledger", "Receipt", "SampleRecord"]
 
 T = TypeVar("T")
-
-
-@dataclass(frozen=True)
-class SampleRecord:
-    """What became of one sample. ``status`` is ``"ok"`` or ``"failed"``; a failed one has a ``reason``.
-
-    ``sha256`` is that of the image's bytes, ``label_sha256`` those of its labels' bytes by kind.
-    ``explained_variance``, of images that are fitted, is the share of held-out views' variance that the fit explains.
-    """
-
-    key: str
-    row: int
-    status: str
-    reason: str = ""
-    detail: str = ""
-    source_size: tuple[int, int] | None = None
-    transform: dict[str, Any] | None = None
-    flags: tuple[str, ...] = ()
-    orientation: int = 1
-    decoder: str = ""
-    sha256: str = ""
-    label_sha256: dict[str, str] = field(default_factory=dict)
-    explained_variance: float | None = None
-
-
-@dataclass(frozen=True)
-class Receipt:
-    """Proof of a unit written, or (``error`` set) the account of a unit that failed.
-
-    ``shard`` is the digest of the input shard that the unit was made from, see
-    :attr:`pipeline.inputs.plan.PlannedShard.digest`.
-
-    ``checksums`` holds for each array the crc32c of every row as stored, ``None`` where nothing was written;
-    ``seconds`` and ``sizes`` (bytes) count per stage (read, decode, features, upsample, encode_write); ``worker`` names
-    the host and process.
-    """
-
-    unit: UnitKey
-    shard: str
-    samples: tuple[SampleRecord, ...]
-    checksums: dict[str, list[int | None]] = field(default_factory=dict)
-    seconds: dict[str, float] = field(default_factory=dict)
-    sizes: dict[str, int] = field(default_factory=dict)
-    worker: dict[str, Any] = field(default_factory=dict)
-    error: str = ""
-
-    def to_json(self) -> bytes:
-        """As kept in the ledger."""
-        return json.dumps(asdict(self), separators=(",", ":")).encode()
-
-    @staticmethod
-    def from_json(data: bytes) -> "Receipt":
-        """What :meth:`to_json` wrote."""
-        content = json.loads(data)
-        content["unit"] = UnitKey(**content["unit"])
-        content["samples"] = tuple(
-            SampleRecord(
-                **{
-                    **sample,
-                    "flags": tuple(sample["flags"]),
-                    "source_size": tuple(sample["source_size"]) if sample["source_size"] else None,
-                }
-            )
-            for sample in content["samples"]
-        )
-        return Receipt(**content)
+_THREADS = 16
+# Receipts in memory at once while a segment is written.
+_READ_AHEAD = 100
 
 
 class Ledger:
-    """The receipts of one store, one object a unit."""
+    """The receipts of one store: open ones, an object a unit, and segments of a thousand."""
 
     def __init__(self, url: str) -> None:
+        """
+        Args:
+            url: the folder ``OUT/ledger`` of the store ``OUT``.
+        """
         self.url = url
-
-    def _place(self, unit: int) -> str:
-        # A thousand to a folder: listing stays fast with millions of units.
-        return storage.join(self.url, f"{unit // 1000:06d}", f"{unit:09d}.json")
+        self._out = url.rstrip("/").rpartition("/")[0]
 
     def commit(self, receipt: Receipt) -> None:
         """Mark a unit as done. Its data must be durable by now."""
         if receipt.error:
             raise StoreError(f"{receipt.unit} failed ({receipt.error}) and cannot be committed")
-        storage.write_atomic(self._place(receipt.unit.unit), receipt.to_json())
+        place, data = receipt_place(self.url, receipt.unit.unit), receipt.to_json()
+        storage.write_atomic(place, data)
 
     def get(self, key: UnitKey, shard: str) -> Receipt | None:
         """The receipt of a unit that is done, or ``None``.
 
+        Args:
+            key: the unit.
+            shard: digest of its input shard.
+
         Raises:
-            StoreError: there is a receipt, and it belongs to another input or another unit, or cannot be read.
+            DamagedReceiptError: there is a receipt that is damaged.
+            StoreError: there is a receipt, and it belongs to another input or another unit.
+            OSError: it cannot be read, after retries.
         """
+        # In this order: a receipt that is compacted between the two looks is in the segment by then.
+        data = self._open_receipt(key.unit)
+        segment = open_segment(self.url, key.unit // UNITS_PER_SEGMENT)
+        if segment is not None:
+            data = segment.receipt(key.unit)
+        return None if data is None else self._checked(data, key, shard)
+
+    def _open_receipt(self, unit: int) -> bytes | None:
         try:
-            receipt = Receipt.from_json(storage.read_bytes(self._place(key.unit)))
+            return storage.read_bytes(receipt_place(self.url, unit))
         except FileNotFoundError:
             return None
-        except (ValueError, KeyError, TypeError) as error:
-            raise StoreError(
-                f"{self._place(key.unit)} is no receipt ({type(error).__name__}: {error}): the file is damaged; remove "
-                "it and run the job again, which then makes this unit anew"
+
+    def _parsed(self, data: bytes, unit: int) -> Receipt:
+        try:
+            return Receipt.from_json(data)
+        except (ValueError, KeyError, TypeError, StoreFormatError) as error:
+            raise DamagedReceiptError(
+                unit,
+                f"{receipt_place(self.url, unit)} is no receipt ({type(error).__name__}: {error}): it is damaged; "
+                "verify the store with --repair, then run the job again, which computes this unit anew",
             ) from error
+
+    def _checked(self, data: bytes, key: UnitKey, shard: str) -> Receipt:
+        receipt = self._parsed(data, key.unit)
         if (receipt.unit, receipt.shard) != (key, shard):
             raise StoreError(
-                f"{self._place(key.unit)} is the receipt of {receipt.unit} of input {receipt.shard[:12]}, expected "
-                f"{key} of input {shard[:12]}; the ledger was mixed up with another store's: restore it, or start anew"
+                f"{receipt_place(self.url, key.unit)} is the receipt of {receipt.unit} of input {receipt.shard[:12]}, "
+                f"expected {key} of input {shard[:12]}; the ledger was mixed up with another store's: restore it, or "
+                "start anew"
             )
         return receipt
 
-    def done(self) -> set[int]:
-        """Numbers of the units that are done."""
-        names = (name.rsplit("/", 1)[-1] for name in storage.list_files(self.url))
-        return {int(name[:-5]) for name in names if name.endswith(".json")}
+    def done(self) -> DoneUnits:
+        """Numbers of the units that are done; only segments and open receipts are listed, and nothing is read."""
+        return list_done(self.url)
 
     def receipts(
-        self, keys: Iterable[tuple[UnitKey, str]], threads: int = 16
+        self, keys: Iterable[tuple[UnitKey, str]], threads: int = _THREADS
     ) -> Iterator[tuple[UnitKey, Receipt | None]]:
-        """(key, receipt or ``None``) of units and their shards' digests, in this order, read by several threads."""
+        """(key, receipt or ``None``) of units and their shards' digests, in this order, open ones by several threads.
 
-        def get(pair: tuple[UnitKey, str]) -> tuple[UnitKey, Receipt | None]:
-            return pair[0], self.get(*pair)
+        A segment is looked up once for all neighbouring units that lie in it. Raises what :meth:`get` raises.
+        """
+
+        def read(pair: tuple[UnitKey, str]) -> tuple[UnitKey, Receipt | None]:
+            data = self._open_receipt(pair[0].unit)
+            return pair[0], None if data is None else self._checked(data, *pair)
 
         with ThreadPoolExecutor(threads) as pool:
-            for batch in _batched(keys, 64 * threads):
-                yield from pool.map(get, batch)
+            for number, group in groupby(keys, lambda pair: pair[0].unit // UNITS_PER_SEGMENT):
+                segment = open_segment(self.url, number)
+                for batch in _batched(group, 64 * threads):
+                    if segment is None:
+                        yield from pool.map(read, batch)
+                    else:
+                        for key, shard in batch:
+                            yield key, self._checked(segment.receipt(key.unit), key, shard)
+
+    def compact(self, number: int) -> bool:
+        """Replace the open receipts of a segment's thousand units by the segment, once all are there.
+
+        The segment is durable before the first receipt is removed; what a crash leaves behind is removed by the next
+        call.
+
+        Returns:
+            Whether there is a segment now.
+
+        Raises:
+            DamagedReceiptError: a receipt is damaged; nothing was changed.
+        """
+        place = segment_place(self.url, number)
+        if open_segment(self.url, number) is None:
+            if not self._listed(number).issuperset(segment_units(number)):
+                return False
+            data = encode_segment(self._rows(number))
+            storage.write_atomic(place, data)
+        self._remove_receipts(sorted(self._listed(number)))
+        return True
+
+    def _listed(self, number: int) -> frozenset[int]:
+        """Units of a segment with an open receipt."""
+        folder = storage.join(self.url, f"{number:06d}")
+        names = storage.list_files(folder)
+        return frozenset(int(name[:-5]) for name in names if name.endswith(".json") and name[:-5].isdigit())
+
+    def _rows(self, number: int) -> Iterator[tuple[int, str, bytes, bytes]]:
+        def read(unit: int) -> tuple[int, str, bytes, bytes]:
+            data = self._open_receipt(unit)
+            if data is None:
+                raise StoreError(f"{receipt_place(self.url, unit)} is gone while its segment is written; run again")
+            receipt = self._parsed(data, unit)
+            if receipt.unit.unit != unit:
+                raise DamagedReceiptError(unit, f"{receipt_place(self.url, unit)} is the receipt of {receipt.unit}")
+            status = bytes(OK if record.status == "ok" else FAILED for record in receipt.samples)
+            return unit, receipt.shard, status, data
+
+        with ThreadPoolExecutor(_THREADS) as pool:
+            for batch in _batched(segment_units(number), _READ_AHEAD):
+                yield from pool.map(read, batch)
+
+    def reopen(self, units: Iterable[int]) -> list[int]:
+        """Take the receipts of units back, so that the next run computes them anew.
+
+        Of a segment the other receipts are written as open ones first; those that are damaged with it are taken back
+        as well. The index's partition is removed before the segment, so that it never outlives what it was built from.
+
+        Returns:
+            The units that are open now and were done, or damaged, before; sorted.
+        """
+        taken: list[int] = []
+        for number, group in groupby(sorted(set(units)), lambda unit: unit // UNITS_PER_SEGMENT):
+            chosen = list(group)
+            segment = open_segment(self.url, number)
+            if segment is not None:
+                chosen = sorted({*chosen, *self._write_back(segment, set(chosen))})
+            listed = self._listed(number)
+            _remove(partition_place(self._out, number))
+            self._remove_receipts([unit for unit in chosen if unit in listed])
+            if segment is not None:
+                _remove(segment.place)
+            taken += chosen if segment is not None else [unit for unit in chosen if unit in listed]
+        return taken
+
+    def _write_back(self, segment: Segment, without: set[int]) -> list[int]:
+        """Write a segment's receipts as open ones; returns the units whose receipts are damaged."""
+
+        def write(unit: int) -> int | None:
+            place = receipt_place(self.url, unit)
+            try:
+                data = segment.receipt(unit)
+                self._parsed(data, unit)
+            except DamagedReceiptError:
+                return unit
+            storage.write_atomic(place, data)
+            return None
+
+        others = [unit for unit in segment_units(segment.number) if unit not in without]
+        with ThreadPoolExecutor(_THREADS) as pool:
+            return [unit for unit in pool.map(write, others) if unit is not None]
+
+    def _remove_receipts(self, units: list[int]) -> None:
+        with ThreadPoolExecutor(_THREADS) as pool:
+            list(pool.map(storage.remove, [receipt_place(self.url, unit) for unit in units]))
+        if units:
+            _sync_folder(receipt_place(self.url, units[0]))
+
+    def attempts(self, unit: int) -> int:
+        """How many attempts at a unit began and did not end: their processes died. 0 where the marker is damaged."""
+        place = self._attempt_place(unit)
+        try:
+            return int(json.loads(storage.read_bytes(place))["count"])
+        except FileNotFoundError:
+            return 0
+        except (ValueError, KeyError, TypeError):
+            # A marker only bounds how often a unit is tried: the count begins anew, and no unit is lost by it.
+            return 0
+
+    def begin_attempt(self, unit: int) -> int:
+        """Mark that an attempt at a unit begins; returns how many have begun without an end, this one included."""
+        count, place = self.attempts(unit) + 1, self._attempt_place(unit)
+        marker = {"count": count, "host": platform.node(), "pid": os.getpid(), "time": time.time()}
+        data = json.dumps(marker).encode()
+        storage.write_atomic(place, data)
+        return count
+
+    def end_attempt(self, unit: int) -> None:
+        """Remove the marker: the attempt ended, well or with an error, and its process lives."""
+        storage.remove(self._attempt_place(unit))
+
+    def clear_attempts(self, units: Iterable[int]) -> None:
+        """Remove the markers of units that are to be tried again from the start."""
+        for unit in units:
+            self.end_attempt(unit)
+
+    def _attempt_place(self, unit: int) -> str:
+        return storage.join(self.url, "attempts", f"{unit:09d}.json")
+
+
+def _remove(place: str) -> None:
+    """Remove a file durably."""
+    storage.remove(place)
+    _sync_folder(place)
+
+
+def _sync_folder(place: str) -> None:
+    if storage.is_local(place):
+        with suppress(FileNotFoundError):
+            storage.sync_file(place.rpartition("/")[0])
 
 
 def _batched(items: Iterable[T], count: int) -> Iterator[list[T]]:

@@ -1,19 +1,50 @@
-"""What a store was made with."""
+"""What a store was made with, held against the digests it recorded."""
 
-from collections.abc import Mapping
+import hashlib
+import os
+import tempfile
+from collections.abc import Iterator, Mapping
+from dataclasses import fields
 from typing import Any
 
+from featup.checkpoints import load_pca
+from featup.projection import PCA
 from pipeline.config.base import read_config
 from pipeline.config.precompute import PrecomputeConfig
-from pipeline.store.layout import attributes_of
+from pipeline.errors import StoreError, StoreFormatError
+from pipeline.inputs import storage
+from pipeline.store.layout import require_complete, store_attributes
 
-__all__ = ["feature_space", "stored_config"]
+__all__ = ["check_plan_files", "feature_space", "pca_place", "stored_config", "stored_file", "stored_pca"]
+
+PCA_FILE = "pca.safetensors"
 
 
-def stored_config(url: str) -> tuple[PrecomputeConfig, dict[str, Any]]:
-    """The config a store was made with, and the setup (see ``pipeline.featurize.Setup``) as plain values."""
-    attributes = attributes_of(url)
-    return read_config(PrecomputeConfig, attributes["config"]), attributes["setup"]
+def stored_config(url: str, partial: bool = False) -> tuple[PrecomputeConfig, dict[str, Any]]:
+    """The config a store was made with, and the setup (see ``pipeline.compute.models.Setup``) as plain values.
+
+    Options that the program that made the store did not know have their defaults.
+
+    Args:
+        url: the store.
+        partial: serve a store that is not complete as well.
+
+    Raises:
+        StoreError: there is no store.
+        IncompleteStoreError: it is not complete.
+        StoreFormatError: options that this program does not know.
+    """
+    attributes = store_attributes(url)
+    if not partial:
+        require_complete(url, attributes)
+    values = attributes["config"]
+    unknown = sorted(values.keys() - {one.name for one in fields(PrecomputeConfig)})
+    if unknown:
+        raise StoreFormatError(
+            f"{url} was made with the options {unknown}, which this program does not know: a newer program made it; "
+            "update this one"
+        )
+    return read_config(PrecomputeConfig, values), attributes["setup"]
 
 
 def feature_space(config: PrecomputeConfig, setup: Mapping[str, Any]) -> dict[str, Any]:
@@ -21,7 +52,7 @@ def feature_space(config: PrecomputeConfig, setup: Mapping[str, Any]) -> dict[st
 
     Args:
         config: A store's, or a run's.
-        setup: That of the same, see ``pipeline.featurize.Setup``, as plain values.
+        setup: That of the same, see ``pipeline.compute.models.Setup``, as plain values.
     """
     return {
         "backbone": f"{config.backbone}, layer {setup['layer']}",
@@ -31,3 +62,65 @@ def feature_space(config: PrecomputeConfig, setup: Mapping[str, Any]) -> dict[st
         "mean": tuple(setup["mean"]),
         "std": tuple(setup["std"]),
     }
+
+
+def pca_place(store: str) -> str:
+    """Where a store keeps its PCA."""
+    return storage.join(store, "plan", PCA_FILE)
+
+
+def stored_pca(url: str) -> tuple[PCA, bytes]:
+    """A store's PCA and its file's bytes, whose digest is the one that the store was made with.
+
+    Raises:
+        StoreError: there is no store, it holds all channels, or its PCA is gone or was replaced.
+        WeightsError: the file is not one that this project wrote.
+    """
+    if PCA_FILE not in _recorded_digests(store_attributes(url)):
+        raise StoreError(f"{url} holds all channels and no PCA; leave pca_from out, or give a store made with --pca")
+    data = stored_file(url, PCA_FILE)
+    # From a copy: the file that is loaded is the one whose digest was compared.
+    with tempfile.TemporaryDirectory(prefix="featup-") as folder:
+        path = os.path.join(folder, PCA_FILE)
+        with open(path, "wb") as file:
+            file.write(data)
+        return load_pca(path), data
+
+
+def stored_file(url: str, name: str) -> bytes:
+    """The bytes of ``OUT/plan/NAME``, held against the digest in the store's attributes.
+
+    Raises:
+        StoreError: there is no store or no such file, no digest was recorded, or the file has another.
+    """
+    recorded = _recorded_digests(store_attributes(url)).get(name)
+    place = storage.join(url, "plan", name)
+    if recorded is None:
+        raise StoreError(f"{url} has no digest of {place}: it was made without this file; give another store")
+    try:
+        data = storage.read_bytes(place)
+    except FileNotFoundError as error:
+        raise StoreError(f"{place} is gone, and {url} was made with it (sha256 {recorded}); restore it") from error
+    digest = hashlib.sha256(data).hexdigest()
+    if digest != recorded:
+        raise StoreError(
+            f"{place} has sha256 {digest}, and {url} was made with {recorded}: the file was replaced or is damaged; "
+            "restore it"
+        )
+    return data
+
+
+def check_plan_files(url: str) -> Iterator[str]:
+    """What is wrong with the files in ``OUT/plan`` whose digests a store recorded."""
+    for name in _recorded_digests(store_attributes(url)):
+        try:
+            stored_file(url, name)
+        except (StoreError, OSError) as error:
+            yield str(error)
+
+
+def _recorded_digests(attributes: Mapping[str, Any]) -> dict[str, str]:
+    """sha256 of files in ``OUT/plan``, by name: those of the attribute ``plan_files``, and the PCA of the identity."""
+    digests: dict[str, str] = dict(attributes.get("plan_files", {}))
+    pca = attributes.get("identity", {}).get("pca digest")
+    return digests if pca is None else {**digests, PCA_FILE: pca}

@@ -2,7 +2,6 @@
 
 import io
 import json
-import sys
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from typing import Any
@@ -13,35 +12,42 @@ from matplotlib.figure import Figure
 from pipeline.errors import StoreError
 from pipeline.inputs import storage
 
-__all__ = ["plot_log", "read_log"]
-
-
-def say(text: str) -> None:
-    # Ray Train's workers say twice what goes through print.
-    sys.stdout.write(text + "\n")
-    sys.stdout.flush()
+__all__ = ["plot_log", "read_log", "recorded_steps", "write_log"]
 
 
 def write_log(out: str, lines: Sequence[Mapping[str, Any]]) -> None:
-    """Write ``OUT/log.jsonl``, whole: object stores cannot append, and readers never see half a line."""
-    storage.write_atomic(storage.join(out, "log.jsonl"), "".join(json.dumps(line) + "\n" for line in lines).encode())
+    """Write ``OUT/log.jsonl`` whole: object stores cannot append, and a reader never reads half a line."""
+    storage.write_atomic(_place(out), "".join(json.dumps(line) + "\n" for line in lines).encode())
 
 
 def read_log(out: str, step: int) -> list[dict[str, Any]]:
-    """The lines of ``OUT/log.jsonl`` up to a step, from step 0 on.
+    """Read the lines of ``OUT/log.jsonl`` up to a step, from step 0 on.
 
     Raises:
         StoreError: lines are missing: the log is older than the checkpoint, or was changed.
     """
-    place = storage.join(out, "log.jsonl")
-    lines = [json.loads(line) for line in storage.read_bytes(place).splitlines()] if storage.exists(place) else []
-    lines = [line for line in lines if line["step"] <= step]
+    lines = [line for line in _lines(out) if line["step"] <= step]
     if [line["step"] for line in lines] != list(range(step + 1)):
         raise StoreError(
-            f"{place} does not hold a line for each of the steps 0 to {step} that the last checkpoint has behind it: "
-            "it was changed or removed; put it back, or start anew in another --out"
+            f"{_place(out)} does not hold a line for each of the steps 0 to {step} that the last checkpoint has behind "
+            "it: it was changed or removed; put it back, or start anew in another --out"
         )
     return lines
+
+
+def recorded_steps(out: str) -> int:
+    """The last step in ``OUT/log.jsonl``, which is written with each checkpoint; 0 where there is no log."""
+    lines = _lines(out)
+    return int(lines[-1]["step"]) if lines else 0
+
+
+def _lines(out: str) -> list[dict[str, Any]]:
+    place = _place(out)
+    return [json.loads(line) for line in storage.read_bytes(place).splitlines()] if storage.exists(place) else []
+
+
+def _place(out: str) -> str:
+    return storage.join(out, "log.jsonl")
 
 
 def plot_log(lines: Sequence[Mapping[str, Any]]) -> bytes:
@@ -64,7 +70,7 @@ def plot_log(lines: Sequence[Mapping[str, Any]]) -> bytes:
     scores = [(line["step"], line["explained_variance"]) for line in lines if "explained_variance" in line]
     right.plot(*zip(*scores, strict=True), marker=".", label="trained")
     right.axhline(lines[0]["bilinear"], color="0.5", linestyle="--", label="bilinear")
-    right.set(xlabel="step", ylabel="explained variance, images held out")
+    right.set(xlabel="step", ylabel="explained variance, held-out images")
     right.legend()
     file = io.BytesIO()
     figure.savefig(file, format="png", dpi=120)

@@ -1,4 +1,7 @@
-"""The training loop of one worker."""
+"""The training loop of a learned upsampler, as each worker runs it.
+
+What connects the workers, and keeps their checkpoints, is a :class:`Session`; nothing here knows what is behind it.
+"""
 
 import math
 import tempfile
@@ -26,22 +29,23 @@ from pipeline.config.train import TrainConfig
 from pipeline.errors import InputError, JobFailedError, StoreError
 from pipeline.inputs import storage
 from pipeline.inputs.plan import Plan
-from pipeline.training.log import read_log, say, write_log
-from pipeline.training.order import Draw, SampleOrder, load_draw, step_batches
-from pipeline.training.progress import StepProgress
+from pipeline.training.batches import TrainingImage, load_image, step_batches
+from pipeline.training.log import read_log, write_log
+from pipeline.training.order import SampleOrder
+from pipeline.training.progress import StepProgress, print_line
 
-__all__ = ["Session", "TrainingWorker", "describe_backbone", "learning_rate", "make_objective"]
+__all__ = ["Session", "TrainingWorker", "create_objective", "describe_backbone", "learning_rate"]
 
 
 _EVALUATION_BATCH = 4
-_FAILURES_TOLD = 10
+_LISTED_FAILURES = 10
 _KEY_IMAGES = 256
-# What torch's own generator is seeded for; featup.training draws the rest, by smaller numbers.
+# Purposes of torch's own generator; featup.training has smaller numbers for the purposes of the others.
 _WEIGHTS, _DROPOUT = 100, 101
 
 
 class Session(Protocol):
-    """What connects a worker with the others, and with the run's checkpoints."""
+    """A worker's connection with the other workers, and with the run's checkpoints."""
 
     rank: int
     workers: int
@@ -72,8 +76,8 @@ def learning_rate(config: TrainConfig, step: int) -> float:
     return config.lr * 0.5 * (1 + math.cos(math.pi * (step - 1) / config.steps))
 
 
-def make_objective(config: TrainConfig, backbone: Backbone) -> MultiViewObjective:
-    """What is trained, on the CPU, with the first weights that the seed gives."""
+def create_objective(config: TrainConfig, backbone: Backbone) -> MultiViewObjective:
+    """The modules to train, on the CPU, with the initial weights of the seed."""
     torch.manual_seed(seeded(config.seed, _WEIGHTS).initial_seed())
     downsampler = (
         AttentionDownsampler(backbone.channels, backbone.stride, backbone.stride)
@@ -102,7 +106,7 @@ def make_objective(config: TrainConfig, backbone: Backbone) -> MultiViewObjectiv
 
 
 def describe_backbone(config: TrainConfig, backbone: Backbone) -> dict[str, Any]:
-    """What is known of the backbone, and of its map for images of this size."""
+    """The backbone's name, weights and map for images of this size, as a run records them."""
     return {
         "name": backbone.name,
         "layer": backbone.layer,
@@ -120,11 +124,12 @@ class TrainingWorker:
     def __init__(self, config: TrainConfig, plan: Plan, provenance: Mapping[str, Any], session: Session) -> None:
         """
         Args:
-            provenance: what the run is: identity, config, backbone and versions.
-            session: connects this worker with the others.
+            config, plan: The run's options and its samples.
+            provenance: The run's identity, config, backbone and versions.
+            session: Connects this worker with the others.
 
         Raises:
-            StoreError: this process found other weights than the run is for.
+            StoreError: the backbone's weights here are not those of the run.
         """
         self.session = session
         self.rank, self.workers = session.rank, session.workers
@@ -139,15 +144,15 @@ class TrainingWorker:
             )
         self.order = SampleOrder(plan.samples, config.holdout, config.seed)
         self.options = image_options(config, self.backbone.mean)
-        self.objective = make_objective(config, self.backbone).to(self.device)
+        self.objective = create_objective(config, self.backbone).to(self.device)
         kind = torch.optim.NAdam if config.optimiser == "nadam" else torch.optim.AdamW
         self.optimiser: torch.optim.Optimizer = kind(self.objective.parameters(), lr=config.lr)
         self.step, self.best_step = 0, 0
         self.best: float | None = None
         self.failures: dict[int, str] = {}
-        self.failed_draws = 0
+        self.replaced = 0
         self._new_failures: dict[int, str] = {}
-        self._new_failed_draws = 0
+        self._new_replaced = 0
         self._restore()
 
     def run(self) -> None:
@@ -155,7 +160,7 @@ class TrainingWorker:
         config = self.config
         model = self.session.prepare(self.objective)
         if self.step and self.rank == 0:
-            say(f"going on after step {self.step}, from its checkpoint")
+            print_line(f"going on after step {self.step}, from its checkpoint")
         if not self.step:
             self._fit_feature_keys()
         held_out = self._load_held_out() if self.rank == 0 else []
@@ -176,12 +181,12 @@ class TrainingWorker:
         )
         progress = StepProgress(self.step, config.steps)
         started = time.perf_counter()
-        for draws in batches:
+        for batch in batches:
             self.step += 1
-            for draw in draws:
-                self._new_failures |= draw.failures
-                self._new_failed_draws += bool(draw.failures)
-            line: dict[str, Any] = {"step": self.step, **self._update(model, draws, first)}
+            for loaded in batch:
+                self._new_failures |= loaded.failures
+                self._new_replaced += bool(loaded.failures)
+            line: dict[str, Any] = {"step": self.step, **self._update(model, batch, first)}
             last = self.step == config.steps
             if self.rank == 0:
                 if last or self.step % config.evaluate_every == 0:
@@ -198,10 +203,10 @@ class TrainingWorker:
         if board is not None:
             board.close()
 
-    def _update(self, model: torch.nn.Module, draws: Sequence[Draw], first: int) -> dict[str, float]:
+    def _update(self, model: torch.nn.Module, batch: Sequence[TrainingImage], first: int) -> dict[str, float]:
         """One step of the optimiser; the terms of the loss, as means over all workers."""
         config, step = self.config, self.step
-        images = torch.from_numpy(np.stack([draw.image for draw in draws])).to(self.device)
+        images = torch.from_numpy(np.stack([loaded.image for loaded in batch])).to(self.device)
         torch.manual_seed(seeded(config.seed, _DROPOUT, step, self.rank).initial_seed())
         terms: dict[str, Tensor] = model(self.backbone, images, config.seed, step, first)
         self.optimiser.zero_grad()
@@ -213,50 +218,50 @@ class TrainingWorker:
         if self.workers > 1:
             torch.distributed.all_reduce(values)
             values /= self.workers
-        found = dict(zip(terms, values.tolist(), strict=True))
-        if not math.isfinite(found["loss"]):
+        means = dict(zip(terms, values.tolist(), strict=True))
+        if not math.isfinite(means["loss"]):
             raise JobFailedError(
-                f"the loss of step {step} is {found}, after which nothing can be learned. Likely cause: lr={config.lr} "
+                f"the loss of step {step} is {means}, after which nothing can be learned. Likely cause: lr={config.lr} "
                 "is too high, or features out of range; start anew with a lower one, or with norm=layer"
             )
-        return found
+        return means
 
     def _fit_feature_keys(self) -> None:
-        """What a JBU compares of the features, from the first images of the order: the same in every worker."""
+        """Fit the features' components that a JBU compares, to the first images of the order: alike in every worker."""
         upsampler = self.objective.upsampler
-        if not (isinstance(upsampler, JBU) and upsampler.feature_keys):
+        if not (isinstance(upsampler, JBU) and upsampler.affinity_channels):
             return
         fit = PCAFit(self.backbone.channels)
         for position in range(min(_KEY_IMAGES, len(self.order))):
             try:
-                image = load_draw(self.plan, [next(self.order.drawn(position))], self.options).image
+                image = load_image(self.plan, [next(self.order.candidates(position))], self.options).image
             except InputError:
-                continue  # Counted where it is trained on.
+                continue  # Counted where the sample comes in training.
             with torch.no_grad():
                 fit.add(self.backbone(torch.from_numpy(image)[None].to(self.device)))
-        pca = fit.solve(upsampler.feature_keys)
-        upsampler.set_feature_keys(pca.components, pca.variance)
+        pca = fit.solve(upsampler.affinity_channels)
+        upsampler.set_affinity_projection(pca.components, pca.variance)
 
     def _load_held_out(self) -> list[Tensor]:
-        """The images held out that can be decoded, in batches."""
+        """The held-out images that can be decoded, in batches."""
         images = []
         for number in self.order.held_out():
             try:
-                images.append(load_draw(self.plan, [number], self.options).image)
+                images.append(load_image(self.plan, [number], self.options).image)
             except InputError as error:
                 self._new_failures[number] = str(error)
         if not images:
             raise InputError(
-                f"not one of the {self.config.holdout} samples held out can be decoded: "
+                f"not one of the {self.config.holdout} held-out samples can be decoded: "
                 f"{next(iter(self._new_failures.values()))}"
             )
         groups = [images[at : at + _EVALUATION_BATCH] for at in range(0, len(images), _EVALUATION_BATCH)]
         return [torch.from_numpy(np.stack(group)) for group in groups]
 
     def _first_line(self, held_out: Sequence[Tensor]) -> dict[str, Any]:
-        """How well the features are explained before the first step, and by bilinear interpolation."""
+        """The explained variance before the first step, and that of the bilinear baseline."""
         objective = self.objective
-        plain = MultiViewObjective(
+        baseline = MultiViewObjective(
             Interpolate("bilinear"),
             BlurDownsampler(self.backbone.stride, self.backbone.stride),
             jitter=objective.jitter,
@@ -264,17 +269,17 @@ class TrainingWorker:
             projections=objective.projections,
             precision=objective.precision,
         ).to(self.device)
-        moved = [images.to(self.device) for images in held_out]
-        bilinear = plain.evaluate(self.backbone, moved, self.config.seed)
-        untrained = objective.evaluate(self.backbone, moved, self.config.seed)
-        say(f"explained variance on images held out: {bilinear:.4f} by bilinear interpolation and plain means")
+        batches = [images.to(self.device) for images in held_out]
+        bilinear = baseline.evaluate(self.backbone, batches, self.config.seed)
+        untrained = objective.evaluate(self.backbone, batches, self.config.seed)
+        print_line(f"explained variance on held-out images: {bilinear:.4f} by bilinear interpolation and patch means")
         return {"step": 0, "explained_variance": untrained, "bilinear": bilinear}
 
     def _evaluate(self, held_out: Sequence[Tensor], line: Mapping[str, Any]) -> float:
-        """The explained variance now; where it is the best so far, the upsampler is kept."""
-        moved = [images.to(self.device) for images in held_out]
-        score = self.objective.evaluate(self.backbone, moved, self.config.seed)
-        say(f"step {self.step}  explained variance on images held out: {score:.4f}")
+        """The explained variance now; where it is the best so far, the upsampler is written as the best."""
+        batches = [images.to(self.device) for images in held_out]
+        score = self.objective.evaluate(self.backbone, batches, self.config.seed)
+        print_line(f"step {self.step}  explained variance on held-out images: {score:.4f}")
         if self.best is None or score > self.best:
             self.best, self.best_step = score, self.step
             self._write_upsampler("best", {**line, "explained_variance": score})
@@ -295,9 +300,9 @@ class TrainingWorker:
     def _checkpoint(self, log: Sequence[Mapping[str, Any]]) -> None:
         """Log and upsampler first, then the checkpoint that says they are there."""
         self._gather_failures()
-        done = {"step": self.step, "best": self.best, "best_step": self.best_step, "failed_draws": self.failed_draws}
-        lost = list(self.failures.values())
-        metrics = {**done, "failed_samples": len(lost), "failures": lost[:_FAILURES_TOLD]}
+        done = {"step": self.step, "best": self.best, "best_step": self.best_step, "replaced": self.replaced}
+        reasons = list(self.failures.values())
+        metrics = {**done, "failed_samples": len(reasons), "failures": reasons[:_LISTED_FAILURES]}
         if self.rank:
             self.session.report(metrics)
             return
@@ -316,18 +321,18 @@ class TrainingWorker:
             state = torch.load(Path(folder) / "state.pt", map_location=self.device, weights_only=True)
         self.objective.load_state_dict(state["objective"])
         self.optimiser.load_state_dict(state["optimiser"])
-        for name in ("step", "best", "best_step", "failed_draws", "failures"):
+        for name in ("step", "best", "best_step", "replaced", "failures"):
             setattr(self, name, state[name])
 
     def _gather_failures(self) -> None:
         """Every worker's failures since the last checkpoint, added to those before it."""
-        mine = (self._new_failures, self._new_failed_draws)
-        all_of_them: list[Any] = [mine]
+        own = (self._new_failures, self._new_replaced)
+        gathered: list[Any] = [own]
         if self.workers > 1:
-            all_of_them = [None] * self.workers
-            torch.distributed.all_gather_object(all_of_them, mine)
-        for failures, draws in all_of_them:
+            gathered = [None] * self.workers
+            torch.distributed.all_gather_object(gathered, own)
+        for failures, replaced in gathered:
             self.failures |= failures
-            self.failed_draws += draws
+            self.replaced += replaced
         self.failures = dict(sorted(self.failures.items()))
-        self._new_failures, self._new_failed_draws = {}, 0
+        self._new_failures, self._new_replaced = {}, 0

@@ -1,4 +1,4 @@
-"""The tasks of linear probes, segmentation and depth: how labels become targets and predictions numbers."""
+"""The tasks of linear probes, segmentation and depth: targets from labels, predictions from outputs, and measures."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -12,13 +12,13 @@ from featup.evaluation import metrics
 from featup.evaluation.probes import Probe, ProbeKind, cell_depth, cell_shares, fit_depth, fit_segmentation
 from pipeline.errors import ConfigError
 
-__all__ = ["DepthTask", "PixelDraw", "SegmentationTask", "Task", "draw_rows"]
+__all__ = ["DepthTask", "SegmentationTask", "Task", "sample_indices"]
 
 
 class Task(Protocol):
-    """What a probe is for: how labels become targets, predictions statistics, and those numbers.
+    """What a probe predicts: how labels become targets, predictions statistics, and statistics measures.
 
-    Statistics are kept image by image, ``[B, ...]``, as :mod:`featup.metrics` has them.
+    Statistics are kept image by image, ``[B, ...]``, as :mod:`featup.evaluation.metrics` has them.
     """
 
     @property
@@ -33,15 +33,15 @@ class Task(Protocol):
 
     @property
     def measures(self) -> Mapping[str, Callable[[Tensor], float]]:
-        """Name of a number -> what computes it from statistics; the first one is compared with a baseline."""
+        """Functions from statistics to a number, by name; the first measure is compared with a baseline."""
         ...
 
     def prepare(self, labels: Tensor) -> Tensor:
-        """Labels as decoded, ``[...]``, to those the rest takes; prepared ones stay as they are."""
+        """Prepared labels from decoded ones, ``[...]``; prepared labels stay as they are."""
         ...
 
     def known(self, labels: Tensor) -> Tensor:
-        """Where prepared labels ``[...]`` say something: bool ``[...]``."""
+        """Where a prepared label is known: bool ``[...]``."""
         ...
 
     def cells(self, labels: Tensor, grid: tuple[int, int]) -> Tensor:
@@ -168,35 +168,8 @@ class DepthTask:
         return metrics.depth_sums(prediction, labels)
 
 
-def draw_rows(count: int, most: int, seed: int) -> Tensor:
-    """``most`` of ``count`` indices by a seed, in order; all of them where they are no more."""
+def sample_indices(count: int, most: int, seed: int) -> Tensor:
+    """``most`` of ``count`` indices, chosen by a seed and ascending; all of them where there are no more."""
     if count <= most:
         return torch.arange(count)
     return torch.randperm(count, generator=torch.Generator().manual_seed(seed))[:most].sort().values
-
-
-@dataclass(frozen=True)
-class PixelDraw:
-    """A transform of :class:`FeatureDataset`: keeps some labelled pixels of an image, drawn by the seed and its row.
-
-    Only they travel from a reading process to the one that fits. ``features`` becomes ``[P, C]`` and the label ``[P]``;
-    where an image has fewer labelled pixels than ``P``, those that are left over have no label.
-    """
-
-    task: Task
-    pixels: int
-    seed: int
-
-    def __call__(self, sample: dict[str, Tensor]) -> dict[str, Tensor]:
-        """One sample of the dataset."""
-        labels = self.task.prepare(sample[self.task.kind]).flatten()
-        known = self.task.known(labels).nonzero()[:, 0]
-        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + int(sample["row"]))
-        drawn = known[torch.randperm(len(known), generator=generator)[: self.pixels]]
-        unlabelled = (~self.task.known(labels)).nonzero()[: self.pixels - len(drawn), 0]
-        chosen = torch.cat([drawn, unlabelled])
-        return {
-            "features": sample["features"].flatten(0, 1)[chosen],
-            self.task.kind: labels[chosen],
-            "row": sample["row"],
-        }

@@ -1,89 +1,15 @@
-import os
-import subprocess
-import sys
-from collections.abc import Iterator
-from pathlib import Path
+"""Maps of timm models: sizes, norms, layers and refusals."""
+
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from featup._timm import timm
 from featup.backbones import create_backbone
-from featup.errors import GeometryError, WeightsError
-
-ROOT = Path(__file__).resolve().parents[2]
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    # Small models on a busy machine wait for one another's threads most of the time.
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-def images(*size: int, batch: int = 1, seed: int = 0) -> Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randint(0, 256, (batch, *size, 3), dtype=torch.uint8, generator=generator)
-
-
-def normalised(pictures: Tensor, mean: Any, std: Any) -> Tensor:
-    """What the models take, by numpy and in float64."""
-    values = (pictures.numpy() / 255.0 - np.array(mean)) / np.array(std)
-    return torch.from_numpy(values.transpose(0, 3, 1, 2).astype(np.float32))
-
-
-def close(found: Tensor, expected: Tensor, what: str) -> None:
-    assert found.shape == expected.shape, what
-    off = (found - expected).abs().max() / expected.abs().max()
-    assert off < 1e-4, f"{what} are off by {off:.1e} of their largest value"
-
-
-def run_python(code: str, **env: str) -> str:
-    """Run code in a process of its own, where every warning is an error, and give what it printed."""
-    done = subprocess.run(
-        [sys.executable, "-W", "error", "-c", code],
-        cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1", **env},
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    return done.stdout
-
-
-def test_timm_is_imported_after_an_attempt_without_the_operators_and_again() -> None:
-    run_python(
-        "import contextlib\n"
-        "with contextlib.suppress(RuntimeError):\n"
-        "    import torchvision\n"
-        "from featup._timm import timm\n"
-        "import importlib, featup._timm, torchvision, timm as plain\n"
-        "importlib.reload(featup._timm)\n"
-        "assert plain is timm is featup._timm.timm\n"
-        "timm.create_model('test_vit')"
-    )
-
-
-def test_operators_that_exist_are_left_alone() -> None:
-    out = run_python(
-        "import torch\n"
-        "own = torch.library.Library('torchvision', 'FRAGMENT')\n"
-        "for name in ('nms', 'qnms'):\n"
-        "    own.define(name + '(Tensor dets, Tensor scores, float iou_threshold) -> Tensor')\n"
-        "    own.impl(name, lambda dets, scores, iou_threshold: scores + 1, 'CPU')\n"
-        "import featup._timm\n"
-        "print(torch.ops.torchvision.nms(torch.zeros(1, 4), torch.tensor([41.0]), 0.5).item())"
-    )
-    assert float(out) == 42
-
+from featup.errors import GeometryError
+from tests.featup.support import close, images, normalised
 
 # name, arguments, size, then the stride and channels the paper or timm's documentation of the model gives.
 MODELS = [
@@ -226,7 +152,7 @@ def test_a_model_of_fixed_size_takes_only_that() -> None:
     backbone = create_backbone("test_vit_relpos", image_size=(64, 96))
     assert backbone.fixed_size == backbone.input_size == (64, 96)
     assert backbone(images(64, 96)).shape == (1, 4, 6, backbone.channels)
-    with pytest.raises(GeometryError, match=r"made for images of 64x96 .* cannot take 96x64; .*image_size="):
+    with pytest.raises(GeometryError, match=r"created for images of 64x96 .* cannot take 96x64; .*image_size="):
         backbone(images(96, 64))
     assert create_backbone("test_vit_relpos").fixed_size == (160, 160)
     with pytest.raises(GeometryError, match=r"224x224 .* do not fit the stride 64x64"):
@@ -260,22 +186,20 @@ def featup_test_without_maps(**_: Any) -> nn.Module:
 
 def test_a_model_without_intermediate_maps_is_refused() -> None:
     timm.models.register_model(featup_test_without_maps)
-    with pytest.raises(GeometryError, match=r"\(Conv2d\) gives no intermediate maps"):
+    with pytest.raises(GeometryError, match=r"\(Conv2d\) has no intermediate maps"):
         create_backbone("featup_test_without_maps")
 
 
-def test_images_are_normalised_as_the_model_wants_or_as_told() -> None:
+def test_images_are_normalised_by_the_given_or_the_models_values() -> None:
     pictures = images(32, 48, batch=2)
-    own = create_backbone("test_vit")
-    cfg = own.model.pretrained_cfg
-    assert (own.mean, own.std) == (tuple(cfg["mean"]), tuple(cfg["std"]))
-    assert own.input_size == tuple(cfg["input_size"][1:])
-    assert own.interpolation == cfg["interpolation"]
-    assert own.crop == cfg["crop_pct"]
-    told = create_backbone("test_vit", mean=(0.1, 0.2, 0.3), std=(0.4, 0.5, 0.6))
-    close(told.normalise(pictures), normalised(pictures, (0.1, 0.2, 0.3), (0.4, 0.5, 0.6)), "normalised")
-    close(told(pictures), own.features(told.normalise(pictures)), "features of them")
-    assert not torch.equal(told(pictures), own(pictures))
+    default = create_backbone("test_vit")
+    cfg = default.model.pretrained_cfg
+    assert (default.mean, default.std) == (tuple(cfg["mean"]), tuple(cfg["std"]))
+    assert default.input_size == tuple(cfg["input_size"][1:])
+    given = create_backbone("test_vit", mean=(0.1, 0.2, 0.3), std=(0.4, 0.5, 0.6))
+    close(given.normalise(pictures), normalised(pictures, (0.1, 0.2, 0.3), (0.4, 0.5, 0.6)), "normalised")
+    close(given(pictures), default.features(given.normalise(pictures)), "features of them")
+    assert not torch.equal(given(pictures), default(pictures))
 
 
 def test_other_images_are_refused() -> None:
@@ -303,113 +227,3 @@ def test_features_do_not_depend_on_batch_mates(name: str) -> None:
     backbone = create_backbone(name)
     pictures = images(64, 96, batch=3)
     close(backbone(pictures)[1:2], backbone(pictures[1:2]), "second image")
-
-
-def test_random_weights_follow_the_seed_alone() -> None:
-    torch.manual_seed(5)
-    before = torch.get_rng_state()
-    first, again = create_backbone("test_vit"), create_backbone("test_vit", layer=1, norm="none")
-    assert torch.equal(torch.get_rng_state(), before)
-    assert first.digest == again.digest != create_backbone("test_vit", seed=1).digest
-    assert torch.equal(first.model.pos_embed, again.model.pos_embed)
-
-
-@pytest.fixture
-def trained(tmp_path: Path) -> tuple[Path, dict[str, Tensor]]:
-    """A file of weights for test_vit_relpos, with its classifier, and what is in it."""
-    torch.manual_seed(7)
-    state = timm.create_model("test_vit_relpos").state_dict()
-    state = {key: torch.randn_like(value) * 0.1 for key, value in state.items()}
-    save_file(state, tmp_path / "w.safetensors")
-    return tmp_path / "w.safetensors", state
-
-
-def test_weights_are_loaded_strictly_whatever_the_layer_and_size(trained: tuple[Path, dict[str, Tensor]]) -> None:
-    path, state = trained
-    native = create_backbone("test_vit_relpos", weights=path)
-    other = create_backbone("test_vit_relpos", weights=path, image_size=(64, 96), layer=2)
-    assert native.digest == other.digest != create_backbone("test_vit_relpos").digest
-    loaded = native.model.state_dict()
-    assert loaded.keys() == state.keys()
-    assert all(torch.equal(loaded[key], value) for key, value in state.items())
-    assert torch.equal(other.model.blocks[0].mlp.fc1.weight, state["blocks.0.mlp.fc1.weight"])
-
-    save_file({key: value for key, value in state.items() if key != "blocks.1.attn.proj.bias"}, path)
-    with pytest.raises(WeightsError, match=r"w\.safetensors does not fit .* \(1\): blocks\.1\.attn\.proj\.bias"):
-        create_backbone("test_vit_relpos", weights=path)
-    with pytest.raises(WeightsError, match="another architecture"):
-        create_backbone("test_resnet", weights=path)
-
-
-@pytest.mark.parametrize("classes", [0, 11])
-def test_weights_may_lack_the_classifier_or_have_another(trained: tuple[Path, dict[str, Tensor]], classes: int) -> None:
-    path, state = trained
-    whole = create_backbone("test_vit_relpos", weights=path)
-    rest = {key: value for key, value in state.items() if not key.startswith("head.")}
-    assert len(rest) == len(state) - 2
-    head = {"head.weight": torch.ones(11, 96), "head.bias": torch.ones(11)} if classes else {}
-    save_file(rest | head, path)
-    found = create_backbone("test_vit_relpos", weights=path)
-    assert found.digest == whole.digest
-    assert torch.equal(found(images(160, 160)), whole(images(160, 160)))
-
-
-def test_weights_that_cannot_be_had(tmp_path: Path) -> None:
-    with pytest.raises(WeightsError, match="exclude each other"):
-        create_backbone("test_vit", weights=tmp_path / "w.pth", pretrained=True)
-    with pytest.raises(FileNotFoundError):
-        create_backbone("test_vit", weights=tmp_path / "w.safetensors")
-
-
-def test_a_process_of_its_own_without_network(tmp_path: Path) -> None:
-    out = run_python(
-        "from featup.backbones import create_backbone\n"
-        "from featup.errors import WeightsError\n"
-        "import sys\n"
-        "print([m for m in ('ray', 'zarr', 'webdataset', 'pipeline') if m in sys.modules])\n"
-        "print(create_backbone('test_vit').digest)\n"
-        "for name in ('test_vit', 'mobilenetv3_large_075'):\n"
-        "    try:\n"
-        "        create_backbone(name, pretrained=True)\n"
-        "    except WeightsError as error:\n"
-        "        print(type(error.__cause__).__name__, error)",
-        HF_HUB_OFFLINE="1",
-        HF_HOME=str(tmp_path),
-        TORCH_HOME=str(tmp_path),
-    )
-    pipeline, digest, offline, none = out.splitlines()
-    assert pipeline == "[]"
-    assert digest == create_backbone("test_vit").digest
-    assert offline.startswith("LocalEntryNotFoundError ")
-    assert "pretrained weights of test_vit (source: timm/test_vit" in offline
-    assert "give weights=FILE instead" in offline
-    assert "(source: none known to timm)" in none
-
-
-@pytest.mark.parametrize(
-    ("stem", "name", "stride", "kwargs"),
-    [
-        ("vit_tiny_patch16_224.codr_fp16", "vit_tiny_patch16_224", 16, {}),
-        ("mobilenetv1_100.coral_quant_padsame", "mobilenetv1_100", 16, {"pad_type": "same"}),
-        ("mobilenetv2_100.coral_tf2_int8_padsame", "mobilenetv2_100", 32, {"pad_type": "same"}),
-    ],
-)
-def test_trained_weights(shared: Path, stem: str, name: str, stride: int, kwargs: dict[str, Any]) -> None:
-    path = shared / "weights" / f"{stem}.safetensors"
-    half = (0.5, 0.5, 0.5)
-    backbone = create_backbone(name, weights=path, stride=stride, mean=half, std=half, kwargs=kwargs)
-    model = timm.create_model(name, **kwargs).eval()
-    model.load_state_dict({key: value.float() for key, value in load_file(path).items()})
-    pictures = images(224, 224, batch=2)
-    found = backbone(pictures)
-    x = normalised(pictures, half, half)
-    with torch.no_grad():
-        if name.startswith("vit"):
-            expected = model.forward_features(x)[:, 1:].reshape(2, 14, 14, 192)
-        else:
-            x = model.bn1(model.conv_stem(x))
-            # All blocks as deep as the stride: 512 and 320 channels, at 14x14 and at 7x7.
-            for block in model.blocks[: {"mobilenetv1_100": 4, "mobilenetv2_100": 7}[name]]:
-                x = block(x)
-            expected = x.permute(0, 2, 3, 1)
-    close(found, expected, name)

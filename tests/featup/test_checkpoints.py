@@ -1,5 +1,6 @@
 """Checkpoints: what is saved comes back, official stacks load, everything else is refused by name."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,17 +13,18 @@ from torch import Tensor
 
 from featup.backbones import create_backbone
 from featup.checkpoints import (
+    CHECKPOINT_FORMAT,
     check_backbone,
     load_jbu,
     load_pca,
     load_upsampler,
     pca_bytes,
-    save_jbu,
     upsampler_bytes,
 )
 from featup.errors import GeometryError, WeightsError
 from featup.projection import PCA, PCAFit
 from featup.upsamplers import CARAFE, IFA, JBU, SAPA, ResizeConv, Upsampler, create_upsampler
+from tests.featup.support import random
 
 CHANNELS = 6
 PARTS = {
@@ -33,16 +35,16 @@ PARTS = {
 }
 
 
-def random(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed + sum(shape)))
-
-
 def random_jbu(**options: Any) -> JBU:
     jbu = JBU(CHANNELS, **options)
     with torch.no_grad():
         for place, parameter in enumerate(jbu.parameters()):
             parameter.copy_(0.5 * random(*parameter.shape, seed=place))
     return jbu.eval().requires_grad_(False)
+
+
+def save(path: Path, upsampler: Upsampler, **provenance: Any) -> None:
+    path.write_bytes(upsampler_bytes(upsampler, **provenance))
 
 
 def official(jbu: JBU, prefix: str = "upsampler.") -> dict[str, Tensor]:
@@ -116,25 +118,34 @@ def test_jbu_round_trip(tmp_path: Path) -> None:
         "guidance_std": (0.3, 0.2, 0.1),
     }
     jbu = random_jbu(**options)
-    save_jbu(jbu, tmp_path / "jbu.safetensors", backbone="vit", steps=[2000])
+    save(tmp_path / "jbu.safetensors", jbu, backbone="vit", steps=[2000])
     same_jbu(load_jbu(str(tmp_path / "jbu.safetensors")), jbu)
     with safe_open(tmp_path / "jbu.safetensors", framework="pt") as file:
         assert '"backbone": "vit"' in file.metadata()["featup"]
 
 
-def test_jbu_with_keys_of_the_features_round_trip(tmp_path: Path) -> None:
-    jbu = random_jbu(kernel="distance", feature_keys=2, coarse_stages=1, bicubic_a=-1.5)
-    jbu.set_feature_keys(random(2, CHANNELS), torch.ones(2))
-    save_jbu(jbu, tmp_path / "jbu.safetensors")
+def test_jbu_with_affinity_features_round_trip(tmp_path: Path) -> None:
+    jbu = random_jbu(kernel="distance", affinity_channels=2, same_resolution_stages=1, bicubic_a=-1.5)
+    jbu.set_affinity_projection(random(2, CHANNELS), torch.ones(2))
+    save(tmp_path / "jbu.safetensors", jbu)
     found = load_jbu(tmp_path / "jbu.safetensors")
     same_jbu(found, jbu)
     assert torch.equal(found.feature_map, jbu.feature_map)
     assert len(found.coarse) == 1
+    with safe_open(tmp_path / "jbu.safetensors", framework="pt") as file:
+        description = json.loads(file.metadata()["featup"])
+        names = set(file.keys())
+    assert (description["format"], description["feature_keys"], description["coarse_stages"]) == (
+        CHECKPOINT_FORMAT,
+        2,
+        1,
+    )
+    assert {"feature_map", "coarse.0.range_temp"} <= names, "files that are already saved have these names"
 
 
-def test_a_stack_on_its_way_of_training_can_be_saved(tmp_path: Path) -> None:
+def test_a_stack_in_training_can_be_saved(tmp_path: Path) -> None:
     jbu = random_jbu().requires_grad_(True).train()
-    save_jbu(jbu, tmp_path / "jbu.safetensors")
+    save(tmp_path / "jbu.safetensors", jbu)
     assert jbu.training
     same_jbu(load_jbu(tmp_path / "jbu.safetensors"), jbu.eval().requires_grad_(False))
 
@@ -189,7 +200,7 @@ def test_damaged_jbu(tmp_path: Path, suffix: str, size: int) -> None:
     if suffix == ".ckpt":
         torch.save(lightning(official(random_jbu())), path)
     else:
-        save_jbu(random_jbu(), path)
+        save(path, random_jbu())
     path.write_bytes(path.read_bytes()[:size])
     with pytest.raises(
         WeightsError, match=rf"jbu{suffix}: (not a whole safetensors file|cannot be read by torch\.save)"
@@ -216,7 +227,7 @@ def test_pca_round_trip(tmp_path: Path) -> None:
     found = load_pca(path)
     for name in ("components", "mean", "variance"):
         assert torch.equal(getattr(found, name), getattr(pca, name)), name
-    assert (found.explained, found.count) == (pca.explained, 50)
+    assert (found.explained_variance_ratio, found.count) == (pca.explained_variance_ratio, 50)
     assert pca_bytes(pca, backbone="vit", layer=11) == path.read_bytes(), "the same PCA gives the same bytes"
 
 
@@ -229,7 +240,7 @@ def test_pca_damaged(tmp_path: Path) -> None:
 
 def test_files_of_another_kind(tmp_path: Path) -> None:
     (tmp_path / "pca.safetensors").write_bytes(pca_bytes(fitted()))
-    save_jbu(random_jbu(), tmp_path / "jbu.safetensors")
+    save(tmp_path / "jbu.safetensors", random_jbu())
     with pytest.raises(WeightsError, match=r"expected a jbu in format featup-datasets/1, found kind='pca'"):
         load_jbu(tmp_path / "pca.safetensors")
     with pytest.raises(WeightsError, match=r"expected a pca in format featup-datasets/1, found kind='jbu'"):
@@ -253,7 +264,7 @@ def test_safetensors_of_others(tmp_path: Path, metadata: dict[str, str] | None, 
 
 def test_description_and_tensors_disagree(tmp_path: Path) -> None:
     """The description of one stack over the tensors of another."""
-    save_jbu(random_jbu(radius=2), tmp_path / "two.safetensors")
+    save(tmp_path / "two.safetensors", random_jbu(radius=2))
     with safe_open(tmp_path / "two.safetensors", framework="pt") as file:
         metadata = file.metadata()
     save_file(random_jbu().state_dict(), tmp_path / "jbu.safetensors", metadata)
@@ -321,13 +332,13 @@ def test_a_checkpoint_for_another_backbone_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "jbu.safetensors"
     known = {"name": "test_vit", "layer": backbone.layer, "digest": backbone.digest}
     for fitting in ({"backbone": known}, {"backbone": "vit"}, {}):
-        save_jbu(random_jbu(), path, **fitting)
+        save(path, random_jbu(), **fitting)
         check_backbone(path, backbone)
     check_backbone(tmp_path / "official.ckpt", backbone)
     for other in ({"digest": "0123456789abcdef"}, {"layer": 1}):
-        save_jbu(random_jbu(), path, backbone={**known, "name": "resnet", **other})
+        save(path, random_jbu(), backbone={**known, "name": "resnet", **other})
         with pytest.raises(
             WeightsError, match=r"was trained for resnet, layer \d+, with .*; the backbone is test_vit, l"
         ):
             check_backbone(path, backbone)
-    assert [one.name for one in tmp_path.iterdir()] == ["jbu.safetensors"]
+    assert [entry.name for entry in tmp_path.iterdir()] == ["jbu.safetensors"]

@@ -22,21 +22,20 @@ def adaptive_conv(
     backend: Backend = "auto",
     out: Tensor | None = None,
 ) -> Tensor:
-    """Apply to each output position its own filter.
+    """Apply its own filter at each output position.
 
     Args:
         source: ``[B, Hs, Ws, C]``, already padded: ``Hs = (H - 1) * stride[0] + K`` and likewise for the width.
         filters: ``[B, H, W, K, L]``: taps by row and column of the window, not flipped.
         stride: (height, width) step of the window in source positions.
-        out: Where to put the result, contiguous ``[B, H, W, C]`` of the source's type; what stands in it has
-            no gradient.
+        out: A contiguous tensor ``[B, H, W, C]`` of the source's type that receives the result, without a gradient.
 
     Returns:
         ``[B, H, W, C]``.
 
     Raises:
-        GeometryError: the shapes do not belong together, or ``out`` is of another shape or type than the result.
-        BackendError: the backend asked for cannot run on these tensors.
+        GeometryError: shapes that do not fit each other, or ``out`` is of another shape or type than the result.
+        BackendError: the chosen backend cannot run on these tensors.
     """
     if source.dim() != 4 or filters.dim() != 5:
         raise GeometryError(

@@ -1,4 +1,4 @@
-"""The formula, by unfolding: the oracle of the tests, too large for anything else."""
+"""The formula, by unfolding: the oracle of the tests, whose memory is too large for other uses."""
 
 from torch import Tensor, einsum
 

@@ -2,7 +2,7 @@
 
 ``out[b, y * sy + i, x * sx + j, c] += filters[b, y, x, i, j] * values[b, y, x, c]``, over all ``y, x, i, j``
 
-It takes the gradient of an adaptive convolution's output to that of its source.
+It maps the gradient of an adaptive convolution's output to the gradient of its source.
 """
 
 import torch
@@ -26,11 +26,11 @@ def adaptive_conv_transpose(
         stride: (height, width) step of the window in positions of the result.
 
     Returns:
-        ``[B, (H - 1) * stride[0] + K, (W - 1) * stride[1] + L, C]``; zero where no window reaches.
+        ``[B, (H - 1) * stride[0] + K, (W - 1) * stride[1] + L, C]``; zero at positions outside all windows.
 
     Raises:
-        GeometryError: the shapes do not belong together.
-        BackendError: the backend asked for cannot run on these tensors.
+        GeometryError: shapes that do not fit each other.
+        BackendError: the chosen backend cannot run on these tensors.
     """
     if values.dim() != 4 or filters.dim() != 5 or values.shape[:3] != filters.shape[:3]:
         raise GeometryError(

@@ -1,4 +1,4 @@
-"""Numba loops in gather form: every position collects from all windows that cover it, so no two threads meet."""
+"""Numba loops in gather form: every position collects from all windows that cover it, so threads never collide."""
 
 from typing import Any
 
@@ -33,7 +33,7 @@ def _adaptive_conv_transpose(values: Array, filters: Array, out: Array, stride_y
     for line in numba.prange(batch * out_height):
         b = line // out_height
         row = line % out_height
-        # The windows that cover this row start at most kernel_h - 1 above it: none does in a gap between windows.
+        # The windows that cover this row start at most kernel_h - 1 above it. A gap between windows has none.
         first_y = max(0, (row - kernel_h) // stride_y + 1)
         stop_y = min(height, row // stride_y + 1)
         for col in range(out_width):

@@ -1,4 +1,4 @@
-"""The formula, by folding: the oracle of the tests, too large for anything else."""
+"""The formula, by folding: the oracle of the tests, whose memory is too large for other uses."""
 
 from torch import Tensor, einsum
 from torch.nn.functional import fold

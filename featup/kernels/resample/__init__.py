@@ -1,10 +1,10 @@
-"""Separable resampling by taps: interpolation, border handling and row bands in one operator.
+"""Separable resampling by taps: interpolation, border handling and row tiles in one operator.
 
 ``out[b, y, x, c] = sum_{s, t} rows.weight[y, s] * cols.weight[x, t]``
 ``                             * source[b, rows.index[y, s], cols.index[x, t], c]``
 
-A border mode is only a remapping of indices and a band of an output is only a slice of the row taps, so a joint
-upsampler makes the padded, interpolated band it needs straight from the coarse map, and nothing larger.
+A border mode is a remapping of indices, and a row tile of the output is a slice of the row taps. A joint upsampler
+therefore computes a padded, interpolated tile straight from the coarse map, and nothing larger.
 """
 
 from dataclasses import dataclass
@@ -22,15 +22,19 @@ __all__ = ["BICUBIC_A", "Interpolation", "Taps", "interpolation_taps", "resample
 
 Interpolation = Literal["nearest", "bilinear", "bicubic"]
 
-BICUBIC_A = -0.75  # the constant of torch.nn.functional.interpolate, which the FeatUp weights were trained with
+BICUBIC_A = -0.75  # Keys' a of torch.nn.functional.interpolate, with which the FeatUp weights were trained
 
 
 @dataclass(frozen=True, eq=False)
 class Taps:
-    """Which source positions each output position along one axis reads, and with what weight.
+    """The source positions that each output position along one axis reads, and their weights.
 
-    ``index`` int64 ``[N, T]``, ``weight`` float32 ``[N, T]``; ``size`` is the length of the axis they read. Any
-    order, repetitions and positions that nobody reads are allowed. No gradient reaches the weights.
+    Positions may repeat, in any order, and may be left out. No gradient reaches the weights.
+
+    Attributes:
+        index: int64 ``[N, T]``.
+        weight: float32 ``[N, T]``.
+        size: Length of the axis that the taps read.
     """
 
     index: Tensor
@@ -48,19 +52,20 @@ class Taps:
         return Taps(self.index.to(like.device), self.weight.to(like.device, like.dtype), self.size)
 
     def transposed(self) -> "Taps":
-        """Taps by which each source position reads the output positions that read it; made once and kept.
+        """The transposed operator: each source position reads the output positions that read it.
 
-        ``[size, T']``, with as many taps as the most read position has readers; the others' rows end in taps of weight
-        zero at position 0. Resampling by them takes the gradient of the output to that of the source.
+        Computed once. ``[size, T']``, where ``T'`` is the largest number of readers of a position; rows of positions
+        with fewer readers end in taps of weight zero at position 0. Resampling by these taps maps the gradient of the
+        output to the gradient of the source.
         """
         return self._transposed
 
     @cached_property
     def _transposed(self) -> "Taps":
         count = len(self)
-        pairs, place = torch.unique(self.index * count + torch.arange(count)[:, None], return_inverse=True)
-        # A tap that reads one position twice, as taps clamped at a border do, becomes one.
-        total = self.weight.new_zeros(len(pairs)).index_add_(0, place.flatten(), self.weight.detach().flatten())
+        pairs, pair_of_tap = torch.unique(self.index * count + torch.arange(count)[:, None], return_inverse=True)
+        # Two taps of an output position that read one source position, as at a clamped border, are added up.
+        total = self.weight.new_zeros(len(pairs)).index_add_(0, pair_of_tap.flatten(), self.weight.detach().flatten())
         source, reader = pairs // count, pairs % count
         readers = source.bincount(minlength=self.size)
         slot = torch.arange(len(pairs)) - (readers.cumsum(0) - readers)[source]
@@ -72,7 +77,7 @@ class Taps:
 
 
 @lru_cache(maxsize=256)
-# What is cached outlives the caller's mode: a tensor made under inference_mode could not be used in training later.
+# Cached taps outlive the caller's mode: a tensor created under inference_mode could not be used in training later.
 @torch.inference_mode(False)
 def interpolation_taps(
     kind: Interpolation, size: int, out_size: int, reflect: int = 0, bicubic_a: float = BICUBIC_A
@@ -81,11 +86,10 @@ def interpolation_taps(
 
     Args:
         size, out_size: Length of the axis before and after.
-        reflect: So many positions are added at both ends by reflection of the *interpolated* axis (its border not
-            repeated), which is what padding the interpolated map would give. Where the axis is too short to reflect so
-            far, positions go back and forth; an axis of one position repeats.
-        bicubic_a: Slope of the cubic kernel one position from its centre (Keys, 1981). Further below zero it weighs
-            neighbours more negatively and the result is sharper.
+        reflect: Number of positions added at both ends, equal to reflection padding of the *interpolated* axis (its
+            border not repeated). A short axis is reflected several times; an axis of one position repeats it.
+        bicubic_a: Keys' ``a`` of the cubic kernel (Keys, 1981). A lower value gives neighbours more negative weights
+            and a sharper result.
 
     Raises:
         GeometryError: a size below one.
@@ -125,13 +129,13 @@ def resample(source: Tensor, rows: Taps, cols: Taps, backend: Backend = "auto") 
         ``[B, len(rows), len(cols), C]``.
 
     Raises:
-        GeometryError: the taps were made for a map of another size.
-        BackendError: the backend asked for cannot run on this tensor.
+        GeometryError: taps for a map of another size.
+        BackendError: the chosen backend cannot run on this tensor.
     """
     if source.dim() != 4 or tuple(source.shape[1:3]) != (rows.size, cols.size):
         raise GeometryError(
             f"resample: these taps read a source of [B, {rows.size}, {cols.size}, C], got {tuple(source.shape)}; "
-            "make the taps for the source's own size"
+            "create the taps for the size of the source"
         )
     match choose_backend(backend, "resample", source):
         case "naive":

@@ -72,19 +72,19 @@ def _resample(
                     else:
                         blended[i, c] += weight * row[i, c]
         for x in range(width):
-            place = out[b, y, x]
+            target = out[b, y, x]
             if col_taps == 4:
                 w0, w1, w2, w3 = col_weight[x, 0], col_weight[x, 1], col_weight[x, 2], col_weight[x, 3]
                 s0, s1 = blended[col_index[x, 0]], blended[col_index[x, 1]]
                 s2, s3 = blended[col_index[x, 2]], blended[col_index[x, 3]]
                 for c in range(channels):
-                    place[c] = w0 * s0[c] + w1 * s1[c] + w2 * s2[c] + w3 * s3[c]
+                    target[c] = w0 * s0[c] + w1 * s1[c] + w2 * s2[c] + w3 * s3[c]
             else:
                 for t in range(col_taps):
                     weight = col_weight[x, t]
                     tap = blended[col_index[x, t]]
                     for c in range(channels):
                         if t == 0:
-                            place[c] = weight * tap[c]
+                            target[c] = weight * tap[c]
                         else:
-                            place[c] += weight * tap[c]
+                            target[c] += weight * tap[c]

@@ -30,8 +30,8 @@ def window_correlation(
         ``K = Hk - (H - 1) * stride[0]``, ``L = Wk - (W - 1) * stride[1]``.
 
     Raises:
-        GeometryError: the two shapes do not belong together.
-        BackendError: the backend asked for cannot run on these tensors.
+        GeometryError: shapes that do not fit each other.
+        BackendError: the chosen backend cannot run on these tensors.
     """
     if query.dim() != 4 or key.dim() != 4:
         raise GeometryError(

@@ -30,12 +30,12 @@ def _window_correlation(query: Array, key: Array, out: Array, stride_y: int, str
         b = line // height
         y = line % height
         for x in range(width):
-            own = query[b, y, x]
+            centre = query[b, y, x]
             for i in range(kernel_h):
                 row = key[b, y * stride_y + i]
                 for j in range(kernel_w):
                     other = row[x * stride_x + j]
                     total = query.dtype.type(0)
                     for d in range(depth):
-                        total += own[d] * other[d]
+                        total += centre[d] * other[d]
                     out[b, y, x, i, j] = total

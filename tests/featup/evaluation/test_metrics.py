@@ -71,9 +71,9 @@ def test_shapes_that_differ_are_refused() -> None:
 
 
 def test_drop_and_increase_by_hand() -> None:
-    scores, explained = torch.tensor([0.8, 0.5, 0.4, 0.2]), torch.tensor([0.4, 0.6, 0.4, 0.05])
-    assert metrics.average_drop(scores, explained) == pytest.approx(100 * (0.5 + 0 + 0 + 0.75) / 4)
-    assert metrics.average_increase(scores, explained) == pytest.approx(25)
+    scores, map_scores = torch.tensor([0.8, 0.5, 0.4, 0.2]), torch.tensor([0.4, 0.6, 0.4, 0.05])
+    assert metrics.average_drop(scores, map_scores) == pytest.approx(100 * (0.5 + 0 + 0 + 0.75) / 4)
+    assert metrics.average_increase(scores, map_scores) == pytest.approx(25)
 
 
 def test_the_bootstrap_is_seeded_and_paired() -> None:

@@ -12,10 +12,10 @@ from torch.nn import functional
 
 from featup.errors import GeometryError
 from featup.multiview.downsamplers import AttentionDownsampler, BlurDownsampler, Padding
+from tests.featup.support import TOLERANCE, random, relative_error
 
 M = TypeVar("M", bound=torch.nn.Module)
 
-TOLERANCE = 1e-5
 CHANNELS = 5
 
 # kernel, stride, grid; all (height, width)
@@ -28,15 +28,6 @@ GEOMETRIES = {
 }
 every_geometry = pytest.mark.parametrize(("kernel", "stride", "grid"), GEOMETRIES.values(), ids=GEOMETRIES.keys())
 every_padding = pytest.mark.parametrize("padding", ["reflect", "valid"])
-
-
-def random(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed + sum(shape)), dtype=dtype)
-
-
-def relative_error(found: Tensor, expected: Tensor) -> float:
-    assert found.shape == expected.shape
-    return float((found.double() - expected.double()).abs().max() / expected.double().abs().max())
 
 
 def shuffled(module: M) -> M:
@@ -304,5 +295,5 @@ def test_maps_of_another_size_are_refused() -> None:
     with pytest.raises(GeometryError, match="grid of"):
         blur(random(1, 12, 15, 2), (0, 5))
     attention = AttentionDownsampler(2, (4, 3), (4, 3))
-    with pytest.raises(GeometryError, match="logit_map makes them"):
+    with pytest.raises(GeometryError, match="logit_map computes them"):
         attention(random(1, 12, 15, 2), random(1, 12, 14, 1), (3, 5))

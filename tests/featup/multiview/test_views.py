@@ -10,9 +10,9 @@ from torch import Tensor
 from torch.nn import functional
 
 from featup.errors import GeometryError
-from featup.multiview.views import Jitter, View, pool_views, reflect, to_image, to_view, warp
+from featup.multiview.views import Jitter, View, average_views, reflect, to_image, to_view, warp
+from tests.featup.support import TOLERANCE, random, relative_error
 
-TOLERANCE = 1e-5
 SIZE = (23, 31)
 PAD = 7
 
@@ -25,15 +25,6 @@ VIEWS = {
     "corner": View(1.8, 0, 50, False),
 }
 every_view = pytest.mark.parametrize("view", VIEWS.values(), ids=VIEWS.keys())
-
-
-def random(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed + sum(shape)), dtype=dtype)
-
-
-def relative_error(found: Tensor, expected: Tensor) -> float:
-    assert found.shape == expected.shape
-    return float((found.double() - expected.double()).abs().max() / expected.double().abs().max())
 
 
 def step_by_step(image: Tensor, view: View, max_pad: int) -> Tensor:
@@ -218,8 +209,8 @@ def test_a_result_of_another_size_covers_the_same_view() -> None:
     view = View(1.5, 15, 18, True)  # nothing of the border, so that the ramp stays one
     whole = warp(ramp(size), [view], PAD)
     half = warp(ramp(size), [view], PAD, size=(12, 16))
-    pooled = functional.avg_pool2d(whole.permute(0, 3, 1, 2), 2).permute(0, 2, 3, 1)
-    assert relative_error(half, pooled) < TOLERANCE
+    average = functional.avg_pool2d(whole.permute(0, 3, 1, 2), 2).permute(0, 2, 3, 1)
+    assert relative_error(half, average) < TOLERANCE
 
 
 # Positions
@@ -275,18 +266,18 @@ def test_reflection_of_fractions() -> None:
     assert reflect(torch.tensor([-0.25, 0.5, 3.5, 4.0, 4.25, 8.5]), 5).tolist() == [0.25, 0.5, 3.5, 4.0, 3.75, 0.5]
 
 
-# Pooling
+# Multi-view averages
 
 
-def test_pooling_is_the_weighted_mean_of_the_cells_nearby() -> None:
-    """Cell by cell, by where the centres of the image's cells are seen."""
+def test_the_average_is_the_weighted_mean_of_the_cells_nearby() -> None:
+    """Cell by cell, at the positions of the image's cell centres in each view."""
     size, grid, sigma = (24, 32), (6, 4), 0.3
     views = [VIEWS["identity"], VIEWS["flipped"], VIEWS["zoomed-flipped"], VIEWS["shifted"]]
     maps = random(len(views), *grid, 3)
     step = torch.tensor([size[0] / grid[0], size[1] / grid[1]])
     centres = (ramp(grid)[0] + 0.5) * step - 0.5
     total, weight = torch.zeros(*grid, 3), torch.zeros(*grid, 1)
-    for one, view in zip(maps, views, strict=True):
+    for cells, view in zip(maps, views, strict=True):
         at, inside = to_view(view, centres, size, PAD)
         place = (at + 0.5) / step - 0.5
         for y in range(grid[0]):
@@ -294,25 +285,25 @@ def test_pooling_is_the_weighted_mean_of_the_cells_nearby() -> None:
                 distance = (place - torch.tensor([y, x])).abs()
                 near = inside & (distance < 1).all(-1)
                 share = torch.exp(-distance.square().sum(-1) / (2 * sigma**2)) * near
-                total += share[..., None] * one[y, x]
+                total += share[..., None] * cells[y, x]
                 weight += share[..., None]
-    assert relative_error(pool_views(maps, views, PAD, size, sigma), total / weight) < TOLERANCE
+    assert relative_error(average_views(maps, views, PAD, size, sigma), total / weight) < TOLERANCE
 
 
-def test_pooled_views_of_what_does_not_change_are_that() -> None:
+def test_the_average_of_constant_views_is_the_constant() -> None:
     jitter = Jitter(max_pad=PAD, zoom=(1.0, 1.4))
     views = [jitter.identity, *jitter.sample(5, SIZE, torch.Generator().manual_seed(3))]
-    pooled = pool_views(torch.full((6, 5, 4, 2), 3.0), views, PAD, SIZE, 0.2)
-    assert torch.allclose(pooled, torch.full((5, 4, 2), 3.0))
+    average = average_views(torch.full((6, 5, 4, 2), 3.0), views, PAD, SIZE, 0.2)
+    assert torch.allclose(average, torch.full((5, 4, 2), 3.0))
 
 
-def test_pooling_takes_no_reflections() -> None:
-    """A view shifted by the whole pad shows its first cells by reflection only: what stands there does not count."""
+def test_the_average_ignores_reflections() -> None:
+    """The first cells of a view that is shifted by the whole pad are reflections, and must not count."""
     view = View(1.0, 0, PAD, False)
     maps = torch.zeros(2, 5, 4, 1)
     maps[1, 0] = 100
-    pooled = pool_views(maps, [View(1.0, PAD, PAD, False), view], 7, (35, 28), 0.2)
-    assert float(pooled.abs().max()) == 0
+    average = average_views(maps, [View(1.0, PAD, PAD, False), view], 7, (35, 28), 0.2)
+    assert float(average.abs().max()) == 0
 
 
 @pytest.mark.parametrize(
@@ -320,6 +311,6 @@ def test_pooling_takes_no_reflections() -> None:
     [(torch.zeros(2, 3, 3, 1), 0.2), (torch.zeros(3, 3, 1), 0.2), (torch.zeros(1, 3, 3, 1), 0.0)],
     ids=["maps", "dimensions", "sigma"],
 )
-def test_pooling_of_what_does_not_fit(arguments: tuple[Tensor, float]) -> None:
+def test_averages_of_maps_that_do_not_fit(arguments: tuple[Tensor, float]) -> None:
     with pytest.raises(GeometryError, match="one view for each and a positive sigma"):
-        pool_views(arguments[0], [VIEWS["identity"]], PAD, SIZE, arguments[1])
+        average_views(arguments[0], [VIEWS["identity"]], PAD, SIZE, arguments[1])

@@ -8,7 +8,7 @@ from featup.backbones import Backbone, create_backbone
 from featup.errors import GeometryError
 from featup.multiview.downsamplers import AttentionDownsampler, BlurDownsampler
 from featup.multiview.views import Jitter
-from featup.training.objective import MultiViewObjective, orthonormal_rows, seeded
+from featup.training.objective import MultiViewObjective, orthonormal_directions, seeded
 from featup.upsamplers import Interpolate, Upsampler, create_trainable
 from featup.upsamplers.jbu import JBU
 
@@ -47,18 +47,18 @@ def loss(objective: MultiViewObjective, backbone: Backbone, step: int = 1, image
 
 
 @pytest.mark.parametrize(("count", "channels"), [(1, 5), (7, 30), (30, 31), (31, 31), (40, 31)])
-def test_rows_are_orthonormal(count: int, channels: int) -> None:
-    rows = orthonormal_rows(count, channels, seeded(1))
-    assert rows.shape == (min(count, channels), channels)
-    torch.testing.assert_close(rows @ rows.T, torch.eye(len(rows)), atol=1e-6, rtol=0)
-    assert torch.equal(rows, orthonormal_rows(count, channels, seeded(1)))
+def test_directions_are_orthonormal(count: int, channels: int) -> None:
+    directions = orthonormal_directions(count, channels, seeded(1))
+    assert directions.shape == (min(count, channels), channels)
+    torch.testing.assert_close(directions @ directions.T, torch.eye(len(directions)), atol=1e-6, rtol=0)
+    assert torch.equal(directions, orthonormal_directions(count, channels, seeded(1)))
 
 
 def test_numbers_follow_from_the_key_alone() -> None:
-    draws = {key: torch.rand(4, generator=seeded(*key)) for key in [(0,), (1,), (1, 2), (2, 1), (1, 2, 3)]}
-    for key, numbers in draws.items():
+    numbers_of = {key: torch.rand(4, generator=seeded(*key)) for key in [(0,), (1,), (1, 2), (2, 1), (1, 2, 3)]}
+    for key, numbers in numbers_of.items():
         assert torch.equal(numbers, torch.rand(4, generator=seeded(*key)))
-        assert not any(torch.equal(numbers, other) for name, other in draws.items() if name != key)
+        assert not any(torch.equal(numbers, other) for name, other in numbers_of.items() if name != key)
 
 
 @pytest.mark.parametrize("attention", [True, False], ids=["attention", "blur"])

@@ -1,5 +1,6 @@
 import io
 import re
+import threading
 
 import pytest
 from hypothesis import given
@@ -115,3 +116,34 @@ def test_a_log_gets_a_line_now_and_then_and_one_at_the_end() -> None:
 def test_a_terminal_gets_a_line_over_itself_twice_a_second() -> None:
     text = lines_of(Terminal(), 10, [0.3, 0.3, 0.3, 0.3, 0.1])
     assert re.fullmatch(r"\x1b\[2K2/5 units [^\n]*\r\x1b\[2K4/5 units [^\n]*\r\x1b\[2K5/5 units [^\n]*\n", text)
+
+
+def test_a_line_comes_every_half_minute_also_where_nothing_else_comes() -> None:
+    now, log = [0.0], io.StringIO()
+    progress = Progress(5, 10, log, clock=lambda: now[0])
+    for second in range(1, 71):
+        now[0] = float(second)
+        progress.tick()
+    first = log.getvalue().splitlines()
+    assert len(first) == 2
+    assert all("0/5 units" in line and "waiting for the first unit" in line for line in first)
+    progress.add(receipt_of(0, 2))
+    now[0] = 200.0
+    progress.tick()
+    assert "waiting for a unit, the last one came 2 min 10 s ago" in log.getvalue().splitlines()[-1]
+    lines = len(log.getvalue().splitlines())
+    progress.tick()
+    assert len(log.getvalue().splitlines()) == lines, "a line was printed just now"
+
+
+def test_the_thread_that_prints_ends_with_the_run() -> None:
+    log = io.StringIO()
+    with Progress(2, 4, log, silence=0.05) as progress:
+        threading.Event().wait(0.5)
+        assert "waiting for the first unit" in log.getvalue()
+        progress.add(receipt_of(0, 2))
+        progress.add(receipt_of(1, 2))
+        done = log.getvalue()
+        threading.Event().wait(0.3)
+    assert log.getvalue() == done, "nothing is waited for when all is done"
+    assert "progress" not in [thread.name for thread in threading.enumerate()]

@@ -1,3 +1,5 @@
+import dataclasses
+import os
 import pickle
 import re
 import subprocess
@@ -11,11 +13,14 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from pipeline.errors import ConfigError, StoreError
+from pipeline.errors import ConfigError, IncompleteStoreError, StoreError
 from pipeline.loader.dataset import FeatureDataset, Window
-from pipeline.store.create import create_store
+from pipeline.store.create import create_store, declare_complete, withdraw_complete
+from pipeline.store.index import write_index
 from pipeline.store.layout import FAILED, OK
+from pipeline.store.ledger import Ledger, Receipt, SampleRecord
 from pipeline.store.writer import StoreWriter
+from tests.pipeline.store.support import DIGEST, commit_statuses, finish_store, plan_of, put_receipts
 from tests.pipeline.store.test_layout import IDENTITY, KEYS, LAYOUT, Blocks, unit_blocks
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -32,6 +37,7 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Blocks]:
     units = [unit_blocks(LAYOUT, status, seed) for seed, status in enumerate(STATUS)]
     for number, blocks in enumerate(units):
         StoreWriter(url, LAYOUT).write(KEYS[number], blocks)
+    finish_store(url, STATUS)
     return url, {name: np.concatenate([unit[name] for unit in units]) for name in units[0]}
 
 
@@ -51,7 +57,61 @@ def test_only_good_rows_are_there(store: tuple[str, Blocks]) -> None:
 
 def test_a_store_without_a_good_sample_is_empty(tmp_path: Path) -> None:
     create_store(str(tmp_path), LAYOUT, IDENTITY)
+    finish_store(str(tmp_path), ((FAILED,) * 4, (FAILED,)))
     assert len(FeatureDataset(str(tmp_path))) == 0
+
+
+@pytest.mark.parametrize("place", ["path", "memory"])
+def test_a_store_that_is_not_complete_is_served_on_request_only(tmp_path: Path, place: str) -> None:
+    # It was served in part, without a word.
+    url = str(tmp_path) if place == "path" else f"memory://test_dataset{tmp_path}"
+    create_store(url, LAYOUT, IDENTITY)
+    with pytest.raises(IncompleteStoreError, match=r"is not complete: .* run the job to its end, or give partial=True"):
+        FeatureDataset(url)
+    assert FeatureDataset(url, partial=True).rows.tolist() == []
+    blocks = unit_blocks(LAYOUT, STATUS[0])
+    StoreWriter(url, LAYOUT).write(KEYS[0], blocks)
+    assert FeatureDataset(url, partial=True).rows.tolist() == [], "a unit counts when its receipt is there"
+    commit_statuses(url, plan_of(7), STATUS[:1])
+    dataset = FeatureDataset(url, partial=True)
+    assert dataset.rows.tolist() == [0, 2, 3]
+    assert np.array_equal(dataset[1]["features"], blocks["features"][2].astype(np.float32))
+    finish_store(url, STATUS)
+    assert FeatureDataset(url, partial=True).rows.tolist() == FeatureDataset(url).rows.tolist() == GOOD
+    withdraw_complete(url)
+    with pytest.raises(IncompleteStoreError):
+        FeatureDataset(url)
+    assert FeatureDataset(url, partial=True).rows.tolist() == GOOD
+
+
+def test_rows_come_from_segments_as_well(tmp_path: Path) -> None:
+    url, units = str(tmp_path), 2003
+    layout = dataclasses.replace(LAYOUT, rows=4 * units)
+    create_store(url, layout, IDENTITY)
+    plan = plan_of(4 * units)
+    statuses = np.random.default_rng(0).choice([OK, FAILED], (units, 4))
+    records = [
+        tuple(SampleRecord("k", 4 * unit + n, "ok" if status == OK else "failed") for n, status in enumerate(row))
+        for unit, row in enumerate(statuses)
+    ]
+    ledger = Ledger(f"{url}/ledger")
+    put_receipts(ledger.url, (Receipt(plan.unit(unit), DIGEST, one) for unit, one in enumerate(records)))
+    wanted = np.flatnonzero(statuses.reshape(-1) == OK).tolist()
+    assert ledger.compact(1)
+    assert FeatureDataset(url, partial=True).rows.tolist() == wanted
+    write_index(url, plan, ledger, {})
+    declare_complete(url)
+    assert FeatureDataset(url).rows.tolist() == wanted
+    os.remove(f"{url}/index/000001.parquet")
+    with pytest.raises(StoreError, match=r"index/000001\.parquet is missing, and .* is complete"):
+        FeatureDataset(url)
+
+
+def test_reading_needs_nothing_that_making_needs() -> None:
+    names = ("ray", "timm", "jsonargparse", "PIL", "simplejpeg", "webdataset", "braceexpand", "matplotlib", "pandas")
+    code = f"import sys, pipeline.loader; print([name for name in {names} if name in sys.modules])"
+    run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=100)
+    assert (run.stdout, run.stderr) == ("[]\n", "")
 
 
 def test_types_and_values_of_every_array(store: tuple[str, Blocks]) -> None:

@@ -1,9 +1,7 @@
 import dataclasses
 import json
 import multiprocessing
-import os
 import re
-import shutil
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -17,15 +15,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from pipeline.config.base import Size, describe
-from pipeline.config.precompute import PrecomputeConfig
-from pipeline.errors import StoreError, StoreMismatchError
+from pipeline.errors import StoreError
 from pipeline.inputs import storage
 from pipeline.inputs.plan import UnitKey
 from pipeline.store.create import create_store
-from pipeline.store.layout import FAILED, OK, Layout, open_arrays, open_group, read_attributes, stored_layout, tile_of
-from pipeline.store.provenance import stored_config
-from pipeline.store.writer import StoreWriter, round_mantissa, row_checksum
+from pipeline.store.layout import FAILED, OK, Layout, open_arrays, stored_layout, tile_of
+from pipeline.store.writer import StoreWriter, row_checksum
 
 Blocks = dict[str, NDArray[Any]]
 
@@ -84,18 +79,6 @@ def assert_same(found: Mapping[str, NDArray[Any]], wanted: Mapping[str, NDArray[
         assert found[name].dtype == values.dtype, (what, name)
         # Bytes, so that NaN is NaN and -0 is not 0.
         assert found[name].tobytes() == values.tobytes(), (what, name)
-
-
-@pytest.fixture(params=["path", "memory"])
-def url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
-    return str(tmp_path / "store") if request.param == "path" else f"memory://test_store{tmp_path}"
-
-
-@pytest.fixture
-def local(tmp_path: Path) -> str:
-    """A created store, on this machine."""
-    create_store(str(tmp_path / "local"), LAYOUT, IDENTITY)
-    return str(tmp_path / "local")
 
 
 def test_what_is_written_is_read(url: str) -> None:
@@ -214,120 +197,6 @@ def test_processes_that_write_neighbouring_units_lose_nothing(tmp_path: Path) ->
     assert_same(read_all(str(tmp_path)), {name: np.concatenate([unit[name] for unit in units]) for name in units[0]})
 
 
-def test_creating_twice_changes_nothing(url: str) -> None:
-    create_store(url, LAYOUT, IDENTITY)
-    blocks = unit_blocks(LAYOUT, (OK, OK))
-    StoreWriter(url, LAYOUT).write(KEYS[0], blocks)
-    before = {name: storage.read_bytes(storage.join(url, name)) for name in storage.list_files(url)}
-    create_store(url, LAYOUT, {**IDENTITY, "versions": {"torch": "99"}})
-    assert {name: storage.read_bytes(storage.join(url, name)) for name in storage.list_files(url)} == before
-
-
-def test_a_store_of_another_identity_is_refused_with_the_differences(url: str) -> None:
-    create_store(url, LAYOUT, IDENTITY)
-    StoreWriter(url, LAYOUT).write(KEYS[0], unit_blocks(LAYOUT, (OK,)))
-    before = objects(url)
-    other = {"identity": {"backbone": "resnet18", "input digest": "abc", "pca digest": "def"}}
-    with pytest.raises(StoreMismatchError) as caught:
-        create_store(url, dataclasses.replace(LAYOUT, channels=5, rows=12), other)
-    lines = str(caught.value).splitlines()
-    assert lines[0] == f"{url} was made with other settings:"
-    assert lines[1:-1] == [
-        "  channels: the store has 3, this run has 5",
-        "  rows: the store has 8, this run has 12",
-        "  backbone: the store has 'resnet50', this run has 'resnet18'",
-        "  pca digest: the store has None, this run has 'def'",
-    ]
-    assert lines[-1] == "Finish it with the settings it was made with, or give another --out."
-    assert objects(url) == before
-
-
-def test_a_store_of_another_format_is_refused(local: str) -> None:
-    group = open_group(local, mode="r+")
-    group.attrs["format"] = "featup-datasets/0"
-    text = "format: the store has 'featup-datasets/0', this run has 'featup-datasets/1'"
-    with pytest.raises(StoreMismatchError, match=text):
-        create_store(local, LAYOUT, IDENTITY)
-
-
-def test_creation_cut_short_is_repeated(local: str) -> None:
-    wanted = {path: path.read_bytes() for path in Path(local).rglob("zarr.json")}
-    # As it is after a kill: marked, one array made with other shapes, the others not there.
-    group = open_group(local, mode="r+")
-    group.attrs.put({"format": "featup-datasets/1", "creating": True})
-    for name in ("seg", "status", "features"):
-        shutil.rmtree(f"{local}/features.zarr/{name}")
-    group.create_array("features", shape=(2, 2), dtype="i4")
-    for read in (stored_layout, stored_config):
-        with pytest.raises(StoreError, match=f"no feature store at {local}"):
-            read(local)
-    create_store(local, LAYOUT, IDENTITY)
-    assert {path: path.read_bytes() for path in Path(local).rglob("zarr.json")} == wanted
-
-
-def test_a_strange_zarr_group_is_refused(url: str) -> None:
-    folder = storage.join(url, "features.zarr")
-    zarr.create_group(folder, attributes={"title": "weather"})
-    for act in (read_attributes, stored_layout, lambda url: create_store(url, LAYOUT, IDENTITY)):
-        with pytest.raises(StoreError, match="is a Zarr group and not a feature store; give another --out"):
-            act(url)
-    assert dict(zarr.open_group(folder, mode="r").attrs) == {"title": "weather"}
-
-
-def test_anything_else_in_its_place_is_refused_and_kept(tmp_path: Path) -> None:
-    # Each of these was deleted, or ended in another library's error.
-    def create() -> None:
-        create_store(str(tmp_path), LAYOUT, IDENTITY)
-
-    folder = tmp_path / "features.zarr"
-    zarr.create_group(folder, zarr_format=2, attributes={"title": "weather"})
-    with pytest.raises(StoreError, match=r"holds 2 files \(\.zattrs \.\.\.\) and no zarr\.json of a Zarr v3 group"):
-        create()
-    assert sorted(os.listdir(folder)) == [".zattrs", ".zgroup"]
-    shutil.rmtree(folder)
-    zarr.create_array(folder, shape=(3,), dtype="i4")
-    with pytest.raises(StoreError, match="is not a Zarr group that can be read"):
-        create()
-    shutil.rmtree(folder)
-    folder.mkdir()
-    create()
-    assert stored_layout(str(tmp_path)) == LAYOUT
-
-
-def test_a_store_whose_attributes_are_lost_or_damaged_is_kept(local: str) -> None:
-    StoreWriter(local, LAYOUT).write(KEYS[0], unit_blocks(LAYOUT, (OK,)))
-    before, attributes = objects(local), Path(local) / "features.zarr" / "zarr.json"
-    whole = attributes.read_bytes()
-    attributes.write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(StoreError, match=r"its zarr\.json is damaged"):
-        create_store(local, LAYOUT, IDENTITY)
-    attributes.unlink()
-    with pytest.raises(StoreError, match="or is a store that lost that file, and creating a store would delete it"):
-        create_store(local, LAYOUT, IDENTITY)
-    attributes.write_bytes(whole)
-    create_store(local, LAYOUT, IDENTITY)
-    assert objects(local) == before
-
-
-def test_no_store_says_so(tmp_path: Path) -> None:
-    url = str(tmp_path / "none")
-    assert read_attributes(url) is None
-    for act in (stored_layout, stored_config, open_group, lambda url: open_arrays(url, ["features"])):
-        with pytest.raises(StoreError, match=rf"no feature store at {url}.*give the folder that was --out"):
-            act(url)
-
-
-def test_the_layout_and_the_config_read_back(tmp_path: Path) -> None:
-    url = str(tmp_path)
-    config = PrecomputeConfig(shards=("a.tar",), out=url, size=Size(6, 10), mean=(0.5, 0.25, 0.125))
-    setup = {"channels": 3, "mean": [0.5, 0.25, 0.125]}
-    create_store(url, LAYOUT, {**IDENTITY, "config": describe(config), "setup": setup})
-    assert stored_layout(url) == LAYOUT
-    assert stored_config(url) == (config, setup)
-    text = json.loads((tmp_path / "features.zarr" / "zarr.json").read_text())
-    assert text["attributes"]["config"]["size"] == "6x10"
-
-
 def _changed(blocks: Blocks, name: str, values: NDArray[Any] | None) -> Blocks:
     rest = {key: block for key, block in blocks.items() if key != name}
     return rest if values is None else {**rest, name: values}
@@ -427,40 +296,6 @@ def test_the_checksum_of_a_row_is_that_of_its_bytes() -> None:
     assert row_checksum(row) == wanted
     assert row_checksum(row.transpose(2, 0, 1).copy().transpose(1, 2, 0)) == wanted, "whatever its strides"
     assert google_crc32c.value(b"123456789") == 0xE3069283, "Castagnoli's polynomial"
-
-
-def rounded_by_arithmetic(values: NDArray[np.float16], bits: int) -> NDArray[np.float16]:
-    """float16 values rounded in float64, half to even; those that do not fit, and those not finite, as they are."""
-    exact = values.astype(np.float64)
-    finite = np.isfinite(exact)
-    size = np.abs(np.where(finite & (exact != 0), exact, 1.0))
-    # Numbers below 2^-14 have the spacing of those just above.
-    step = 2.0 ** (np.maximum(np.floor(np.log2(size)), -14) - bits)
-    near = np.round(np.where(finite, exact, 0.0) / step) * step
-    fits = finite & (np.abs(near) <= float(np.finfo(np.float16).max))
-    return np.where(fits, np.where(fits, near, 0.0).astype(np.float16), values)
-
-
-@pytest.mark.parametrize("bits", range(1, 11))
-def test_rounding_every_number_there_is(bits: int) -> None:
-    every = np.arange(65536, dtype=np.uint16).view(np.float16)
-    found = every.copy()
-    round_mantissa(found, bits)
-    wanted = rounded_by_arithmetic(every, bits)
-    different = found.view(np.uint16) != wanted.view(np.uint16)
-    assert not different.any(), [(every[i], found[i], wanted[i]) for i in np.flatnonzero(different)[:5]]
-    again = found.copy()
-    round_mantissa(again, bits)
-    settled = np.abs(found.astype(np.float64)) < 65504
-    assert np.array_equal(again[settled], found[settled]), "rounding twice is rounding once"
-
-
-def test_rounding_in_place_keeps_the_shape() -> None:
-    block = np.random.default_rng(0).normal(size=(2, 3, 5, 4)).astype(np.float16)
-    wanted = rounded_by_arithmetic(block, 4)
-    round_mantissa(block, 4)
-    assert np.array_equal(block, wanted)
-    assert len(np.unique(block.view(np.uint16) & 0b111111)) == 1
 
 
 @given(st.tuples(st.integers(1, 3000), st.integers(1, 3000)), st.integers(1, 4096), st.none() | st.integers(1, 500))

@@ -1,5 +1,6 @@
 import dataclasses
 import itertools
+import pickle
 import re
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -9,12 +10,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.errors import StoreError
+from pipeline.errors import DamagedReceiptError, StoreError
 from pipeline.inputs import storage
 from pipeline.inputs.plan import UnitKey
 from pipeline.store.ledger import Ledger, Receipt, SampleRecord
-
-PLAN = "0123456789abcdef" * 4
+from tests.pipeline.store.support import DIGEST, key_of, receipt_of
 
 
 @pytest.fixture(params=["path", "memory"])
@@ -22,25 +22,16 @@ def url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
     return str(tmp_path / "ledger") if request.param == "path" else f"memory://test_ledger{tmp_path}"
 
 
-def key_of(unit: int, count: int = 2, rows: int = 4) -> UnitKey:
-    return UnitKey(unit, 0, unit * rows, unit * rows + count, unit * rows)
-
-
-def receipt_of(unit: int, count: int = 2, shard: str = PLAN) -> Receipt:
-    key = key_of(unit, count)
-    return Receipt(key, shard, tuple(SampleRecord(f"k{n}", key.row + n, "ok") for n in range(count)))
-
-
 def test_what_is_committed_is_done(url: str) -> None:
     ledger = Ledger(url)
     assert ledger.done() == set()
-    assert ledger.get(key_of(0), PLAN) is None
+    assert ledger.get(key_of(0), DIGEST) is None
     for unit in (5, 0, 999, 1000, 1_234_567):
         ledger.commit(receipt_of(unit))
     assert Ledger(url).done() == {0, 5, 999, 1000, 1_234_567}
     for unit in (0, 1000, 1_234_567):
-        assert Ledger(url).get(key_of(unit), PLAN) == receipt_of(unit)
-    assert ledger.get(key_of(1), PLAN) is None
+        assert Ledger(url).get(key_of(unit), DIGEST) == receipt_of(unit)
+    assert ledger.get(key_of(1), DIGEST) is None
 
 
 def test_committing_again_replaces_the_receipt(url: str) -> None:
@@ -48,7 +39,7 @@ def test_committing_again_replaces_the_receipt(url: str) -> None:
     ledger.commit(receipt_of(3))
     second = dataclasses.replace(receipt_of(3), seconds={"read": 1.5})
     ledger.commit(second)
-    assert ledger.get(key_of(3), PLAN) == second
+    assert ledger.get(key_of(3), DIGEST) == second
     assert len(storage.list_files(url)) == 1
 
 
@@ -94,28 +85,32 @@ def test_readers_see_whole_receipts_while_they_are_replaced(tmp_path: Path) -> N
     with ThreadPoolExecutor(1) as pool:
         writer = pool.submit(write)
         while not stop.is_set() and not writer.done():
-            seen.append(ledger.get(key_of(0, 4), PLAN))
+            seen.append(ledger.get(key_of(0, 4), DIGEST))
         writer.result()
     assert seen
     assert all(receipt in versions for receipt in seen)
 
 
 @pytest.mark.parametrize(
-    ("key", "plan", "text"),
+    ("key", "shard", "text"),
     [
         (key_of(3, 2), "f" * 64, "expected unit 3 (shard 0, samples 12:14, row 12) of input ffffffffffff; the ledger"),
-        (key_of(3, 1), PLAN, "expected unit 3 (shard 0, samples 12:13, row 12) of input 0123456789ab; the ledger was"),
-        (UnitKey(3, 1, 12, 14, 12), PLAN, "expected unit 3 (shard 1, samples 12:14, row 12) of input 0123456789ab"),
-        (UnitKey(3, 0, 12, 14, 24), PLAN, "expected unit 3 (shard 0, samples 12:14, row 24) of input 0123456789ab"),
+        (
+            key_of(3, 1),
+            DIGEST,
+            "expected unit 3 (shard 0, samples 12:13, row 12) of input 0123456789ab; the ledger was",
+        ),
+        (UnitKey(3, 1, 12, 14, 12), DIGEST, "expected unit 3 (shard 1, samples 12:14, row 12) of input 0123456789ab"),
+        (UnitKey(3, 0, 12, 14, 24), DIGEST, "expected unit 3 (shard 0, samples 12:14, row 24) of input 0123456789ab"),
     ],
-    ids=["plan", "samples", "shard", "row"],
+    ids=["digest", "samples", "shard", "row"],
 )
-def test_a_receipt_of_another_plan_or_unit_is_refused(url: str, key: UnitKey, plan: str, text: str) -> None:
+def test_a_receipt_of_another_input_or_unit_is_refused(url: str, key: UnitKey, shard: str, text: str) -> None:
     ledger = Ledger(url)
     ledger.commit(receipt_of(3))
     found = "is the receipt of unit 3 (shard 0, samples 12:14, row 12) of input 0123456789ab, "
     with pytest.raises(StoreError, match=re.escape(found + text)):
-        ledger.get(key, plan)
+        ledger.get(key, shard)
 
 
 def test_a_receipt_under_the_name_of_another_unit_is_refused(url: str) -> None:
@@ -125,15 +120,17 @@ def test_a_receipt_under_the_name_of_another_unit_is_refused(url: str) -> None:
         storage.join(url, "000000/000000004.json"), storage.read_bytes(f"{url}/000000/000000003.json")
     )  # fmt: skip
     with pytest.raises(StoreError, match=r"000000004\.json is the receipt of unit 3 .*, expected unit 4 "):
-        ledger.get(key_of(4), PLAN)
+        ledger.get(key_of(4), DIGEST)
 
 
 @pytest.mark.parametrize("damage", [b"", b"{", b"[]", b"\xff", b"{}", b'{"unit": 3, "samples": []}'], ids=repr)
 def test_a_damaged_receipt_is_refused(url: str, damage: bytes) -> None:
     ledger = Ledger(url)
     storage.write_atomic(storage.join(url, "000000/000000003.json"), damage)
-    with pytest.raises(StoreError, match=r"000000003\.json is no receipt .*remove it and run the job again"):
-        ledger.get(key_of(3), PLAN)
+    text = r"000000003\.json is no receipt .*verify the store with --repair, then run the job again"
+    with pytest.raises(DamagedReceiptError, match=text) as caught:
+        ledger.get(key_of(3), DIGEST)
+    assert pickle.loads(pickle.dumps(caught.value)).unit == caught.value.unit == 3
 
 
 def test_receipts_come_in_the_order_of_their_keys(url: str) -> None:
@@ -142,7 +139,7 @@ def test_receipts_come_in_the_order_of_their_keys(url: str) -> None:
         ledger.commit(receipt_of(unit))
     # More keys than are read at once by two threads.
     order = [3, 1, 0, 2, *range(10, 300)]
-    found = list(ledger.receipts(((key_of(unit), PLAN) for unit in order), threads=2))
+    found = list(ledger.receipts(((key_of(unit), DIGEST) for unit in order), threads=2))
     assert [key.unit for key, _ in found] == order
     assert [receipt for _, receipt in found[:4]] == [receipt_of(3), None, receipt_of(0), receipt_of(2)]
     assert not any(receipt for _, receipt in found[4:])
@@ -154,7 +151,7 @@ def test_reading_many_receipts_stops_at_a_strange_one(url: str) -> None:
     ledger.commit(receipt_of(0))
     ledger.commit(receipt_of(1, shard="f" * 64))
     with pytest.raises(StoreError, match="of input ffffffffffff, expected"):
-        list(ledger.receipts((key_of(unit), PLAN) for unit in (0, 1)))
+        list(ledger.receipts((key_of(unit), DIGEST) for unit in (0, 1)))
 
 
 TEXTS = st.text(st.characters(exclude_categories=["Cs"]), max_size=20)

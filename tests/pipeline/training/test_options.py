@@ -1,0 +1,72 @@
+"""Options of training that are refused, and those that may change in a run that goes on."""
+
+import re
+from typing import Any
+
+import pytest
+
+from pipeline.config.base import describe, read_config
+from pipeline.config.parser import parse_args
+from pipeline.config.train import TrainConfig
+from pipeline.errors import ConfigError
+from pipeline.options import Size
+from pipeline.training.loop import learning_rate
+
+
+def config(**options: Any) -> TrainConfig:
+    return TrainConfig(**{"shards": ("a.tar",), "out": "out", **options})
+
+
+def test_learning_rates() -> None:
+    assert {learning_rate(config(lr=0.1), step) for step in (1, 7, 2000)} == {0.1}
+    cosine = config(lr=0.1, schedule="cosine", steps=10)
+    rates = [learning_rate(cosine, step) for step in range(1, 11)]
+    assert rates[0] == 0.1
+    assert rates == sorted(rates, reverse=True)
+    assert rates[5] == pytest.approx(0.05)
+    assert 0 < rates[-1] < 0.01
+
+
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        ({"size": Size(0, 5)}, "size=0x5 must be between 1 and 16384 on both sides"),
+        ({"steps": 0}, "steps=0 must be at least 1"),
+        ({"jitters": 0}, "jitters=0 must be at least 1"),
+        ({"holdout": 0}, "holdout=0 must be at least 1"),
+        ({"evaluate_every": 0}, "evaluate_every=0 must be at least 1"),
+        ({"checkpoint_every": 0}, "checkpoint_every=0 must be at least 1"),
+        ({"workers": 0}, "workers=0 must be at least 1"),
+        ({"worker_attempts": 0}, "worker_attempts=0 must be at least 1"),
+        ({"projections": 0}, "projections=0 must be at least 1"),
+        ({"max_pad": -1}, "max_pad=-1 must be between 0 and 16384"),
+        ({"max_zoom": 0.9}, "max_zoom=0.9 must be at least 1"),
+        ({"lr": 0.0}, "lr=0.0 must be more than 0"),
+        ({"lr": float("nan")}, "lr=nan must be more than 0"),
+        ({"seed": -1}, "seed=-1 must be between 0 and 4294967295"),
+        ({"crf": -1.0}, "crf=-1.0 must be at least 0"),
+        ({"workers": 2, "batch_size": 3}, "batch_size=3 is that of all 2 workers and must divide among them"),
+        ({"tensorboard": True, "out": "s3://b/c"}, "tensorboard with out='s3://b/c': event files are written to local"),
+        ({"limit": 0}, "limit=0 must be at least 1"),
+    ],
+    ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
+)
+def test_checks(options: dict[str, Any], text: str) -> None:
+    with pytest.raises(ConfigError, match=re.escape(text)):
+        config(**options)
+
+
+def test_options_are_read_and_written_like_those_of_precompute() -> None:
+    argv = ["--shards", "a.tar", "--out", "o", "--size", "32x48", "--projections", "null", "--upsampler", "sapa"]
+    found, _ = parse_args(TrainConfig, [*argv, "--batch-size", "4", "--jitters", "2"], description="")
+    assert (found.size, found.projections, found.upsampler) == (Size(32, 48), None, "sapa")
+    assert (found.batch_size, found.jitters) == (4, 2)
+    assert read_config(TrainConfig, describe(found)) == found
+
+
+def test_what_does_not_change_the_result_may_change_in_a_run_that_goes_on() -> None:
+    changes = {"workers": 2, "checkpoint_every": 7, "gpus_per_worker": 1.0, "cpus_per_worker": 2.0, "threads": 3}
+    changes |= {"worker_attempts": 5, "tensorboard": True, "object_store_mb": 99, "max_failed_fraction": 0.5}
+    assert config(**changes).identity() == config().identity()
+    for name, value in {"steps": 3, "batch_size": 4, "lr": 0.5, "seed": 1, "holdout": 3, "upsampler": "ifa"}.items():
+        assert config(**{name: value}).identity() != config().identity(), name
