@@ -25,6 +25,16 @@ def _run(argv: list[str] | None) -> bool:
         help="units of which labels are decoded again and compared, 0 for none (default: 8)",
     )
     parser.add_argument(
+        "--repair",
+        action="store_true",
+        help="set damaged units back, so that the next run of the job computes them anew",
+    )
+    parser.add_argument(
+        "--remove-partial",
+        action="store_true",
+        help="remove the files that writers began and did not finish, because they were killed",
+    )
+    parser.add_argument(
         "--object-store-mb",
         type=at_least(75),
         default=256,
@@ -34,7 +44,7 @@ def _run(argv: list[str] | None) -> bool:
     args = parser.parse_args(argv)
     from pipeline.cluster.verify import verify
 
-    report = verify(args.out, args.object_store_mb, args.check_source)
+    report = verify(args.out, args.object_store_mb, args.check_source, args.repair, args.remove_partial)
     print(report.text(), flush=True)
     return report.clean
 

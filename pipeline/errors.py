@@ -45,7 +45,7 @@ __all__ = [
 
 
 class Reason(StrEnum):
-    """Why a sample is not in the store. The value is what ``index.parquet`` holds in ``reason``."""
+    """Why a sample is not in the store. The value is what the index holds in ``reason``."""
 
     IMAGE_MISSING = "image_missing"
     UNDECODABLE = "undecodable"

@@ -13,7 +13,6 @@ A run leaves in ``OUT``::
 """
 
 import os
-import sys
 import threading
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, wait
@@ -29,7 +28,6 @@ from featup.errors import FeatupError
 from pipeline.cluster.connect import connect
 from pipeline.cluster.planning import index_on_ray
 from pipeline.cluster.resources import cluster_resources, default_gpus
-from pipeline.cluster.signals import Stopped, stopping_on_signals
 from pipeline.cluster.train_worker import CHECKPOINTS, mend_snapshot, train_worker
 from pipeline.compute.models import make_backbone
 from pipeline.compute.prepare import plan_input, versions
@@ -44,7 +42,7 @@ from pipeline.training.loop import describe_backbone
 from pipeline.training.order import SampleOrder
 from pipeline.training.run import check_run, record_run
 
-__all__ = ["train"]
+__all__ = ["failure_of", "train"]
 
 
 def train(config: TrainConfig) -> None:
@@ -64,16 +62,11 @@ def train(config: TrainConfig) -> None:
         # Ray Train has a helper that warns every second where there is no dashboard to ask.
         connect(config.object_store_mb, ray.LoggingConfig(log_level="ERROR"))
         try:
-            with stopping_on_signals():
-                _run(config, lease, on_cluster)
-        except Stopped as stop:
-            print(
-                f"stopped: {recorded_steps(config.out)} of {config.steps} steps are behind the last checkpoint; the "
-                "same command goes on from there",
-                file=sys.stderr,
-                flush=True,
-            )
-            raise SystemExit(stop.exit_status) from None
+            _run(config, lease, on_cluster)
+        except (KeyboardInterrupt, SystemExit) as stop:
+            # Ctrl-C or SIGTERM: the job's last line says how far it came.
+            stop.add_note(f"{recorded_steps(config.out)} of {config.steps} steps done, up to the last checkpoint")
+            raise
 
 
 def _run(config: TrainConfig, lease: Lease, on_cluster: bool) -> None:
@@ -121,7 +114,7 @@ def _run(config: TrainConfig, lease: Lease, on_cluster: bool) -> None:
     try:
         result = _fit(trainer, lease)
     except ray.train.TrainingFailedError as error:
-        raise _failure(error, config) from error
+        raise failure_of(error, config) from error
     lines = read_log(config.out, config.steps)
     storage.write_atomic(storage.join(config.out, "loss.png"), plot_log(lines))
     _conclude(config, order, result.metrics, lines)
@@ -172,7 +165,7 @@ def _fit(trainer: ray.train.torch.TorchTrainer, lease: Lease) -> ray.train.Resul
     return future.result()
 
 
-def _failure(error: ray.train.TrainingFailedError, config: TrainConfig) -> Exception:
+def failure_of(error: ray.train.TrainingFailedError, config: TrainConfig) -> Exception:
     """The reason that a run ended for, in one line; an error of this project's own as it was raised."""
     failures = getattr(error, "worker_failures", None) or {0: getattr(error, "controller_failure", error)}
     # Ray wraps what a worker raised, and then holds what was raised inside.

@@ -1,6 +1,7 @@
 """Verification on all CPUs of a cluster."""
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import lru_cache, partial
 from typing import Any
 
@@ -12,6 +13,8 @@ from pipeline.cluster.connect import connect
 from pipeline.cluster.planning import MOST_BLOCKS
 from pipeline.compute.source_check import check_source
 from pipeline.inputs import storage
+from pipeline.inputs.plan import Plan
+from pipeline.store.lease import Lease
 from pipeline.store.ledger import Ledger
 from pipeline.store.segments import UNITS_PER_SEGMENT
 from pipeline.store.verification import Verification, find_partial, repair_store, stored_plan, verify_store
@@ -31,7 +34,7 @@ def verify(
     """Re-read the whole store, on all of the cluster's CPUs.
 
     Args:
-        out: the store. No job may be at work on it while it is repaired.
+        out: the store.
         object_store_mb: memory of Ray's object store where the job starts its own Ray.
         source_units: of so many units, labels are decoded again from the input shards and compared.
         repair: set damaged units back, so that the next run computes them anew.
@@ -40,38 +43,53 @@ def verify(
 
     Raises:
         StoreError: there is no store, or its plan is damaged.
+        LeaseError: a job is at work on the store that is to be repaired.
     """
     plan = stored_plan(out)
-    report = Verification(units=plan.units, samples=plan.samples)
+    # Before the lease, whose own renewals are files that are being written for a moment.
     leftover = find_partial(out)
-    if leftover and remove_partial:
-        for place in leftover:
-            storage.remove(place)
-        report.notes.append(f"{len(leftover)} leftover .partial files removed")
-    else:
-        report.problems += [f"{place} is left over from a writer that was killed" for place in leftover]
+    with Lease.acquire(out) if repair or remove_partial else nullcontext():
+        report = Verification(units=plan.units, samples=plan.samples)
+        if leftover and remove_partial:
+            for place in leftover:
+                storage.remove(place)
+            report.notes.append(f"{len(leftover)} leftover .partial files removed")
+        else:
+            report.problems += [f"{place} is left over from a writer that was killed" for place in leftover]
+        _verify(out, plan, report, object_store_mb, source_units, url_of_shard)
+        if repair:
+            repair_store(out, report)
+        elif report.damaged or report.misindexed:
+            report.notes.append("--repair sets damaged units back, for the next run of the job to compute anew")
+        return report
+
+
+def _verify(
+    out: str,
+    plan: Plan,
+    report: Verification,
+    object_store_mb: int,
+    source_units: int,
+    url_of_shard: Callable[[int], str] | None,
+) -> None:
     done = Ledger(storage.join(out, "ledger")).done()
     indexed = verify_store(out, plan, done, report)
     units = np.flatnonzero(done.mask(plan.units))
-    if len(units):
-        connect(object_store_mb)
-        chosen = units[np.linspace(0, len(units) - 1, min(source_units, len(units)), dtype=int)].tolist()
-        urls = {
-            unit: url_of_shard(shard) if url_of_shard else plan.shards[shard].url
-            for unit in chosen
-            for shard in [plan.unit(unit).shard]
-        }
-        reference = ray.put((out, plan, units, urls, indexed))
-        rows = ray.data.range(len(units), override_num_blocks=min(len(units), MOST_BLOCKS)).map(
-            _verify_row, fn_kwargs={"reference": reference}, num_cpus=1
-        )
-        for row in rows.iter_rows():
-            report.add(Finding.from_row(row))
-    if repair:
-        repair_store(out, report)
-    elif report.damaged or report.misindexed:
-        report.notes.append("--repair sets damaged units back, for the next run of the job to compute anew")
-    return report
+    if not len(units):
+        return
+    connect(object_store_mb)
+    chosen = units[np.linspace(0, len(units) - 1, min(source_units, len(units)), dtype=int)].tolist()
+    urls = {
+        unit: url_of_shard(shard) if url_of_shard else plan.shards[shard].url
+        for unit in chosen
+        for shard in [plan.unit(unit).shard]
+    }
+    reference = ray.put((out, plan, units, urls, indexed))
+    rows = ray.data.range(len(units), override_num_blocks=min(len(units), MOST_BLOCKS)).map(
+        _verify_row, fn_kwargs={"reference": reference}, num_cpus=1
+    )
+    for row in rows.iter_rows():
+        report.add(Finding.from_row(row))
 
 
 @lru_cache(maxsize=2)

@@ -15,7 +15,7 @@ from pipeline.compute.device import set_threads
 from pipeline.compute.models import Extractor, Setup, fit_pca, keep_weights, take_pca, weights_place
 from pipeline.config.base import InputConfig, describe
 from pipeline.config.precompute import PrecomputeConfig
-from pipeline.errors import Reason, StoreMismatchError
+from pipeline.errors import ConfigError, Reason, StoreMismatchError
 from pipeline.inputs import storage
 from pipeline.inputs.patterns import expand
 from pipeline.inputs.plan import IndexAll, Plan, PlannedShard, make_plan, rows_of
@@ -34,7 +34,6 @@ __all__ = [
     "plan_input",
     "plan_store",
     "prepare",
-    "stored_plan",
     "units_to_retry",
     "versions",
 ]
@@ -55,12 +54,6 @@ def plan_store(config: PrecomputeConfig, old: Plan | None, index_all: IndexAll |
     return update_plan(old, expand(config.shards), _index_dir(config.out), config.limit, index_all)
 
 
-def stored_plan(out: str) -> Plan | None:
-    """The plan that a store was made by, ``None`` where there is none yet."""
-    place = _plan_place(out)
-    return Plan.from_json(storage.read_bytes(place), _index_dir(out)) if storage.exists(place) else None
-
-
 def prepare(config: PrecomputeConfig, shards: tuple[PlannedShard, ...]) -> Setup:
     """Build the models once, learn their geometry and digests, and fit the PCA (or take this store's or another's).
 
@@ -71,6 +64,11 @@ def prepare(config: PrecomputeConfig, shards: tuple[PlannedShard, ...]) -> Setup
     set_threads(config.threads, config.actors)
     extractor = Extractor(config, weights=keep_weights(config))
     setup = extractor.setup()
+    if config.pca is not None and config.pca > setup.channels:
+        raise ConfigError(
+            f"pca={config.pca} and {config.backbone} gives {setup.channels} channels at layer {setup.layer}; give at "
+            "most that, or no pca for all channels"
+        )
     existing = finished_attributes(config.out)
     if config.pca_from is not None:
         pca, data = take_pca(config.pca_from, config, setup)

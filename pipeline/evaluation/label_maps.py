@@ -69,7 +69,7 @@ def evaluate_labels(
         numbers[method.name] = {
             "seconds_per_image": (time.perf_counter() - ready) / len(val),
             "seconds": time.perf_counter() - started,
-            **{name: {"weight_decays": [probe.weight_decay for probe in fits]} for name, fits in probes.items()},
+            **{name: _describe(fits) for name, fits in probes.items()},
         }
         measure = next(iter(task.measures))
         report_time(
@@ -84,6 +84,13 @@ def evaluate_labels(
             numbers[name][setting] |= compare(task.measures, each, statistics[baseline][setting], config.resamples)
     data = {f"{task.kind} train": train.facts, f"{task.kind} val": val.facts}
     return Part(task.kind, numbers, data, pictures, describe_probe(drop_in))
+
+
+def _describe(probes: Sequence[Probe]) -> dict[str, Any]:
+    return {
+        "weight_decays": [probe.weight_decay for probe in probes],
+        "vectors": [probe.vectors for probe in probes],
+    }
 
 
 def _fit_cells(task: Task, train: ImageSet, config: EvaluateConfig) -> Probe:

@@ -4,8 +4,6 @@ import glob
 import os
 from collections.abc import Sequence
 
-import braceexpand
-
 from pipeline.errors import InputError
 from pipeline.inputs.remote import filesystem, is_local, join, local_path
 from pipeline.inputs.retry import retried
@@ -52,6 +50,8 @@ def expand(patterns: Sequence[str]) -> list[str]:
 
 
 def _braces(pattern: str) -> list[str]:
+    import braceexpand  # what reads a store imports this module, and its install has no braceexpand
+
     try:
         return list(braceexpand.braceexpand(pattern))
     except ValueError as error:

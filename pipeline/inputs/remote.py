@@ -32,6 +32,7 @@ _EXTRA_OF_SCHEME = {"s3": "s3", "s3a": "s3", "gs": "gcs", "gcs": "gcs"}
 _OBJECT_STORES = frozenset({"s3", "s3a", "gs", "gcs", "abfs", "abfss", "az", "adl", "oss", "oci", "b2", "r2", "hf"})
 # Error codes of S3 and GCS that say that the same request may be served later.
 _PASSING_CODES = frozenset({"BadDigest", "IncompleteBody", "RequestTimeout", "ConditionalRequestConflict"})
+_UNSUPPORTED_CODES = frozenset({"NotImplemented", "501", "MethodNotAllowed", "405"})
 _FULL_CODES = frozenset({"XMinioStorageFull", "QuotaExceeded", "InsufficientStorage", "507"})
 
 
@@ -144,8 +145,13 @@ def _kind(error: Exception, url: str) -> OSError | None:
         return PermissionError(errno.EACCES, text)
     if code in _PASSING_CODES:
         return OSError(errno.EAGAIN, text)
-    if isinstance(error, NotImplementedError):
-        return OSError(errno.ENOTSUP, f"{url}: {protocol(url)} does not serve this: {error}")
+    if code in _UNSUPPORTED_CODES or isinstance(error, NotImplementedError):
+        return OSError(errno.ENOTSUP, text)
+    if isinstance(error, FileNotFoundError) and protocol(url) in ("http", "https"):
+        # fsspec says so of a server that is in trouble or does not answer, too.
+        cause = error.__cause__
+        if cause is not None and code not in ("404", "410"):
+            return OSError(errno.EAGAIN, f"{url}: {type(cause).__name__}: {cause}")
     return None
 
 

@@ -1,9 +1,10 @@
 """Operations on files that fail: repeated where the error may pass, one clear line where it lasts."""
 
+import asyncio
 import errno
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
 from typing import TypeVar
 
@@ -19,7 +20,7 @@ from pipeline.inputs.remote import (
     protocol,
 )
 
-__all__ = ["environment_faults", "retried", "with_retries"]
+__all__ = ["RetriesError", "environment_faults", "retried", "retried_async", "with_retries"]
 
 
 T = TypeVar("T")
@@ -37,6 +38,10 @@ _LASTING_ERRNOS = frozenset(
     }
 )
 _AGAIN = "then run the same command again: finished units count"
+
+
+class RetriesError(OSError):
+    """An error that did not pass within the retries; the last one is its cause."""
 
 
 def with_retries(
@@ -57,29 +62,36 @@ def with_retries(
         sleep: waits that many seconds.
 
     Raises:
-        OSError: the last attempt's error in context; errors that last (no such file, no permission, disk
-            full) and errors of other types at once, as they are.
+        RetriesError: the last attempt's error in context.
+        OSError: errors that last (no such file, no permission, disk full), and errors of other types, at once and as
+            they are.
     """
     for attempt in range(1, attempts + 1):
         try:
             return action()
         except OSError as error:
-            if isinstance(error, _LASTING_ERRORS) or error.errno in _LASTING_ERRNOS:
-                raise
-            if attempt == attempts:
-                text = f"{what} failed {attempts} times, the last time with {type(error).__name__}: {error}"
-                raise (OSError(error.errno, text) if error.errno else OSError(text)) from error
+            _raise_lasting(error, what, attempt, attempts)
             sleep(first_wait * 2 ** (attempt - 1))
     raise ValueError(f"{what}: attempts must be 1 or more, not {attempts}")
+
+
+def _raise_lasting(error: OSError, what: str, attempt: int, attempts: int) -> None:
+    """Raise an error that lasts, or the last attempt's; return where there should be another attempt."""
+    if isinstance(error, _LASTING_ERRORS) or error.errno in _LASTING_ERRNOS:
+        raise error
+    if attempt == attempts:
+        text = f"{what} failed {attempts} times, the last time with {type(error).__name__}: {error}"
+        raise (RetriesError(error.errno, text) if error.errno else RetriesError(text)) from error
 
 
 def retried(action: Callable[[], T], url: str, verb: str, *, writing: bool = False) -> T:
     """Do ``action`` on a file, with retries; ``verb`` ("writing") and the name begin the text of every error.
 
     Raises:
-        EnvironmentFault: an error that lasts until somebody mends it.
+        EnvironmentFault: an error that lasts until somebody mends it; an error that did not pass within the retries
+            where a file is written, or where a remote store did not answer at all.
         FileNotFoundError: there is no such file (where it is read).
-        OSError: an error that did not pass within the retries.
+        OSError: another error that did not pass within the retries.
     """
 
     def attempt() -> T:
@@ -90,15 +102,35 @@ def retried(action: Callable[[], T], url: str, verb: str, *, writing: bool = Fal
         return with_retries(attempt, what=f"{verb} {url}")
 
 
+async def retried_async(
+    action: Callable[[], Awaitable[T]], url: str, verb: str, *, writing: bool = False, attempts: int = 5
+) -> T:
+    """As :func:`retried`, of an action to be awaited; others on the event loop go on during the waits."""
+    with environment_faults(url, verb, writing=writing):
+        for attempt in range(1, attempts + 1):
+            try:
+                with mapped_errors(url):
+                    return await action()
+            except OSError as error:
+                _raise_lasting(error, f"{verb} {url}", attempt, attempts)
+                await asyncio.sleep(0.2 * 2 ** (attempt - 1))
+    raise ValueError(f"{verb} {url}: attempts must be 1 or more, not {attempts}")
+
+
 @contextmanager
 def environment_faults(url: str, verb: str, *, writing: bool = False) -> Iterator[None]:
     """Turn OSErrors that last until somebody mends the machine or the store into EnvironmentFault.
 
-    Access denied and missing credentials always; where a file is written also a full or read-only disk, a bucket that
-    does not exist, and a name that cannot be a file.
+    Access denied, missing credentials and a store that does not answer always; where a file is written also a full or
+    read-only disk, a bucket that does not exist, a name that cannot be a file, and whatever did not pass.
     """
     try:
         yield
+    except RetriesError as error:
+        if not writing and (is_local(url) or error_code(error)):
+            raise
+        cure = "check the disk" if is_local(url) else "check the network, the endpoint and the store"
+        raise EnvironmentFault(f"{error.strerror or error}; {cure}, {_AGAIN}") from error
     except OSError as error:
         cause = _access_fault(error, url) or (_writing_fault(error, url) if writing else None)
         if cause is None:
@@ -108,7 +140,7 @@ def environment_faults(url: str, verb: str, *, writing: bool = False) -> Iterato
 
 def _access_fault(error: OSError, url: str) -> str | None:
     if isinstance(error, CredentialsError):
-        return f"no credentials for {protocol(url)} ({_last_line(error)}); log in or set them on every node, {_AGAIN}"
+        return f"no credentials for {protocol(url)} ({_reason(error)}); log in or set them on every node, {_AGAIN}"
     if isinstance(error, PermissionError):
         if is_local(url):
             user = f"user {os.getuid()}" if hasattr(os, "getuid") else "this user"
@@ -136,8 +168,8 @@ def _writing_fault(error: OSError, url: str) -> str | None:
         return f"the file is larger than the file system of {place} or the process's limit allows; give another place"
     if error.errno == errno.ENAMETOOLONG:
         return "the name is longer than the file system allows; give a shorter one"
-    if error.errno == errno.ENOTSUP or (not is_local(url) and isinstance(error, NotImplementedError)):
-        return f"{protocol(url) or 'the file system'} cannot be written to; give a local folder, s3:// or gs://"
+    if error.errno == errno.ENOTSUP:
+        return f"{place} does not support this ({_reason(error)}); give a local folder, s3:// or gs://"
     if isinstance(error, NotADirectoryError | FileExistsError):
         return f"{place} is a file where a folder is needed; remove it or give another place"
     if isinstance(error, IsADirectoryError):
@@ -155,6 +187,6 @@ def _nearest(url: str) -> str:
     return path
 
 
-def _last_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[-1] if lines else type(error).__name__
+def _reason(error: BaseException) -> str:
+    """The client's own words, on one line."""
+    return " ".join(str(error.__cause__ or error).split())

@@ -94,8 +94,8 @@ def read_bytes(url: str) -> bytes:
 
     Raises:
         FileNotFoundError: there is none.
-        EnvironmentFault: access denied.
-        OSError: an error that did not pass within the retries.
+        EnvironmentFault: access denied, or the store does not answer.
+        OSError: another error that did not pass within the retries.
     """
 
     def read() -> bytes:
@@ -116,8 +116,8 @@ def write_atomic(url: str, *parts: bytes) -> None:
     and durable on object stores; on file-like remotes (sftp, say) it is neither.
 
     Raises:
-        EnvironmentFault: disk full, access denied, no such bucket, a name that cannot be a file.
-        OSError: an error that did not pass within the retries.
+        EnvironmentFault: disk full, access denied, no such bucket, a name that cannot be a file; an error that did not
+            pass within the retries.
     """
 
     def write() -> None:
@@ -134,8 +134,7 @@ def make_dirs(url: str) -> None:
     """Create a folder and those above it, durably; one that exists is fine. Object stores need none, and get none.
 
     Raises:
-        EnvironmentFault: disk full, access denied, a file where a folder is needed.
-        OSError: an error that did not pass within the retries.
+        EnvironmentFault: disk full, access denied, a file where a folder is needed; an error that did not pass.
     """
     if not is_local(url) and is_object_store(url):
         return
@@ -154,8 +153,8 @@ def exists(url: str) -> bool:
     """Whether a file or folder of that name is there.
 
     Raises:
-        EnvironmentFault: access denied.
-        OSError: an error that did not pass within the retries.
+        EnvironmentFault: access denied, or the store does not answer.
+        OSError: another error that did not pass within the retries.
     """
 
     def look() -> bool:
@@ -187,8 +186,8 @@ def list_files(url: str) -> list[str]:
     Files that are still being written (or were, when their writer died) and lock files are left out.
 
     Raises:
-        EnvironmentFault: access denied.
-        OSError: an error that did not pass within the retries.
+        EnvironmentFault: access denied, or the store does not answer.
+        OSError: another error that did not pass within the retries.
     """
 
     def names() -> list[str]:
@@ -214,7 +213,7 @@ def fetch(url: str, start: int, stop: int, read: RangeReader = read_range) -> by
 
     Raises:
         InputChangedError: the file is gone or has become shorter since it was indexed.
-        EnvironmentFault: access denied.
+        EnvironmentFault: access denied, or the store does not answer.
         OSError: it cannot be read, after retries.
     """
 

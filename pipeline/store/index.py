@@ -14,6 +14,7 @@ from pipeline.console import human_bytes
 from pipeline.errors import StoreError
 from pipeline.inputs import storage
 from pipeline.inputs.plan import Plan, UnitKey
+from pipeline.inputs.tar import describe_ignored
 from pipeline.redaction import redact
 from pipeline.store.ledger import Ledger, Receipt, SampleRecord
 from pipeline.store.outliers import flag_outliers
@@ -29,7 +30,7 @@ from pipeline.store.partitions import (
 )
 from pipeline.store.segments import UNITS_PER_SEGMENT, DoneUnits, segment_units
 
-__all__ = ["Summary", "index_table", "partition_count", "read_index", "write_index"]
+__all__ = ["Summary", "index_table", "partition_count", "plan_digest", "read_index", "write_index"]
 
 _THREADS = 16
 
@@ -44,6 +45,7 @@ class Summary:
     failed: int = 0
     reasons: Counter[str] = field(default_factory=Counter)
     faults: list[str] = field(default_factory=list)
+    ignored: str = ""
     failed_units: list[int] = field(default_factory=list)
     seconds: Counter[str] = field(default_factory=Counter)
     bytes: Counter[str] = field(default_factory=Counter)
@@ -70,6 +72,8 @@ class Summary:
                 f"{human_bytes(self.bytes['stored'])} stored"
             )
         lines += [f"input fault: {fault}" for fault in self.faults]
+        if self.ignored:
+            lines.append(f"ignored by rule: {self.ignored}")
         lines += [f"failed: {count:6d}  {reason}" for reason, count in self.reasons.most_common()]
         if self.failed_units:
             lines.append(f"units failed for good: {len(self.failed_units)} of {self.units}")
@@ -108,7 +112,7 @@ def write_index(out: str, plan: Plan, ledger: Ledger, failures: Mapping[int, Rec
 
     def partition(number: int) -> PartitionFacts | None:
         known = read_facts(out, number) if number in segments and number in standing else None
-        stands = known is not None and known.sealed and known.plan == _plan_digest(plan, number)
+        stands = known is not None and known.sealed and known.plan == plan_digest(plan, number)
         return known if stands else None
 
     with ThreadPoolExecutor(_THREADS) as pool:
@@ -119,6 +123,7 @@ def write_index(out: str, plan: Plan, ledger: Ledger, failures: Mapping[int, Rec
     ]
     flag_outliers(out, facts)
     summary = Summary(units=plan.units, faults=[redact(fault) for fault in plan.faults])
+    summary.ignored = describe_ignored(plan.ignored)
     for one in facts:
         summary.add(one)
     if summary.samples != plan.samples or summary.samples != summary.ok + summary.failed:
@@ -144,7 +149,7 @@ def _keys(plan: Plan, number: int) -> list[UnitKey]:
     return [plan.unit(unit) for unit in range(units.start, min(units.stop, plan.units))]
 
 
-def _plan_digest(plan: Plan, number: int) -> str:
+def plan_digest(plan: Plan, number: int) -> str:
     """Identity of the part of a plan that a partition covers: units, input shards, and their URLs as in the index."""
     units = segment_units(number)
     first, last = plan.unit(units.start), plan.unit(min(units.stop, plan.units) - 1)
@@ -156,7 +161,7 @@ def _plan_digest(plan: Plan, number: int) -> str:
 def _write(
     out: str, plan: Plan, ledger: Ledger, failures: Mapping[int, Receipt], number: int, sealed: bool
 ) -> PartitionFacts:
-    facts = PartitionFacts(plan=_plan_digest(plan, number), sealed=sealed)
+    facts = PartitionFacts(plan=plan_digest(plan, number), sealed=sealed)
     seconds: Counter[str] = Counter()
     sizes: Counter[str] = Counter()
 

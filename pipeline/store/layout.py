@@ -8,12 +8,13 @@ from typing import Any, Literal, cast
 import numpy as np
 import zarr
 from zarr.abc.store import Store as ZarrStore
-from zarr.storage import FsspecStore, LocalStore
+from zarr.storage import LocalStore
 
 from pipeline.decode.kinds import label_spec
 from pipeline.errors import ConfigError, IncompleteStoreError, StoreError, StoreFormatError
 from pipeline.inputs import storage
 from pipeline.store.fields import read_fields
+from pipeline.store.remote_arrays import RemoteArrays
 
 __all__ = [
     "FAILED",
@@ -140,7 +141,7 @@ def zarr_store(url: str, *, read_only: bool) -> ZarrStore:
     place = storage.join(url, "features.zarr")
     if storage.is_local(place):
         return LocalStore(storage.local_path(place), read_only=read_only)
-    return FsspecStore.from_url(place, read_only=read_only)
+    return RemoteArrays.at(place, read_only=read_only)
 
 
 def read_attributes(url: str) -> dict[str, Any] | None:

@@ -31,10 +31,9 @@ __all__ = [
 
 ROWS_PER_GROUP = 50_000
 _HASH = pa.binary(32)
+# What a loader reads stands last, beside the footer: one request of a remote partition brings both.
 INDEX_SCHEMA = pa.schema(
     [
-        ("row", pa.int64()),
-        ("status", pa.dictionary(pa.int8(), pa.string())),
         ("key", pa.string()),
         ("shard", pa.dictionary(pa.int32(), pa.string())),
         ("unit", pa.int64()),
@@ -49,6 +48,8 @@ INDEX_SCHEMA = pa.schema(
         ("sha256", _HASH),
         ("label_sha256", pa.map_(pa.string(), _HASH)),
         ("explained_variance", pa.float32()),
+        ("row", pa.int64()),
+        ("status", pa.dictionary(pa.int8(), pa.string())),
     ]
 )
 _NAME = re.compile(r"(\d{6,})\.parquet")

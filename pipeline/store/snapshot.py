@@ -77,6 +77,16 @@ class FailedSample:
     detail: str
 
 
+@dataclass(frozen=True)
+class SegmentCounts:
+    """Samples of a segment by status, and its units with failed ones; nothing, and the ``error``, of a damaged one."""
+
+    ok: int = 0
+    failed: int = 0
+    units_with_failures: tuple[int, ...] = ()
+    error: str = ""
+
+
 class StoreSnapshot:
     """What there was of a store when it was made.
 
@@ -130,18 +140,21 @@ class StoreSnapshot:
         """Units with an open receipt that the index does not cover yet."""
         return [unit for unit in self.done.open.tolist() if unit // UNITS_PER_SEGMENT not in self.facts]
 
-    def segment_counts(self) -> dict[int, tuple[int, int]]:
-        """(samples ok, samples failed) by number of the segments that the index does not cover yet."""
-
-        def count(number: int) -> tuple[int, int]:
-            try:
-                _, statuses = segment_statuses(self.ledger.url, number)
-            except FileNotFoundError:  # its units were set back since
-                return 0, 0
-            return int((statuses == OK).sum()), int((statuses == FAILED).sum())
-
+    def segment_counts(self) -> dict[int, SegmentCounts]:
+        """By number, the segments that the index does not cover yet."""
         numbers = self.uncovered_segments
-        return dict(zip(numbers, _map(count, numbers), strict=True))
+        return dict(zip(numbers, _map(self._segment_counts, numbers), strict=True))
+
+    def _segment_counts(self, number: int) -> SegmentCounts:
+        try:
+            samples, statuses = segment_statuses(self.ledger.url, number)
+        except FileNotFoundError:  # its units were set back since
+            return SegmentCounts()
+        except StoreError as error:
+            return SegmentCounts(error=str(error))
+        failed = statuses == FAILED
+        units = np.repeat(np.array(segment_units(number)), samples)[failed]
+        return SegmentCounts(int((statuses == OK).sum()), int(failed.sum()), tuple(np.unique(units).tolist()))
 
     def open_receipts(self, units: Iterable[int]) -> Iterator[tuple[int, Receipt | StoreError | None]]:
         """(unit, its receipt) of units that are not compacted, in this order.
@@ -162,10 +175,12 @@ class StoreSnapshot:
             batch = known[start : start + 64 * _THREADS]
             yield from zip(batch, _map(read, batch), strict=True)
 
-    def segment_receipts(self, number: int) -> Iterator[tuple[int, Receipt | StoreError | None]]:
-        """As :meth:`open_receipts`, of the units of one segment."""
+    def segment_receipts(
+        self, number: int, units: Iterable[int] | None = None
+    ) -> Iterator[tuple[int, Receipt | StoreError | None]]:
+        """As :meth:`open_receipts`, of units of one segment; by default of all."""
         segment = open_segment(self.ledger.url, number)
-        for unit in segment_units(number):
+        for unit in segment_units(number) if units is None else units:
             if segment is None:
                 yield unit, None
                 continue
@@ -211,7 +226,9 @@ class StoreSnapshot:
                     yield from self._indexed_failures(number)
                 continue
             receipts = (
-                self.segment_receipts(number) if number in segments else self.open_receipts(open_units.get(number, ()))
+                self.segment_receipts(number, self._segment_counts(number).units_with_failures)
+                if number in segments
+                else self.open_receipts(open_units.get(number, ()))
             )
             found = [
                 sample for _, receipt in receipts if isinstance(receipt, Receipt) for sample in self._failures(receipt)

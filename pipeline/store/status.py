@@ -37,8 +37,8 @@ class StoreStatus:
     ``units == units_done + units_failed + units_left`` and ``samples == ok + failed + samples_left``; they are ``None``
     where there is no plan yet. The samples of units that failed for good count as failed; the next run tries them.
     Of ``units_left``, ``units_begun`` are worked on, or were when their process died. ``unread_reasons`` are failed
-    samples whose reason was not looked up. ``damaged`` are the errors of receipts that cannot be read, whose samples
-    count as left.
+    samples whose reason was not looked up. ``damaged`` are the errors of receipts and segments that cannot be read;
+    their samples count as left.
 
     ``rate`` is samples per second over the last ``rate_units`` units, ``finished`` when the last of them was done
     (seconds since 1970), ``seconds_left`` the time a running job takes at that rate. ``slowest`` are the slowest of the
@@ -144,13 +144,15 @@ def _with_counts(
     for facts in snapshot.facts.values():
         ok, failed = ok + facts.ok, failed + facts.failed
         reasons.update(facts.reasons)
-    with_failures = []
-    for number, (segment_ok, segment_failed) in snapshot.segment_counts().items():
-        ok, failed = ok + segment_ok, failed + segment_failed
-        if segment_failed:
-            with_failures.append(number)
-    for number in with_failures[:_REASON_SEGMENTS]:
-        for _, receipt in snapshot.segment_receipts(number):
+    with_failures, damaged = {}, list(status.damaged)
+    for number, counts in snapshot.segment_counts().items():
+        ok, failed = ok + counts.ok, failed + counts.failed
+        if counts.failed:
+            with_failures[number] = counts.units_with_failures
+        if counts.error:
+            damaged.append(counts.error)
+    for number in list(with_failures)[:_REASON_SEGMENTS]:
+        for _, receipt in snapshot.segment_receipts(number, with_failures[number]):
             if isinstance(receipt, Receipt):
                 reasons.update(UnitStatus.of(receipt).reasons)
     for unit in open_units:
@@ -174,6 +176,7 @@ def _with_counts(
         samples_left=plan.samples - ok - failed,
         reasons=dict(reasons.most_common()),
         unread_reasons=failed - reasons.total(),
+        damaged=tuple(damaged),
         input_faults=tuple(map(redact, plan.faults)),
     )
 

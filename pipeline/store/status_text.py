@@ -41,7 +41,7 @@ def _lines(status: StoreStatus, now: float) -> Iterator[str]:
     for error in status.damaged[:_MOST_DAMAGED]:
         yield f"damaged   {error}"
     if len(status.damaged) > _MOST_DAMAGED:
-        yield f"damaged   {len(status.damaged) - _MOST_DAMAGED:,} receipts more"
+        yield f"damaged   {len(status.damaged) - _MOST_DAMAGED:,} more"
     if status.rate is not None:
         rate = f"{status.rate:.1f} samples/s over the last {status.rate_units:,} units"
         left = "" if status.seconds_left is None else f", about {human_seconds(status.seconds_left)} left"

@@ -22,7 +22,7 @@ from pipeline.store.provenance import check_plan_files
 from pipeline.store.segments import UNITS_PER_SEGMENT, DoneUnits, segment_units
 from pipeline.store.verify import Finding
 
-__all__ = ["Verification", "find_partial", "repair_store", "stored_plan", "verify_store"]
+__all__ = ["Verification", "find_partial", "find_plan", "repair_store", "stored_plan", "verify_store"]
 
 _NAMED = 10
 _PARTIAL = ".partial"
@@ -93,21 +93,32 @@ def _named(units: list[int]) -> str:
     return ", ".join(map(str, units[:_NAMED])) + (" ..." if len(units) > _NAMED else "")
 
 
+def find_plan(out: str) -> Plan | None:
+    """The plan that a store was begun by; ``None`` where there is none yet.
+
+    Raises:
+        StoreError: the plan is damaged.
+    """
+    place = storage.join(out, "plan", "plan.json")
+    try:
+        return Plan.from_json(storage.read_bytes(place), storage.join(out, "plan", "index"))
+    except FileNotFoundError:
+        return None
+    except (ValueError, KeyError, TypeError) as error:
+        raise StoreError(f"{place} is damaged ({type(error).__name__}: {error}); restore it") from error
+
+
 def stored_plan(out: str) -> Plan:
     """The plan of a store.
 
     Raises:
-        StoreError: there is no store, or its plan is damaged.
+        StoreError: there is no store, or its plan is missing or damaged.
     """
-    place = storage.join(out, "plan", "plan.json")
     store_attributes(out)
-    try:
-        data = storage.read_bytes(place)
-        return Plan.from_json(data, storage.join(out, "plan", "index"))
-    except FileNotFoundError as error:
-        raise StoreError(f"no feature store at {out} ({place} is missing); give the folder that was --out") from error
-    except (ValueError, KeyError, TypeError) as error:
-        raise StoreError(f"{place} is damaged ({type(error).__name__}: {error}); restore it") from error
+    plan = find_plan(out)
+    if plan is None:
+        raise StoreError(f"no feature store at {out} (plan/plan.json is missing); give the folder that was --out")
+    return plan
 
 
 def verify_store(out: str, plan: Plan, done: DoneUnits, report: Verification) -> frozenset[int]:

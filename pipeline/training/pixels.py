@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from pipeline.errors import InputError
+from pipeline.errors import InputError, StoreError
 from pipeline.loader import FeatureDataset, Window
 from pipeline.store.layout import AnyArray, open_arrays
 from pipeline.training.tasks import Task
@@ -111,12 +111,18 @@ class PixelDataset(Dataset[dict[str, Tensor]]):
             self._features = open_arrays(self.store, ["features"])["features"]
         array = self._features
         y, x = pixels
-        found = np.empty((len(y), array.shape[-1]), np.float32)
+        features = np.empty((len(y), array.shape[-1]), np.float32)
         for top, left, height, width in tile_windows(y, x, (array.chunks[1], array.chunks[2])):
             inside = (y >= top) & (y < top + height) & (x >= left) & (x < left + width)
-            window = np.asarray(array[row, top : top + height, left : left + width])
-            found[inside] = window[y[inside] - top, x[inside] - left]
-        return found
+            try:
+                window = np.asarray(array[row, top : top + height, left : left + width])
+            except (ValueError, RuntimeError) as error:  # by which Zarr and its codecs say that a chunk is damaged
+                raise StoreError(
+                    f"{self.store}, row {row}: features from {top}, {left} (y, x) on cannot be read ({error}): the "
+                    f"store is damaged; featup verify {self.store} --repair, then run the job that made it again"
+                ) from error
+            features[inside] = window[y[inside] - top, x[inside] - left]
+        return features
 
 
 def tile_windows(y: NDArray[np.intp], x: NDArray[np.intp], tile: tuple[int, int]) -> Iterator[Window]:

@@ -6,7 +6,7 @@ import subprocess
 import sys
 import tarfile
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -23,25 +23,25 @@ def environment() -> dict[str, str]:
     return values | {"PATH": f"{Path(sys.executable).parent}:{values['PATH']}", "PYTHONPATH": str(ROOT)}
 
 
-def start(name: str, *args: object, log: Path) -> subprocess.Popen[bytes]:
-    """Start ``python -m jobs.NAME`` with its output in a file."""
+def start(name: str, *args: object, log: Path, variables: Mapping[str, str] | None = None) -> subprocess.Popen[bytes]:
+    """Start ``python -m jobs.NAME`` with its output in a file, and with more variables in its environment."""
     with log.open("wb") as file:
         return subprocess.Popen(
             [sys.executable, "-m", f"jobs.{name}", *map(str, args)],
             cwd=ROOT,
-            env=environment(),
+            env=environment() | dict(variables or {}),
             stdout=file,
             stderr=subprocess.STDOUT,
             stdin=subprocess.DEVNULL,
         )
 
 
-def run(name: str, *args: object, status: int = 0) -> str:
+def run(name: str, *args: object, status: int = 0, variables: Mapping[str, str] | None = None) -> str:
     """Run ``python -m jobs.NAME`` to its end and return what it printed; the exit status must be ``status``."""
     done = subprocess.run(
         [sys.executable, "-m", f"jobs.{name}", *map(str, args)],
         cwd=ROOT,
-        env=environment(),
+        env=environment() | dict(variables or {}),
         capture_output=True,
         text=True,
         timeout=240,
@@ -88,9 +88,9 @@ def write_tar(path: Path, members: Iterable[tuple[str, bytes]]) -> Path:
     return path
 
 
-def good_sample(key: str, seed: int) -> list[tuple[str, bytes]]:
+def good_sample(key: str, seed: int, size: tuple[int, int] = (60, 80)) -> list[tuple[str, bytes]]:
     """A photograph with its class map."""
-    pixels = photograph(seed)
+    pixels = photograph(seed, size)
     labels = (pixels[..., 0] // 32).astype(np.uint8)
     return [(f"{key}.jpg", encode(pixels)), (f"{key}.seg.png", encode(labels, "PNG"))]
 

@@ -93,7 +93,7 @@ def test_each_bad_input_gets_its_documented_result(tmp_path: Path) -> None:
     assert "bad-3.tar: truncated" in text
     assert "bad-4.tar: missing" in text
 
-    index = pq.read_table(out / "index.parquet").to_pylist()
+    index = pq.read_table(out / "index").to_pylist()
     found = {row["key"]: row["reason"] or row["status"] for row in index[: len(expected)]}
     assert found == expected
     rest = [(row["key"], row["shard"][-9:], row["reason"] or row["status"]) for row in index[len(expected) :]]
@@ -140,7 +140,7 @@ def test_a_unit_that_cannot_be_read_fails_alone_and_is_tried_again_later(tmp_pat
     text = support.run("precompute", *command, status=1)
     assert "1 of 3 units failed for good: [0]" in text
     assert "input 9 = ok 5 + failed 4" in text
-    assert "a0" in [r["key"] for r in pq.read_table(out / "index.parquet").to_pylist() if r["reason"] == "unit_failed"]
+    assert "a0" in [r["key"] for r in pq.read_table(out / "index").to_pylist() if r["reason"] == "unit_failed"]
     first.write_bytes(original)
     os.utime(first, ns=(times.st_atime_ns, times.st_mtime_ns))
     text = support.run("precompute", *command)

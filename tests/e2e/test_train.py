@@ -1,16 +1,14 @@
-"""Training as a user runs it: whole, killed and run again, by several workers, and what becomes of the checkpoint.
+"""Training as a user runs it: whole, stopped, killed and run again, by several workers, and its checkpoint in use.
 
-The jobs share one Ray, all but the one that is killed with its own.
+The jobs share one Ray, all but those that are stopped or killed with their own.
 """
 
-import io
 import json
 import shutil
-import warnings
+import signal
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import redirect_stderr, redirect_stdout, suppress
-from importlib import import_module
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +22,12 @@ from tensorboardX.proto.event_pb2 import Event
 
 from featup.checkpoints import load_upsampler
 from pipeline.config.base import read_config
+from pipeline.config.parser import parse_args
 from pipeline.config.train import TrainConfig
+from pipeline.store.lease import Lease
 from tests.e2e import support
+from tests.e2e.in_process import run
+from tests.pipeline.training.support import train
 
 BACKBONE = ("--backbone", "test_vit", "--pretrained", "false", "--stride", 16, "--size", "32x48")
 # Enough of them that a run is killed in their midst.
@@ -54,24 +56,9 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "train-{0000..0001}.tar"
 
 
-def run(name: str, *args: object, status: int = 0, says: str = "") -> str:
-    """Run a job in this process, on the Ray that is there, and return what it printed.
-
-    What its workers say comes a little later: wait for ``says``.
-    """
-    text = io.StringIO()
-    with redirect_stdout(text), redirect_stderr(text), warnings.catch_warnings():
-        # Ray warns of itself, which stops no job in a process of its own.
-        warnings.simplefilter("ignore")
-        found = import_module(f"jobs.{name}").main([str(one) for one in args])
-        support.wait_for(lambda: says in text.getvalue(), repr(says), 30)
-    assert found == status, f"exit status {found}, expected {status}:\n{text.getvalue()[-6000:]}"
-    return text.getvalue()
-
-
 @pytest.fixture(scope="module")
 def whole(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
-    """A run that nothing interrupted, and what it said."""
+    """A run that nothing interrupted, and what it printed."""
     out = tmp_path_factory.mktemp("whole") / "out"
     return out, run("train_jbu", "--shards", shards, "--out", out, *OPTIONS, "--tensorboard", "true")
 
@@ -125,13 +112,13 @@ def test_what_a_run_leaves(whole: tuple[Path, str]) -> None:
 
 
 @pytest.mark.ray
-def test_every_draw_is_accounted_for(whole: tuple[Path, str]) -> None:
-    """48 draws of 10 samples, one of which is no image and comes once in an epoch."""
+def test_every_sampled_image_is_accounted_for(whole: tuple[Path, str]) -> None:
+    """48 images of 10 samples, one of which is no image and comes once in an epoch."""
     text = whole[1]
-    account = text.split("drawn ")[1].split(", the next")[0]
-    drawn, used, failed = (int(word) for word in account.replace("=", " ").replace("+", " ").split() if word.isdigit())
-    assert (drawn, failed) in ((48, 4), (48, 5))
-    assert drawn == used + failed
+    summary = text.split("sampled ")[1].split(", by the next")[0]
+    sampled, used, replaced = (int(word) for word in summary.split() if word.isdigit())
+    assert (sampled, replaced) in ((48, 4), (48, 5))
+    assert sampled == used + replaced
     assert "input 13 = train 10 + held out 3" in text
     assert "1 samples cannot be decoded" in text
     assert "img005 of" in text
@@ -198,6 +185,37 @@ def test_the_job_survives_the_death_of_a_worker(shards: Path, whole: tuple[Path,
 
 
 @pytest.mark.ray
+def test_ctrl_c_ends_a_run_with_a_line(shards: Path, tmp_path: Path) -> None:
+    """Ray Train alone would end it with exit status 0, as if it were done."""
+    out = tmp_path / "out"
+    job = support.start("train_jbu", "--shards", shards, "--out", out, *OPTIONS, "--steps", 500, log=tmp_path / "log")
+    support.wait_for(lambda: (out / "plan" / "snapshot.json").exists() or job.poll() is not None, "two checkpoints")
+    job.send_signal(signal.SIGINT)
+    status = job.wait(timeout=60)
+    text = (tmp_path / "log").read_text()
+    assert status == 130, text[-3000:]
+    last_words = text.split("stopped: ")[1]
+    assert 6 <= int(last_words.split(" of 500 steps done, up to the last checkpoint; the same command")[0]) < 500
+    assert "Traceback" not in last_words
+    assert not (out / "lease.json").exists()
+
+
+@pytest.mark.ray
+def test_more_than_this_machine_has_is_refused(shards: Path, tmp_path: Path) -> None:
+    """The job waited for ever, without a word."""
+    command = ("--shards", shards, "--out", tmp_path / "out", *OPTIONS, "--cpus-per-worker", 5000)
+    text = run("train_jbu", *command, status=1)
+    assert "the job would wait for ever: 1 workers of 5000 CPUs and 0 GPUs need 5000 CPUs" in text
+
+
+@pytest.mark.ray
+def test_a_second_driver_is_refused(shards: Path, whole: tuple[Path, str]) -> None:
+    with Lease.acquire(str(whole[0])):
+        text = run("train_jbu", "--shards", shards, "--out", whole[0], *OPTIONS, status=1)
+    assert "another driver works on this store" in text
+
+
+@pytest.mark.ray
 def test_other_options_are_refused(whole: tuple[Path, str], shards: Path) -> None:
     command = ("--shards", shards, "--out", whole[0], *OPTIONS)
     text = run("train_jbu", *command, "--lr", 0.01, "--size", "64x48", status=1)
@@ -207,13 +225,13 @@ def test_other_options_are_refused(whole: tuple[Path, str], shards: Path) -> Non
 
 @pytest.mark.ray
 def test_two_workers_do_what_one_does(shards: Path, tmp_path: Path) -> None:
-    """Stride 8 takes three of four stages: the other gets no gradient in any worker."""
+    """Stride 8 takes three of four stages: the other gets no gradient in any worker. One worker needs no Ray."""
     options = ("--backbone", "mobilenetv1_100", "--pretrained", "false", "--stride", 8, "--size", "64x64")
     options = (*options, "--upsampler", "carafe", "--steps", 3, "--holdout", 2, "--object-store-mb", 100)
     options = (*options, "--crf", 0.001, "--max-failed-fraction", 0.5)
-    for workers in (1, 2):
-        out = tmp_path / str(workers)
-        run("train_jbu", "--shards", shards, "--out", out, *options, "--workers", workers)
+    words = [str(word) for word in ("--shards", shards, "--out", tmp_path / "1", *options)]
+    train(parse_args(TrainConfig, words, description="")[0])
+    run("train_jbu", "--shards", shards, "--out", tmp_path / "2", *options, "--workers", 2)
     one, two = log(tmp_path / "1"), log(tmp_path / "2")
     assert [line.keys() for line in one] == [line.keys() for line in two]
     for line, other in zip(untimed(one), untimed(two), strict=True):

@@ -12,7 +12,6 @@ from pipeline.compute.prepare import (
     layout_of,
     plan_store,
     prepare,
-    stored_plan,
 )
 from pipeline.compute.recheck import recheck_input
 from pipeline.compute.unit import UnitProcessor
@@ -24,6 +23,7 @@ from pipeline.store.create import declare_complete, withdraw_complete
 from pipeline.store.index import Summary, write_index
 from pipeline.store.layout import Layout
 from pipeline.store.ledger import Ledger, Receipt
+from pipeline.store.verification import find_plan
 
 
 @dataclass
@@ -71,7 +71,7 @@ def open_store(config: PrecomputeConfig) -> Store:
     """What the driver does before its first unit: plan, recheck, models, creation or growth."""
     lines: list[str] = []
     ledger = Ledger(storage.join(config.out, "ledger"))
-    old = stored_plan(config.out)
+    old = find_plan(config.out)
     update = plan_store(config, old)
     recheck_input(config, old, update, ledger, lines.append)
     setup = prepare(config, update.shards)

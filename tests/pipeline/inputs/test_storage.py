@@ -1,10 +1,10 @@
-import errno
 import multiprocessing
 import os
+import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import braceexpand
 import pytest
 
 from pipeline.errors import EnvironmentFault, InputError
@@ -139,57 +139,6 @@ def test_syncing_files_and_folders(tmp_path: Path) -> None:
         storage.sync_file(str(tmp_path / "b"))
 
 
-def test_braces_expand_as_webdataset_writes_them() -> None:
-    pattern = "s3://bucket/{train,val}-{000..012}.tar"
-    assert patterns.expand([pattern]) == list(braceexpand.braceexpand(pattern))
-    assert len(patterns.expand([pattern])) == 26
-
-
-def test_globs_are_sorted_and_patterns_keep_their_order(root: str) -> None:
-    for name in ("val-1.tar", "train-10.tar", "train-02.tar", "train-02.txt", "deep/er/x.tar"):
-        storage.write_atomic(storage.join(root, name), b"x")
-
-    def expand(*written: str) -> list[str]:
-        names = patterns.expand([storage.join(root, pattern) for pattern in written])
-        assert all(storage.exists(name) or "missing" in name for name in names)
-        return [name.removeprefix(root + "/") for name in names]
-
-    assert expand("val-?.tar", "missing.tar", "train-*.tar") == [
-        "val-1.tar", "missing.tar", "train-02.tar", "train-10.tar",
-    ]  # fmt: skip
-    assert expand("{val,train}-*[0-9].tar") == ["val-1.tar", "train-02.tar", "train-10.tar"]
-    assert expand("**/x.tar") == ["deep/er/x.tar"]
-
-
-def test_a_plain_name_with_glob_signs_in_it_is_kept(tmp_path: Path) -> None:
-    path = tmp_path / "shard[1].tar"
-    path.write_bytes(b"x")
-    assert patterns.expand([str(path)]) == [str(path)]
-    signed = "https://host/a.tar?X-Amz-Signature=a[b]"
-    assert patterns.expand([signed]) == [signed]
-
-
-def test_patterns_that_cannot_be_meant_are_errors(root: str, tmp_path: Path) -> None:
-    storage.write_atomic(storage.join(root, "a-1.tar"), b"x")
-    with pytest.raises(InputError, match="no input shards are named"):
-        patterns.expand([])
-    with pytest.raises(InputError, match=r"b-\*\.tar' matches no file; check the path"):
-        patterns.expand([storage.join(root, "b-*.tar")])
-    with pytest.raises(InputError, match=r"b-\*\.tar' \(part of .*\{a,b\}.* matches no file"):
-        patterns.expand([storage.join(root, "{a,b}-*.tar")])
-    with pytest.raises(InputError, match=r"1 of 2 input names come twice, first .*a-1\.tar; .*overlap"):
-        patterns.expand([storage.join(root, "a-1.tar"), storage.join(root, "*.tar")])
-    with pytest.raises(InputError, match=r"a\{1\.\.2' cannot be expanded: .*close every brace"):
-        patterns.expand(["a{1..2"])
-    with pytest.raises(InputError, match=r"is a folder, and a tar file is wanted; write .*/\*\.tar"):
-        patterns.expand([str(tmp_path)])
-
-
-def test_the_same_local_file_by_two_spellings_is_found(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="come twice"):
-        patterns.expand([f"{tmp_path}/a.tar", f"file://{tmp_path}/./a.tar"])
-
-
 def test_unknown_schemes_and_missing_packages_say_what_to_do() -> None:
     with pytest.raises(InputError, match=r"nosuch://a cannot be served.*use a path or a URL that fsspec knows"):
         storage.stat("nosuch://a")
@@ -218,60 +167,6 @@ def test_errors_of_remote_clients_become_oserrors(server: str) -> None:
     assert not isinstance(caught.value, FileNotFoundError)
 
 
-class Flaky:
-    """Raises the given errors one after the other, then returns how often it was called."""
-
-    def __init__(self, *errors: Exception) -> None:
-        self.errors = list(errors)
-        self.calls = 0
-
-    def __call__(self) -> int:
-        self.calls += 1
-        if self.errors:
-            raise self.errors.pop(0)
-        return self.calls
-
-
-def test_errors_that_pass_are_retried_with_growing_waits() -> None:
-    waits: list[float] = []
-    action = Flaky(ConnectionResetError("reset"), TimeoutError("slow"), OSError(errno.EIO, "input/output error"))
-    assert storage.with_retries(action, what="reading", sleep=waits.append) == 4
-    assert waits == [0.2, 0.4, 0.8]
-
-
-def test_the_last_error_is_raised_in_context() -> None:
-    waits: list[float] = []
-    action = Flaky(*(OSError(errno.EIO, f"try {i}") for i in range(9)))
-    with pytest.raises(OSError, match=r"reading x failed 3 times, the last time with OSError.*try 2") as caught:
-        storage.with_retries(action, what="reading x", attempts=3, first_wait=1.0, sleep=waits.append)
-    assert caught.value.errno == errno.EIO
-    assert isinstance(caught.value.__cause__, OSError)
-    assert action.calls == 3
-    assert waits == [1.0, 2.0]
-
-
-@pytest.mark.parametrize(
-    "error",
-    [
-        FileNotFoundError("x"),
-        PermissionError("x"),
-        IsADirectoryError("x"),
-        NotADirectoryError("x"),
-        OSError(errno.ENOSPC, "disk full"),
-        OSError(errno.EROFS, "read-only"),
-        ValueError("x"),
-        InputError("x"),
-    ],
-    ids=repr,
-)
-def test_errors_that_last_are_raised_at_once(error: Exception) -> None:
-    action = Flaky(error)
-    with pytest.raises(type(error)) as caught:
-        storage.with_retries(action, what="reading", sleep=lambda seconds: pytest.fail("waited"))
-    assert caught.value is error
-    assert action.calls == 1
-
-
 def test_fetching_tells_a_cut_connection_from_a_file_that_shrank(tmp_path: Path) -> None:
     path = tmp_path / "a.bin"
     path.write_bytes(CONTENT)
@@ -287,3 +182,14 @@ def test_fetching_tells_a_cut_connection_from_a_file_that_shrank(tmp_path: Path)
         storage.fetch(str(path), 5, 3000)
     with pytest.raises(InputError, match="is gone since it was indexed"):
         storage.fetch(str(tmp_path / "none"), 0, 5)
+
+
+def test_what_a_reader_imports_needs_no_package_of_a_writer() -> None:
+    code = (
+        "import sys, pipeline.inputs.storage, pipeline.inputs.plan_update\n"
+        "packages = 'ray timm jsonargparse yaml PIL simplejpeg webdataset braceexpand matplotlib'\n"
+        "print(sorted(set(packages.split()) & set(sys.modules)))"
+    )
+    root = Path(__file__).resolve().parents[3]
+    run = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=True)
+    assert run.stdout.strip() == "[]"

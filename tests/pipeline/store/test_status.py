@@ -195,6 +195,21 @@ def test_damaged_receipt_is_reported_and_the_others_count(url: str) -> None:
     assert [unit.state for unit in list_units(url)] == ["done", "damaged", "left"]
 
 
+def test_damaged_segment_is_reported_and_the_others_count(tmp_path: Path) -> None:
+    url = str(tmp_path / "out")
+    plan = make_store(url, 1500)
+    ledger = ledger_of(url)
+    put_receipts(ledger.url, [receipt_of(plan, unit) for unit in range(1001)])
+    ledger.compact(0)
+    (tmp_path / "out" / "ledger" / "segments" / "000000.parquet").write_bytes(b"PAR1")
+    status = collect_status(url)
+    assert (status.units_done, status.ok) == (1001, 4)
+    (error,) = status.damaged
+    assert "000000.parquet cannot be read as parquet" in error
+    assert list(list_failed(url)) == []
+    assert [unit.state for unit in list_units(url)] == ["damaged"] * 1000 + ["done"] + ["left"] * 499
+
+
 def test_missing_plan_is_reported(url: str) -> None:
     plan = make_store(url, 3)
     ledger_of(url).commit(receipt_of(plan, 0))

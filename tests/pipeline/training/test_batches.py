@@ -54,7 +54,7 @@ def test_workers_share_the_same_batches(plan: Plan, workers: int) -> None:
     found = np.concatenate(
         [
             [
-                [int(loaded.image[0, 0, 0]) for loaded in batch]
+                [int(loaded.image[0, 0, 0]) for loaded in images]
                 for images in step_batches(
                     plan, order, OPTIONS, batch, range(rank * each, (rank + 1) * each), range(1, steps + 1), 2
                 )
