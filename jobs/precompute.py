@@ -4,14 +4,30 @@ featup precompute --shards 'train-{0000..0005}.tar' --out out/train --backbone m
 featup precompute --config configs/dinov2_s14.yaml --shards ... --out ... --dry-run
 """
 
+import os
 import sys
+from typing import TYPE_CHECKING
 
 from . import exit_status, program
+
+if TYPE_CHECKING:
+    from pipeline.inputs.plan import IndexAll
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run the job. Exit status 0: everything is in the store or accounted for; 1: it is not, and the text says why."""
     return exit_status("precompute", lambda: _run(argv))
+
+
+def index_on_cluster(object_store_mb: int) -> "IndexAll | None":
+    """Indexes shards on the cluster that ``RAY_ADDRESS`` names; ``None`` on a machine alone."""
+    if not os.environ.get("RAY_ADDRESS"):
+        return None
+    from pipeline.cluster.connect import connect
+    from pipeline.cluster.planning import index_on_ray
+
+    connect(object_store_mb)
+    return index_on_ray
 
 
 def _run(argv: list[str] | None) -> bool:
@@ -33,7 +49,7 @@ def _run(argv: list[str] | None) -> bool:
     if options.dry_run:
         from pipeline.compute.estimate import estimate
 
-        print(estimate(config))
+        print(estimate(config, index_on_cluster(config.object_store_mb)))
     else:
         from pipeline.cluster.precompute import precompute
 

@@ -25,6 +25,7 @@ from pipeline.cluster.progress import Progress
 from pipeline.cluster.resources import Allotment, allot, await_resources, cluster_resources
 from pipeline.compute.load import decode_options, load_row
 from pipeline.compute.models import Setup
+from pipeline.compute.outcome import failed_unit
 from pipeline.compute.prepare import (
     check_options,
     complete_plan,
@@ -36,14 +37,14 @@ from pipeline.compute.prepare import (
 )
 from pipeline.compute.recheck import recheck_input
 from pipeline.config.precompute import PrecomputeConfig
-from pipeline.errors import JobFailedError, PipelineError, StoreError
+from pipeline.errors import DamagedReceiptError, JobFailedError, PipelineError, StoreError, UnitError
 from pipeline.inputs import storage
 from pipeline.inputs.plan import Plan
 from pipeline.store.create import declare_complete, withdraw_complete
 from pipeline.store.index import Summary, write_index
 from pipeline.store.layout import Layout, read_attributes
 from pipeline.store.lease import Lease
-from pipeline.store.ledger import Ledger, Receipt
+from pipeline.store.ledger import Ledger, Receipt, SampleRecord
 from pipeline.store.segments import UNITS_PER_SEGMENT
 from pipeline.store.verification import find_plan
 
@@ -87,6 +88,7 @@ class _State:
     done: int = 0
     started: bool = False
     failures: dict[int, Receipt] = field(default_factory=dict)
+    taken_back: list[int] = field(default_factory=list)
 
 
 @contextmanager
@@ -145,7 +147,8 @@ def _run(config: PrecomputeConfig, lease: Lease, state: _State, on_cluster: bool
 
     done = ledger.done()
     for segment in done.compactable:
-        ledger.compact(segment)
+        _compact(ledger, segment, state)
+    done = ledger.done()
     todo = done.todo(plan.units)
     left = sum(len(plan.unit(int(unit))) for unit in todo)
     state.units, state.done, state.started = plan.units, plan.units - len(todo), True
@@ -163,12 +166,43 @@ def _run(config: PrecomputeConfig, lease: Lease, state: _State, on_cluster: bool
         left_of = Counter(unit // UNITS_PER_SEGMENT for unit in todo.tolist() if unit // UNITS_PER_SEGMENT < whole)
         _follow(rows, Progress(len(todo), left), left_of, ledger, lease, state)
     lease.check()
-    summary = write_index(config.out, plan, ledger, state.failures)
+    summary = _write_index(config, plan, ledger, state)
     if not state.failures:
         declare_complete(config.out)
     print(summary.text(), flush=True)
     _judge(config, summary)
     return summary
+
+
+def _compact(ledger: Ledger, segment: int, state: _State) -> None:
+    """Compact a segment's receipts; a damaged one is taken back, and costs its unit alone."""
+    try:
+        ledger.compact(segment)
+    except DamagedReceiptError as error:
+        _take_back(ledger, error, state)
+
+
+def _take_back(ledger: Ledger, error: DamagedReceiptError, state: _State) -> None:
+    ledger.reopen([error.unit])
+    print(f"unit {error.unit} is taken back and computed anew: {error}", file=sys.stderr, flush=True)
+    state.taken_back.append(error.unit)
+
+
+def _write_index(config: PrecomputeConfig, plan: Plan, ledger: Ledger, state: _State) -> Summary:
+    while True:
+        for unit in state.taken_back:
+            key = plan.unit(unit)
+            if unit in state.failures or unit in ledger.done():
+                continue
+            records = tuple(
+                SampleRecord(entry.key, key.row + offset, "ok") for offset, entry in enumerate(plan.unit_samples(key))
+            )
+            damaged = UnitError(f"{key}: its receipt is damaged and was taken back")
+            state.failures[unit] = failed_unit(key, plan.shards[key.shard].digest, records, damaged)
+        try:
+            return write_index(config.out, plan, ledger, state.failures)
+        except DamagedReceiptError as error:
+            _take_back(ledger, error, state)
 
 
 def _allot(config: PrecomputeConfig, on_cluster: bool) -> Allotment:
@@ -230,7 +264,7 @@ def _follow(
                 segment = receipt.unit.unit // UNITS_PER_SEGMENT
                 left_of[segment] -= 1
                 if left_of[segment] == 0:
-                    ledger.compact(segment)
+                    _compact(ledger, segment, state)
                 continue
             if row["fault"] in ("environment", "input"):
                 raise JobFailedError(

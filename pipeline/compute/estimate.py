@@ -16,7 +16,8 @@ from pipeline.compute.prepare import complete_plan, layout_of, plan_input
 from pipeline.config.precompute import PrecomputeConfig
 from pipeline.console import human_bytes, human_seconds
 from pipeline.errors import InputError, Reason, SampleError
-from pipeline.inputs.plan import Plan, UnitKey
+from pipeline.inputs.plan import IndexAll, Plan, UnitKey
+from pipeline.inputs.tar import describe_ignored
 from pipeline.store.create import create_store
 from pipeline.store.layout import OK
 from pipeline.store.writer import StoreWriter
@@ -27,15 +28,19 @@ __all__ = ["estimate"]
 _HANDFUL = 8
 
 
-def estimate(config: PrecomputeConfig) -> str:
+def estimate(config: PrecomputeConfig, index_all: IndexAll | None = None) -> str:
     """What a run would do and what it takes. Indexes the input (the indices are kept) and creates no store.
+
+    Args:
+        config: every option.
+        index_all: indexes many shards at once; by default this process does.
 
     Raises:
         InputError: no sample can be found, or none of those tried can be decoded.
         FeatupError: a model, layer, size or checkpoint that does not fit.
     """
     config = config.absolute(on_cluster=False)
-    shards = plan_input(config)
+    shards = plan_input(config, index_all)
     extractor = Extractor(config)
     threads = set_threads(config.threads, config.actors)
     taken = take_pca(config.pca_from, config, extractor.setup())[0] if config.pca_from else None
@@ -57,6 +62,7 @@ def estimate(config: PrecomputeConfig) -> str:
     lines = [
         f"input:    {len(shards)} shards, {plan.samples} samples",
         *(f"          fault: {fault}" for fault in plan.faults),
+        *([f"          ignored by rule: {describe_ignored(plan.ignored)}"] if plan.ignored else []),
         f"models:   {config.backbone}, map {extractor.backbone.layer} of stride {extractor.backbone.stride[0]}, "
         f"{extractor.backbone.channels} channels, {extractor.grid[0]}x{extractor.grid[1]}; "
         f"{config.upsampler} to {config.target_size}, {channels} channels stored",

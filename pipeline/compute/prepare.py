@@ -15,7 +15,7 @@ from pipeline.compute.device import set_threads
 from pipeline.compute.models import Extractor, Setup, fit_pca, keep_weights, take_pca, weights_place
 from pipeline.config.base import InputConfig, describe
 from pipeline.config.precompute import PrecomputeConfig
-from pipeline.errors import Reason, StoreMismatchError
+from pipeline.errors import ConfigError, Reason, StoreMismatchError
 from pipeline.inputs import storage
 from pipeline.inputs.patterns import expand
 from pipeline.inputs.plan import IndexAll, Plan, PlannedShard, make_plan, rows_of
@@ -64,6 +64,11 @@ def prepare(config: PrecomputeConfig, shards: tuple[PlannedShard, ...]) -> Setup
     set_threads(config.threads, config.actors)
     extractor = Extractor(config, weights=keep_weights(config))
     setup = extractor.setup()
+    if config.pca is not None and config.pca > setup.channels:
+        raise ConfigError(
+            f"pca={config.pca} and {config.backbone} gives {setup.channels} channels at layer {setup.layer}; give at "
+            "most that, or no pca for all channels"
+        )
     existing = finished_attributes(config.out)
     if config.pca_from is not None:
         pca, data = take_pca(config.pca_from, config, setup)

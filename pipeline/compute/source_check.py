@@ -1,7 +1,8 @@
-"""Holds a unit's stored labels against its input, decoded again."""
+"""Holds a unit against its input, read again: the bytes it was made from, and its labels."""
 
+import sys
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import numpy as np
@@ -9,7 +10,9 @@ import numpy as np
 from pipeline.compute.load import decode_options, load_unit
 from pipeline.decode.kinds import label_spec
 from pipeline.errors import InputChangedError, InputError
+from pipeline.inputs import storage
 from pipeline.inputs.plan import Plan, UnitKey
+from pipeline.inputs.storage import FileStat
 from pipeline.inputs.tar import ShardIndex, index_tar
 from pipeline.redaction import redact
 from pipeline.store.layout import AnyArray
@@ -17,6 +20,10 @@ from pipeline.store.ledger import Receipt
 from pipeline.store.provenance import stored_config
 
 __all__ = ["check_source"]
+
+
+# Seconds that decoding a sample may take here.
+_PATIENCE = 600.0
 
 
 @dataclass(frozen=True)
@@ -30,7 +37,8 @@ class _PresentInput(Plan):
 
 
 @lru_cache(maxsize=8)
-def _present_index(url: str) -> ShardIndex:
+def _present_index(url: str, state: FileStat) -> ShardIndex:
+    """The index of a shard in the version that ``state`` tells."""
     return index_tar(url)
 
 
@@ -58,17 +66,23 @@ def check_source(
         OSError: it cannot be read, after retries.
     """
     planned = plan.shards[key.shard]
-    present = _present_index(url or planned.url)
-    if present.size < 0:
-        raise InputError(f"{redact(present.url)} is gone")
+    place = url or planned.url
+    try:
+        present = _present_index(place, storage.stat(place))
+    except FileNotFoundError as error:
+        raise InputError(f"{redact(place)} is gone") from error
     if present.digest != planned.digest:
         raise InputChangedError(
             f"{redact(present.url)} is not the shard that the store was made from: names, sizes or headers of its "
             f"members differ (digest {present.digest[:12]}, the plan has {planned.digest[:12]}); put the shard back"
         )
     config, setup = stored_config(out, partial=True)
-    here = _PresentInput(plan.shards, plan.rows_per_shard, plan.index_dir, present)
-    loaded = load_unit(here, key, decode_options(config, tuple(setup["mean"])))
+    shards = list(plan.shards)
+    shards[key.shard] = replace(planned, url=present.url, size=present.size, stamp=present.stamp)
+    here = _PresentInput(tuple(shards), plan.rows_per_shard, plan.index_dir, present)
+    # What was stored under a higher limit than the first run's is right all the same.
+    options = decode_options(config, tuple(setup["mean"]))
+    loaded = load_unit(here, key, replace(options, max_bytes=sys.maxsize, decode_timeout=_PATIENCE))
     for offset, (record, again) in enumerate(zip(receipt.samples, loaded.records, strict=True)):
         row = key.row + offset
         if record.key != again.key:
@@ -79,6 +93,8 @@ def check_source(
         if again.status != "ok":
             yield f"row {row} ({record.key}) is in the store, and cannot be decoded again: {again.detail}"
             continue
+        if (record.sha256, record.label_sha256) != (again.sha256, again.label_sha256):
+            yield f"row {row} ({record.key}) was made from other bytes than the input holds now"
         for kind in config.labels:
             stored = np.asarray(arrays[kind][row])
             floating = label_spec(kind, config.seg_dtype).dtype.startswith("float")

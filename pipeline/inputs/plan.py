@@ -8,8 +8,10 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property, lru_cache
+from itertools import repeat
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -17,6 +19,7 @@ from numpy.typing import NDArray
 
 from pipeline.console import human_bytes
 from pipeline.errors import ConfigError, InputChangedError, InputError
+from pipeline.inputs import storage
 from pipeline.inputs.patterns import expand
 from pipeline.inputs.tar import IndexedSample, ShardIndex
 from pipeline.inputs.tar_index import cached_index, saved_index
@@ -34,6 +37,8 @@ __all__ = [
     "plan_shard",
     "rows_of",
 ]
+
+_PARALLEL_INDEXING = 16
 
 
 @dataclass(frozen=True, order=True)
@@ -234,8 +239,14 @@ def make_plan(
 
 
 def index_shards(urls: list[str], index_dir: str, index_all: IndexAll | None = None) -> Iterator[PlannedShard]:
-    """Index shards, by ``index_all`` where it is given; in the order of ``urls``."""
-    return index_all(urls, index_dir) if index_all else (plan_shard(url, index_dir) for url in urls)
+    """Index shards, by ``index_all`` where it is given; in the order of ``urls``. Remote ones are read side by side."""
+    if index_all is not None:
+        yield from index_all(urls, index_dir)
+    elif all(map(storage.is_local, urls)):
+        yield from (plan_shard(url, index_dir) for url in urls)
+    else:
+        with ThreadPoolExecutor(_PARALLEL_INDEXING) as pool:
+            yield from pool.map(plan_shard, urls, repeat(index_dir))
 
 
 def limit_samples(shards: Iterable[PlannedShard], limit: int | None) -> tuple[PlannedShard, ...]:

@@ -9,8 +9,10 @@ import pytest
 import zarr
 
 from pipeline.compute.prepare import units_to_retry
+from pipeline.compute.source_check import check_source
 from pipeline.errors import InputChangedError, InputError
 from pipeline.store.index import read_index
+from pipeline.store.layout import open_arrays
 from tests.e2e.support import array_files, encode, good_sample, photograph, write_tar
 from tests.pipeline.compute.support import Store, make_config, open_store
 
@@ -131,3 +133,22 @@ def test_units_with_failed_samples_are_found_by_their_reasons(tmp_path: Path) ->
     store.run()
     finished = [retried(), retried("undecodable"), retried("label_missing"), retried("too_large")]
     assert unfinished == finished == [[0, 1], [0], [1], []]
+
+
+def test_verification_reads_an_input_that_was_touched_or_moved_and_tells_other_bytes(tmp_path: Path) -> None:
+    write_shard(tmp_path / "a.tar", 0, 4)
+    store = begin(tmp_path)
+    store.run()
+    os.utime(tmp_path / "a.tar", (1, 1))
+
+    def differences() -> list[str]:
+        key = store.plan.unit(0)
+        receipt = store.ledger.get(key, store.plan.shards[0].digest)
+        assert receipt is not None
+        return list(check_source(store.config.out, store.plan, key, receipt, open_arrays(store.config.out, ["depth"])))
+
+    assert differences() == []
+    write_shard(tmp_path / "a.tar", 0, 4, depth=7)
+    texts = differences()
+    assert sum("made from other bytes" in text for text in texts) == 4
+    assert sum("differs from the input's label" in text for text in texts) == 4
