@@ -61,6 +61,7 @@ def connect(object_store_mb: int, logs: ray.LoggingConfig | None = None) -> None
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     context.print_on_execution_start = False
+    context.raise_original_map_exception = True
     # A block that fails is a fault of the program: units that fail come back as receipts that say so.
     context.max_errored_blocks = 0
     # An actor that cannot start is tried again, here and then in a new process, before the job gives up.

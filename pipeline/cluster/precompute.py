@@ -37,12 +37,12 @@ from pipeline.compute.prepare import (
 )
 from pipeline.compute.recheck import recheck_input
 from pipeline.config.precompute import PrecomputeConfig
-from pipeline.errors import DamagedReceiptError, JobFailedError, PipelineError, StoreError, UnitError
+from pipeline.errors import DamagedReceiptError, JobFailedError, PipelineError, Reason, StoreError, UnitError
 from pipeline.inputs import storage
 from pipeline.inputs.plan import Plan
 from pipeline.store.create import declare_complete, withdraw_complete
 from pipeline.store.index import Summary, write_index
-from pipeline.store.layout import Layout, read_attributes
+from pipeline.store.layout import Layout, finished_attributes, read_attributes
 from pipeline.store.lease import Lease
 from pipeline.store.ledger import Ledger, Receipt, SampleRecord
 from pipeline.store.segments import UNITS_PER_SEGMENT
@@ -76,8 +76,16 @@ def precompute(config: PrecomputeConfig) -> Summary:
     check_options(config)
     state = _State()
     with Lease.acquire(config.out) as lease, _ending_in_one_line(state):
+        started = not ray.is_initialized()
         connect(config.object_store_mb)
-        return _run(config, lease, state, on_cluster)
+        try:
+            return _run(config, lease, state, on_cluster)
+        except BaseException:
+            # Nothing writes any more when the lease is given back, and what was under way was stopped, not at fault.
+            if started and not on_cluster:
+                ray.shutdown()
+                Ledger(storage.join(config.out, "ledger")).forgive_attempts()
+            raise
 
 
 @dataclass
@@ -88,7 +96,7 @@ class _State:
     done: int = 0
     started: bool = False
     failures: dict[int, Receipt] = field(default_factory=dict)
-    taken_back: list[int] = field(default_factory=list)
+    taken_back: set[int] = field(default_factory=set)
 
 
 @contextmanager
@@ -103,7 +111,10 @@ def _ending_in_one_line(state: _State) -> Iterator[None]:
         cause = getattr(error, "cause", None)
         if isinstance(cause, (PipelineError, FeatupError)):
             raise cause from None  # An error in the options, not one in a worker: its own text says it all.
-        first = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        if cause is not None and not isinstance(cause, (OSError, ray.exceptions.RayError)):
+            raise cause from error  # A bug of ours: its traceback says where.
+        text = f"{type(cause).__name__}: {cause}" if cause is not None else str(error)
+        first = next((line for line in text.splitlines() if line.strip()), type(error).__name__)
         raise JobFailedError(
             f"Ray ended the run: {first.strip()} ({type(error).__name__}); {state.done} of {state.units} units are "
             "done, and the same command goes on. The log of the process that died is under /tmp/ray/session_latest/logs"
@@ -112,6 +123,7 @@ def _ending_in_one_line(state: _State) -> Iterator[None]:
 
 def _run(config: PrecomputeConfig, lease: Lease, state: _State, on_cluster: bool) -> Summary:
     allotment = _allot(config, on_cluster)
+    given = config
     config = replace(
         config,
         cpus_per_actor=allotment.cpus_per_actor,
@@ -124,9 +136,11 @@ def _run(config: PrecomputeConfig, lease: Lease, state: _State, on_cluster: bool
             f"{config.out} has receipts and no arrays: features.zarr was removed or moved, and the receipts would make "
             "this run leave it empty; put it back, or remove the ledger folder as well"
         )
-    old = find_plan(config.out)
+    # A plan beside no store binds nobody: the run that made it ended before its arrays were there.
+    old = find_plan(config.out) if finished_attributes(config.out) is not None else None
     update = plan_store(config, old, index_all=index_on_ray)
     recheck_input(config, old, update, ledger, lambda text: print(text, flush=True))
+    lease.check()
     setup: Setup = ray.get(
         _prepare_remotely.options(num_cpus=min(1.0, allotment.cpus), num_gpus=allotment.gpus_per_actor).remote(
             config, update.shards
@@ -134,20 +148,22 @@ def _run(config: PrecomputeConfig, lease: Lease, state: _State, on_cluster: bool
     )
     plan = complete_plan(config, update.shards, setup.channels)
     layout = layout_of(config, plan.rows_per_shard, setup.channels, plan.units)
-    create_or_grow(config, plan, layout, setup)
+    lease.check()
+    create_or_grow(given, plan, layout, setup)
     for fault in plan.faults:
         print(f"input fault: {fault}", flush=True)
     if config.retry_failed is not None:
         units = units_to_retry(config, plan, ledger)
         print(f"{len(units)} units hold failed samples that are tried again", flush=True)
         if units:
+            lease.check()
             withdraw_complete(config.out)
             ledger.clear_attempts(units)
             ledger.reopen(units)
 
     done = ledger.done()
     for segment in done.compactable:
-        _compact(ledger, segment, state)
+        _compact(config.out, ledger, segment, state)
     done = ledger.done()
     todo = done.todo(plan.units)
     left = sum(len(plan.unit(int(unit))) for unit in todo)
@@ -164,9 +180,10 @@ def _run(config: PrecomputeConfig, lease: Lease, state: _State, on_cluster: bool
         rows = stages(config, plan, layout, setup, todo, allotment).iter_rows()
         whole = plan.units // UNITS_PER_SEGMENT
         left_of = Counter(unit // UNITS_PER_SEGMENT for unit in todo.tolist() if unit // UNITS_PER_SEGMENT < whole)
-        _follow(rows, Progress(len(todo), left), left_of, ledger, lease, state)
+        _follow(rows, Progress(len(todo), left), left_of, config.out, ledger, lease, state)
     lease.check()
     summary = _write_index(config, plan, ledger, state)
+    lease.check()
     if not state.failures:
         declare_complete(config.out)
     print(summary.text(), flush=True)
@@ -174,23 +191,23 @@ def _run(config: PrecomputeConfig, lease: Lease, state: _State, on_cluster: bool
     return summary
 
 
-def _compact(ledger: Ledger, segment: int, state: _State) -> None:
+def _compact(out: str, ledger: Ledger, segment: int, state: _State) -> None:
     """Compact a segment's receipts; a damaged one is taken back, and costs its unit alone."""
     try:
         ledger.compact(segment)
     except DamagedReceiptError as error:
-        _take_back(ledger, error, state)
+        _take_back(out, ledger, error, state)
 
 
-def _take_back(ledger: Ledger, error: DamagedReceiptError, state: _State) -> None:
-    ledger.reopen([error.unit])
+def _take_back(out: str, ledger: Ledger, error: DamagedReceiptError, state: _State) -> None:
+    withdraw_complete(out)
+    state.taken_back |= {error.unit, *ledger.reopen([error.unit])}
     print(f"unit {error.unit} is taken back and computed anew: {error}", file=sys.stderr, flush=True)
-    state.taken_back.append(error.unit)
 
 
 def _write_index(config: PrecomputeConfig, plan: Plan, ledger: Ledger, state: _State) -> Summary:
     while True:
-        for unit in state.taken_back:
+        for unit in sorted(state.taken_back):
             key = plan.unit(unit)
             if unit in state.failures or unit in ledger.done():
                 continue
@@ -202,7 +219,7 @@ def _write_index(config: PrecomputeConfig, plan: Plan, ledger: Ledger, state: _S
         try:
             return write_index(config.out, plan, ledger, state.failures)
         except DamagedReceiptError as error:
-            _take_back(ledger, error, state)
+            _take_back(config.out, ledger, error, state)
 
 
 def _allot(config: PrecomputeConfig, on_cluster: bool) -> Allotment:
@@ -238,6 +255,7 @@ def _follow(
     rows: Iterator[Mapping[str, Any]],
     progress: Progress,
     left_of: Counter[int],
+    out: str,
     ledger: Ledger,
     lease: Lease,
     state: _State,
@@ -260,11 +278,14 @@ def _follow(
             progress.add(receipt)
             if not receipt.error:
                 state.done += 1
-                succeeded = True
+                given_up = all(record.reason == Reason.UNIT_FAILED for record in receipt.samples)
+                succeeded |= not given_up
+                alike = [*alike, "given up"][-_ALIKE:] if given_up else []
+                _stop_where_all_fail(alike, succeeded, receipt.samples[0].detail)
                 segment = receipt.unit.unit // UNITS_PER_SEGMENT
                 left_of[segment] -= 1
                 if left_of[segment] == 0:
-                    _compact(ledger, segment, state)
+                    _compact(out, ledger, segment, state)
                 continue
             if row["fault"] in ("environment", "input"):
                 raise JobFailedError(
@@ -274,11 +295,15 @@ def _follow(
             state.failures[receipt.unit.unit] = receipt
             print(f"{receipt.unit} failed: {receipt.error}", file=sys.stderr, flush=True)
             alike = [*alike, receipt.error.partition(":")[0]][-_ALIKE:]
-            if not succeeded and len(alike) == _ALIKE and len(set(alike)) == 1:
-                raise JobFailedError(
-                    f"the first {_ALIKE} units failed alike, so the job stops; the last by {receipt.error}. Mend that, "
-                    "and the same command goes on"
-                )
+            _stop_where_all_fail(alike, succeeded, receipt.error)
+
+
+def _stop_where_all_fail(alike: list[str], succeeded: bool, text: str) -> None:
+    if not succeeded and len(alike) == _ALIKE and len(set(alike)) == 1:
+        raise JobFailedError(
+            f"the first {_ALIKE} units failed alike, so the job stops; the last by {text}. Mend that, and the same "
+            "command goes on"
+        )
 
 
 def _judge(config: PrecomputeConfig, summary: Summary) -> None:
@@ -296,7 +321,8 @@ def _judge(config: PrecomputeConfig, summary: Summary) -> None:
         )
 
 
-@ray.remote(max_retries=2)  # type: ignore[untyped-decorator]
+# One call a process: an idle one would keep its GPU memory beside the actors.
+@ray.remote(max_retries=2, max_calls=1)  # type: ignore[untyped-decorator]
 def _prepare_remotely(config: PrecomputeConfig, shards: Any) -> Setup:
     return prepare(config, shards)
 

@@ -1,6 +1,7 @@
 """Threads and devices of this process."""
 
 import os
+import re
 
 import numba
 import torch
@@ -48,13 +49,13 @@ def choose_device(gpus: float | None) -> torch.device:
 
 def context_is_broken(error: BaseException) -> bool:
     """Whether a CUDA error leaves this process unable to use its GPU: any but running out of memory does."""
-    if isinstance(error, torch.OutOfMemoryError):
-        return False
-    texts = (error, error.__cause__, error.__context__)
-    return any(
-        isinstance(one, torch.AcceleratorError) or (isinstance(one, RuntimeError) and "CUDA error" in str(one))
-        for one in texts
-    )
+    accelerator_error = getattr(torch, "AcceleratorError", ())  # torch 2.8 and newer
+    for one in (error, error.__cause__, error.__context__):
+        if isinstance(one, torch.OutOfMemoryError) or re.search("out of memory|ALLOC_FAILED", str(one)):
+            continue
+        if isinstance(one, accelerator_error) or (isinstance(one, RuntimeError) and "CUDA error" in str(one)):
+            return True
+    return False
 
 
 def device_of(module: nn.Module) -> torch.device:

@@ -25,7 +25,7 @@ from pipeline.config.precompute import PrecomputeConfig
 from pipeline.errors import ConfigError, SampleError, StoreError
 from pipeline.inputs import storage
 from pipeline.inputs.plan import Plan
-from pipeline.store.layout import list_differences
+from pipeline.store.layout import finished_attributes, list_differences
 from pipeline.store.provenance import feature_space, pca_place, stored_config, stored_pca
 
 __all__ = ["Extractor", "Setup", "fit_pca", "keep_weights", "make_backbone", "pca_place", "take_pca", "weights_place"]
@@ -94,7 +94,8 @@ def keep_weights(config: BackboneConfig) -> str | None:
         WeightsError: timm cannot get them.
     """
     place = weights_place(config)
-    if place is not None and not storage.exists(place):
+    # A file without a store may be of a run with other options that ended early: nothing holds it to a digest yet.
+    if place is not None and not (storage.exists(place) and finished_attributes(config.out)):
         # Without an image size: weights as they are published, before any resampling.
         backbone = create_backbone(config.backbone, pretrained=True, kwargs=config.backbone_kwargs)
         state = {name: value.contiguous().clone() for name, value in backbone.model.state_dict().items()}

@@ -20,7 +20,7 @@ from pipeline.inputs import storage
 from pipeline.inputs.patterns import expand
 from pipeline.inputs.plan import IndexAll, Plan, PlannedShard, make_plan, rows_of
 from pipeline.inputs.plan_update import PlanUpdate, update_plan
-from pipeline.store.create import create_store, grow_store
+from pipeline.store.create import create_store, grow_store, withdraw_complete
 from pipeline.store.index import read_index
 from pipeline.store.layout import Layout, finished_attributes, list_differences, tile_of
 from pipeline.store.ledger import Ledger
@@ -134,9 +134,13 @@ def create_or_grow(config: PrecomputeConfig, plan: Plan, layout: Layout, setup: 
     existing = finished_attributes(config.out)
     if existing is not None:
         _refuse(config.out, existing["identity"], identity)
+        if layout.rows > existing["layout"]["rows"]:
+            withdraw_complete(config.out)
+    # What a run was asked to try again is no property of the store.
+    described = describe(replace(config, retry_failed=None))
     provenance = {
         "identity": identity,
-        "config": describe(config),
+        "config": described,
         "setup": asdict(setup),
         "versions": versions(),
         "plan_files": _plan_files(config),
@@ -146,7 +150,7 @@ def create_or_grow(config: PrecomputeConfig, plan: Plan, layout: Layout, setup: 
     grow_store(config.out, layout)
     storage.write_atomic(
         storage.join(config.out, "plan", "config.yaml"),
-        yaml.safe_dump(describe(config), sort_keys=False).encode(),
+        yaml.safe_dump(described, sort_keys=False).encode(),
     )
 
 

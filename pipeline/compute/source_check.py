@@ -94,7 +94,10 @@ def check_source(
             yield f"row {row} ({record.key}) is in the store, and cannot be decoded again: {again.detail}"
             continue
         if (record.sha256, record.label_sha256) != (again.sha256, again.label_sha256):
-            yield f"row {row} ({record.key}) was made from other bytes than the input holds now"
+            raise InputChangedError(
+                f"{redact(present.url)}: row {row} ({record.key}) was made from other bytes than the input holds now; "
+                "put the old shard back"
+            )
         for kind in config.labels:
             stored = np.asarray(arrays[kind][row])
             floating = label_spec(kind, config.seg_dtype).dtype.startswith("float")

@@ -5,7 +5,7 @@ import platform
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 
 import numpy as np
@@ -75,7 +75,7 @@ class UnitProcessor:
             )
         self.writer = StoreWriter(config.out, layout, self.threads)
         self.ledger = Ledger(storage.join(config.out, "ledger"))
-        self._computing, self._writing = threading.Lock(), threading.Lock()
+        self._computing, self._writing = threading.RLock(), threading.RLock()
         # Blocks to use again: memory fresh from the system costs a page fault every 4 KiB, a tenth of the time here.
         self._spare: list[NDArray[np.float16]] = []
 
@@ -86,9 +86,23 @@ class UnitProcessor:
         are recorded as failed. A CUDA error that breaks the context ends the process; another one takes its place.
         """
         set_threads(self.config.threads, self._processes)
-        receipt = self.ledger.get(key, loaded.shard)
-        if receipt is not None:
-            return Outcome(receipt)
+        try:
+            receipt = self.ledger.get(key, loaded.shard)
+            if receipt is not None:
+                return Outcome(receipt)
+            with ExitStack() as alone:
+                if self.ledger.attempts(key.unit):
+                    # A process died with this unit in it: it runs alone now, or it would take others with it, and they
+                    # would be counted for what it does.
+                    alone.enter_context(self._computing)
+                    alone.enter_context(self._writing)
+                return self._attempt(key, loaded)
+        except EnvironmentFault as error:
+            return Outcome(failed_unit(key, loaded.shard, loaded.records, error), "environment")
+        except (PipelineError, OSError) as error:
+            return Outcome(failed_unit(key, loaded.shard, loaded.records, error), "unit")
+
+    def _attempt(self, key: UnitKey, loaded: LoadedUnit) -> Outcome:
         if self.ledger.begin_attempt(key.unit) > self.config.unit_attempts:
             return self._give_up(key, loaded)
         failures = 0

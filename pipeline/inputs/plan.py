@@ -195,13 +195,20 @@ def _remembered_index(shard: PlannedShard, index_dir: str) -> ShardIndex:
         index = cached_index(shard.url, index_dir)
         if index.size < 0:
             raise
-    if (index.size, len(index.samples), index.digest) != (shard.size, shard.samples, shard.digest):
+    if _differs(index, shard):
+        # The saved one may be of a version that was refused since, and the shard be the old one again.
+        index = cached_index(shard.url, index_dir)
+    if _differs(index, shard):
         raise InputChangedError(
             f"{shard.url}: {index.size} bytes with {len(index.samples)} samples now, {shard.size} bytes with "
             f"{shard.samples} samples when the plan was made (digest {index.digest[:8]} now, {shard.digest[:8]} then); "
             "put the shard back, or start a new store"
         )
     return index
+
+
+def _differs(index: ShardIndex, shard: PlannedShard) -> bool:
+    return (index.size, len(index.samples), index.digest) != (shard.size, shard.samples, shard.digest)
 
 
 IndexAll: TypeAlias = Callable[[list[str], str], Iterator[PlannedShard]]

@@ -240,6 +240,22 @@ class Ledger:
         """Remove the marker: the attempt ended, well or with an error, and its process lives."""
         storage.remove(self._attempt_place(unit))
 
+    def forgive_attempts(self) -> None:
+        """Count attempts that are under way as not begun: their run was stopped, and they did not end it.
+
+        To be called once no process works on a unit any more.
+        """
+        folder = storage.join(self.url, "attempts")
+        for name in storage.list_files(folder):
+            unit = int(name.removesuffix(".json"))
+            place, count = self._attempt_place(unit), self.attempts(unit) - 1
+            if count > 0:
+                storage.write_atomic(
+                    place, json.dumps({**json.loads(storage.read_bytes(place)), "count": count}).encode()
+                )
+            else:
+                storage.remove(place)
+
     def clear_attempts(self, units: Iterable[int]) -> None:
         """Remove the markers of units that are to be tried again from the start."""
         for unit in units:

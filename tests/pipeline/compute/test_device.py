@@ -48,6 +48,7 @@ def test_the_device_follows_the_option() -> None:
         (torch.AcceleratorError("CUDA error: an illegal memory access was encountered"), True),
         (RuntimeError("CUDA error: device-side assert triggered"), True),
         (RuntimeError("cuDNN error: CUDNN_STATUS_EXECUTION_FAILED"), False),
+        (RuntimeError("CUDA error: out of memory"), False),
         (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), False),
         (RuntimeError("shapes do not match"), False),
         (ValueError("CUDA error in a path"), False),

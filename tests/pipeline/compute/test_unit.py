@@ -117,3 +117,11 @@ def test_a_write_that_cannot_succeed_is_told_and_nothing_is_computed_again(store
     outcome = processor.process(store.plan.unit(0), store.load(0))
     assert outcome.receipt.error
     assert len(calls) == 1
+
+
+def test_a_run_that_is_stopped_does_not_count_against_the_units_it_was_at(store: Store) -> None:
+    store.ledger.begin_attempt(0)
+    for _ in range(2):
+        store.ledger.begin_attempt(1)
+    store.ledger.forgive_attempts()
+    assert (store.ledger.attempts(0), store.ledger.attempts(1)) == (0, 1)
