@@ -42,7 +42,7 @@ from pipeline.training.loop import describe_backbone
 from pipeline.training.order import SampleOrder
 from pipeline.training.run import check_run, record_run
 
-__all__ = ["train"]
+__all__ = ["failure_of", "train"]
 
 
 def train(config: TrainConfig) -> None:
@@ -114,7 +114,7 @@ def _run(config: TrainConfig, lease: Lease, on_cluster: bool) -> None:
     try:
         result = _fit(trainer, lease)
     except ray.train.TrainingFailedError as error:
-        raise _failure(error, config) from error
+        raise failure_of(error, config) from error
     lines = read_log(config.out, config.steps)
     storage.write_atomic(storage.join(config.out, "loss.png"), plot_log(lines))
     _conclude(config, order, result.metrics, lines)
@@ -165,7 +165,7 @@ def _fit(trainer: ray.train.torch.TorchTrainer, lease: Lease) -> ray.train.Resul
     return future.result()
 
 
-def _failure(error: ray.train.TrainingFailedError, config: TrainConfig) -> Exception:
+def failure_of(error: ray.train.TrainingFailedError, config: TrainConfig) -> Exception:
     """The reason that a run ended for, in one line; an error of this project's own as it was raised."""
     failures = getattr(error, "worker_failures", None) or {0: getattr(error, "controller_failure", error)}
     # Ray wraps what a worker raised, and then holds what was raised inside.

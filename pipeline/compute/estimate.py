@@ -17,6 +17,7 @@ from pipeline.config.precompute import PrecomputeConfig
 from pipeline.console import human_bytes, human_seconds
 from pipeline.errors import InputError, Reason, SampleError
 from pipeline.inputs.plan import IndexAll, Plan, UnitKey
+from pipeline.inputs.tar import describe_ignored
 from pipeline.store.create import create_store
 from pipeline.store.layout import OK
 from pipeline.store.writer import StoreWriter
@@ -61,6 +62,7 @@ def estimate(config: PrecomputeConfig, index_all: IndexAll | None = None) -> str
     lines = [
         f"input:    {len(shards)} shards, {plan.samples} samples",
         *(f"          fault: {fault}" for fault in plan.faults),
+        *([f"          ignored by rule: {describe_ignored(plan.ignored)}"] if plan.ignored else []),
         f"models:   {config.backbone}, map {extractor.backbone.layer} of stride {extractor.backbone.stride[0]}, "
         f"{extractor.backbone.channels} channels, {extractor.grid[0]}x{extractor.grid[1]}; "
         f"{config.upsampler} to {config.target_size}, {channels} channels stored",

@@ -24,7 +24,7 @@ from pipeline.inputs.changes import check_unchanged
 from pipeline.inputs.plan import Plan, UnitKey
 from pipeline.inputs.read import Sample, read_samples
 from pipeline.inputs.storage import RangeReader
-from pipeline.inputs.tar import IndexedSample, ShardIndex
+from pipeline.inputs.tar import IndexedSample, ShardIndex, describe_members
 from pipeline.options import Size
 from pipeline.store.ledger import Ledger, Receipt, SampleRecord
 
@@ -143,8 +143,11 @@ def load_unit(
             record = replace(record, sha256=sha256, label_sha256=label_sha256)
             sample = decode(members, options)
         except SampleError as error:
-            truncated = _cut_off(index, entry, key.start + offset, error)
-            reason, detail = (Reason.TAR_TRUNCATED, truncated) if truncated else (error.reason, error.detail)
+            reason, detail = error.reason, error.detail
+            if reason in (Reason.IMAGE_MISSING, Reason.LABEL_MISSING):
+                detail = f"{detail}, which has {describe_members(entry)}"
+                if truncated := _cut_off(index, entry, key.start + offset):
+                    reason, detail = Reason.TAR_TRUNCATED, f"{detail}; {truncated}"
             records.append(replace(record, status="failed", reason=reason.value, detail=detail))
             continue
         blocks["image"][offset] = sample.image
@@ -212,12 +215,11 @@ def empty_blocks(rows: int, options: DecodeOptions) -> dict[str, NDArray[Any]]:
     return blocks
 
 
-def _cut_off(index: ShardIndex, entry: IndexedSample, position: int, error: SampleError) -> str:
-    """Why a sample's members are missing, where it is the last one before the end of a truncated tar; else empty."""
-    if position != len(index.samples) - 1 or error.reason not in (Reason.LABEL_MISSING, Reason.IMAGE_MISSING):
+def _cut_off(index: ShardIndex, entry: IndexedSample, position: int) -> str:
+    """The fault that cut a sample's members off, where it is the last one of a truncated tar; else empty."""
+    if position != len(index.samples) - 1 or entry.problem is not None:
         return ""
-    cuts = [fault for fault in index.faults if fault.startswith(("truncated", "no end-of-archive"))]
-    return f"{error.detail}; {cuts[0]}" if cuts and entry.problem is None else ""
+    return next((fault for fault in index.faults if fault.startswith(("truncated", "no end-of-archive"))), "")
 
 
 def load_row(row: dict[str, Any], fetch: Callable[[Any], Any], reference: Any) -> dict[str, Any]:

@@ -127,7 +127,7 @@ def prepare_sample(members: Mapping[str, bytes], options: DecodeOptions) -> Prep
     """
     selected = select_members(members, options)
     check_bytes(((ext, len(members[ext])) for ext in selected.values()), options.max_bytes)
-    data = members[_required(IMAGE, selected, members, options)]
+    data = members[_required(IMAGE, selected, options)]
     decoded = decode_image(data, max_pixels=options.max_pixels, min_size=options.size)
     transform = plan_transform(options.geometry, decoded.source_size, options.size)
     label_transform = transform.resized(options.label_size or options.size)
@@ -135,7 +135,7 @@ def prepare_sample(members: Mapping[str, bytes], options: DecodeOptions) -> Prep
     labels: dict[str, npt.NDArray[Any]] = {}
     for kind in options.labels:
         spec = label_spec(kind, options.seg_dtype)
-        ext = _required(kind, selected, members, options)
+        ext = _required(kind, selected, options)
         label = decode_label(
             kind,
             ext,
@@ -166,16 +166,15 @@ def prepare_sample(members: Mapping[str, bytes], options: DecodeOptions) -> Prep
     )
 
 
-def _required(kind: str, selected: Mapping[str, str], members: Mapping[str, bytes], options: DecodeOptions) -> str:
+def _required(kind: str, selected: Mapping[str, str], options: DecodeOptions) -> str:
     """The extension of the image or of a label that the sample must have."""
     if kind in selected:
         return selected[kind]
     image = kind == IMAGE
     accepted = options.image_exts if image else label_spec(kind, options.seg_dtype).extensions
-    present = ", ".join(sorted(ext for ext in members if not ext.startswith("__"))) or "nothing"
     raise SampleError(
         Reason.IMAGE_MISSING if image else Reason.LABEL_MISSING,
-        f"no {kind if image else f'{kind} label'} ({', '.join(accepted)}) in the sample, which has {present}",
+        f"no {kind if image else f'{kind} label'} ({', '.join(accepted)}) in the sample",
     )
 
 

@@ -14,6 +14,7 @@ from pipeline.console import human_bytes
 from pipeline.errors import StoreError
 from pipeline.inputs import storage
 from pipeline.inputs.plan import Plan, UnitKey
+from pipeline.inputs.tar import describe_ignored
 from pipeline.redaction import redact
 from pipeline.store.ledger import Ledger, Receipt, SampleRecord
 from pipeline.store.outliers import flag_outliers
@@ -44,6 +45,7 @@ class Summary:
     failed: int = 0
     reasons: Counter[str] = field(default_factory=Counter)
     faults: list[str] = field(default_factory=list)
+    ignored: str = ""
     failed_units: list[int] = field(default_factory=list)
     seconds: Counter[str] = field(default_factory=Counter)
     bytes: Counter[str] = field(default_factory=Counter)
@@ -70,6 +72,8 @@ class Summary:
                 f"{human_bytes(self.bytes['stored'])} stored"
             )
         lines += [f"input fault: {fault}" for fault in self.faults]
+        if self.ignored:
+            lines.append(f"ignored by rule: {self.ignored}")
         lines += [f"failed: {count:6d}  {reason}" for reason, count in self.reasons.most_common()]
         if self.failed_units:
             lines.append(f"units failed for good: {len(self.failed_units)} of {self.units}")
@@ -119,6 +123,7 @@ def write_index(out: str, plan: Plan, ledger: Ledger, failures: Mapping[int, Rec
     ]
     flag_outliers(out, facts)
     summary = Summary(units=plan.units, faults=[redact(fault) for fault in plan.faults])
+    summary.ignored = describe_ignored(plan.ignored)
     for one in facts:
         summary.add(one)
     if summary.samples != plan.samples or summary.samples != summary.ok + summary.failed:

@@ -84,7 +84,7 @@ def test_first_image_extension_present_wins_whatever_its_content() -> None:
     members = {"__key__": b"a", "png": FILES["png"], "jpg": FILES["webp"], "txt": b""}
     assert prepare_sample(members, DecodeOptions((8, 8))).decoder == "pillow"
     options = DecodeOptions((8, 8), image_exts=("jpeg", "gif"))
-    with pytest.raises(SampleError, match=r"no image \(jpeg, gif\) in the sample, which has jpg, png, txt") as caught:
+    with pytest.raises(SampleError, match=r"no image \(jpeg, gif\) in the sample") as caught:
         prepare_sample(members, options)
     assert caught.value.reason is Reason.IMAGE_MISSING
 
@@ -95,7 +95,7 @@ def test_first_image_extension_present_wins_whatever_its_content() -> None:
         (
             {"seg.png": None},
             Reason.LABEL_MISSING,
-            r"no seg label \(seg.png\) in the sample, which has cls, depth",
+            r"no seg label \(seg.png\) in the sample",
         ),
         ({"cls": None}, Reason.LABEL_MISSING, r"no cls label \(cls, cls.txt\)"),
         (
