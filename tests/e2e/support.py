@@ -103,4 +103,4 @@ def array_files(store: Path) -> dict[str, bytes]:
 
 def receipts(store: Path) -> list[Path]:
     """The receipts a store has now."""
-    return sorted((store / "ledger").glob("*/*.json"))
+    return sorted((store / "ledger").glob("[0-9]*/*.json"))
