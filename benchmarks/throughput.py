@@ -127,7 +127,7 @@ def watch(words: list[str], out: Path) -> tuple[float, float, dict[str, int]]:
     text = job.stdout.read() if job.stdout else ""
     if job.returncode:
         raise SystemExit(f"the job failed:\n{text}")
-    receipts = sorted((path.stat().st_mtime, path) for path in (out / "ledger").glob("*/*.json"))
+    receipts = sorted((path.stat().st_mtime, path) for path in (out / "ledger").glob("[0-9]*/*.json"))
     samples = [len(json.loads(path.read_bytes())["samples"]) for _, path in receipts]
     # The second half: Ray starts more loading processes while the first units are under way.
     half = len(receipts) // 2

@@ -10,11 +10,8 @@ from typing import Literal, get_args
 import torch
 
 from featup.errors import BackendError
-from featup.kernels.caching import ensure_cache_folder
 
 __all__ = ["Backend", "choose_backend", "wants_gradient"]
-
-ensure_cache_folder()
 
 Backend = Literal["auto", "naive", "torch", "cpu"]
 

@@ -3,6 +3,7 @@
 import logging
 import os
 import shutil
+import signal
 import socket
 import sys
 import tempfile
@@ -36,6 +37,7 @@ def connect(object_store_mb: int, logs: ray.LoggingConfig | None = None) -> None
         EnvironmentFault: Ray cannot be started here: no folder for its files, or no answer within a minute.
     """
     if not ray.is_initialized():
+        handler = signal.getsignal(signal.SIGTERM)
         address = os.environ.get("RAY_ADDRESS")
         if address:
             check_address(address)
@@ -53,6 +55,9 @@ def connect(object_store_mb: int, logs: ray.LoggingConfig | None = None) -> None
                     logging_config=logs,
                     _temp_dir=folder,
                 )
+        if threading.current_thread() is threading.main_thread():
+            # Ray's own handler prints a native stack trace and aborts the process.
+            signal.signal(signal.SIGTERM, handler)
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     context.print_on_execution_start = False

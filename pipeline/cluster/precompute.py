@@ -1,6 +1,6 @@
 """The main job on Ray Data: chains the stages of a run, and watches over it.
 
-``ray.data.range`` over the units that are left -> load (tasks: read and decode) -> featurize (actors: extract,
+Numbers of the units that are left -> load (tasks: read and decode) -> featurize (actors: extract,
 upsample, encode, write) -> receipts on the driver. A unit is one row from end to end.
 """
 
@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from featup.errors import FeatupError
 from pipeline.cluster.connect import connect
 from pipeline.cluster.featurizer import Featurizer
-from pipeline.cluster.planning import MOST_BLOCKS, index_on_ray
+from pipeline.cluster.planning import index_on_ray, number_rows
 from pipeline.cluster.progress import Progress
 from pipeline.cluster.resources import Allotment, allot, await_resources, cluster_resources
 from pipeline.compute.load import decode_options, load_row
@@ -311,7 +311,7 @@ def stages(
     """
     reference = ray.put((plan, todo, decode_options(config, setup.mean), config.out))
     return (
-        ray.data.range(len(todo), override_num_blocks=min(len(todo), MOST_BLOCKS))
+        number_rows(len(todo))
         .map(load_row, fn_kwargs={"fetch": ray.get, "reference": reference}, num_cpus=allotment.loader_cpus)
         .map_batches(
             Featurizer,

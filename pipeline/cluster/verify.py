@@ -10,7 +10,7 @@ import ray
 import ray.data
 
 from pipeline.cluster.connect import connect
-from pipeline.cluster.planning import MOST_BLOCKS
+from pipeline.cluster.planning import number_rows
 from pipeline.compute.source_check import check_source
 from pipeline.inputs import storage
 from pipeline.inputs.plan import Plan
@@ -85,9 +85,7 @@ def _verify(
         for shard in [plan.unit(unit).shard]
     }
     reference = ray.put((out, plan, units, urls, indexed))
-    rows = ray.data.range(len(units), override_num_blocks=min(len(units), MOST_BLOCKS)).map(
-        _verify_row, fn_kwargs={"reference": reference}, num_cpus=1
-    )
+    rows = number_rows(len(units)).map(_verify_row, fn_kwargs={"reference": reference}, num_cpus=1)
     for row in rows.iter_rows():
         report.add(Finding.from_row(row))
 

@@ -9,6 +9,7 @@ from pipeline.decode.options import ImageOptions
 from pipeline.errors import ConfigError, StoreFormatError
 from pipeline.inputs import storage
 from pipeline.options import Size, option
+from pipeline.redaction import redact
 
 __all__ = ["BackboneConfig", "Config", "InputConfig", "describe", "read_config"]
 
@@ -147,10 +148,14 @@ def whole_gpus(name: str, gpus: float | None) -> tuple[bool, str]:
 
 
 def describe(config: Any) -> dict[str, Any]:
-    """A config as plain values that JSON and YAML hold and :func:`read_config` reads back."""
+    """A config as plain values that JSON and YAML hold and :func:`read_config` reads back, without credentials."""
 
     def plain(value: Any) -> Any:
-        return str(value) if isinstance(value, Size) else list(value) if isinstance(value, tuple) else value
+        if isinstance(value, Size):
+            return str(value)
+        if isinstance(value, tuple):
+            return [plain(part) for part in value]
+        return redact(value) if isinstance(value, str) else value
 
     return {one.name: plain(getattr(config, one.name)) for one in fields(config)}
 

@@ -12,7 +12,7 @@ from pipeline.errors import Reason
 from pipeline.options import Size, option
 
 if TYPE_CHECKING:
-    from featup.multiview.implicit import FitOptions
+    from featup.multiview import FitOptions
 
 __all__ = ["PrecomputeConfig"]
 
@@ -197,7 +197,7 @@ class PrecomputeConfig(LabelOptions, InputConfig):
     @property
     def fit_options(self) -> "FitOptions":
         """How implicit fits an image."""
-        from featup.multiview.implicit import FitOptions
+        from featup.multiview import FitOptions
 
         return FitOptions(steps=self.fit_steps, views=self.fit_views, seed=self.fit_seed)
 

@@ -171,7 +171,7 @@ def test_long_lists_are_cut_and_the_cause_fits_the_difference() -> None:
     assert "layer7 and 1 more" in str(caught.value)
     assert "weights of another architecture" in str(caught.value)
     wider = nn.Sequential(*(nn.Linear(2, 1) for _ in range(6))).state_dict()
-    with pytest.raises(WeightsError, match="same architecture, made with another width"):
+    with pytest.raises(WeightsError, match="same architecture with another width"):
         load_strict(net, wider, "wider")
 
 

@@ -2,10 +2,11 @@
 
 from typing import Any
 
-import numba
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+
+from featup.kernels.caching import numba
 
 Array = NDArray[Any]
 

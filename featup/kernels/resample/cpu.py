@@ -1,8 +1,7 @@
 """Numba loops: each output row first blends its source rows, then walks along the blended row."""
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-import numba
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -10,8 +9,8 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
-if TYPE_CHECKING:
-    from featup.kernels.resample import Taps
+from featup.kernels.caching import numba
+from featup.kernels.resample.taps import Taps
 
 Floats = NDArray[Any]
 Ints = NDArray[np.int64]
@@ -21,7 +20,7 @@ class Resample(Function):
     """``apply(source, rows, cols)``: the gradient is resampled by the transposed taps."""
 
     @staticmethod
-    def forward(ctx: Any, source: Tensor, rows: "Taps", cols: "Taps") -> Tensor:
+    def forward(ctx: Any, source: Tensor, rows: Taps, cols: Taps) -> Tensor:
         """``[B, h, w, C]`` to ``[B, len(rows), len(cols), C]``."""
         ctx.taps = rows, cols
         return resample(source, rows, cols)
@@ -34,7 +33,7 @@ class Resample(Function):
         return resample(grad, rows.transposed(), cols.transposed()), None, None
 
 
-def resample(source: Tensor, rows: "Taps", cols: "Taps") -> Tensor:
+def resample(source: Tensor, rows: Taps, cols: Taps) -> Tensor:
     """``[B, h, w, C]`` to ``[B, len(rows), len(cols), C]``."""
     rows, cols = rows.to(source), cols.to(source)
     out = torch.empty(source.shape[0], len(rows), len(cols), source.shape[3], dtype=source.dtype)

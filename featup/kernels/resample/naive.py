@@ -1,19 +1,16 @@
 """The formula, with each axis as a dense matrix: the oracle of the tests."""
 
-from typing import TYPE_CHECKING
-
 import torch
 from torch import Tensor, einsum
 
-if TYPE_CHECKING:
-    from featup.kernels.resample import Taps
+from featup.kernels.resample.taps import Taps
 
 
-def resample(source: Tensor, rows: "Taps", cols: "Taps") -> Tensor:
+def resample(source: Tensor, rows: Taps, cols: Taps) -> Tensor:
     """``[B, h, w, C]`` to ``[B, len(rows), len(cols), C]``."""
     return einsum("yi,xj,bijc->byxc", _matrix(rows, source.shape[1]), _matrix(cols, source.shape[2]), source)
 
 
-def _matrix(taps: "Taps", size: int) -> Tensor:
+def _matrix(taps: Taps, size: int) -> Tensor:
     matrix = torch.zeros(len(taps), size, dtype=taps.weight.dtype, device=taps.weight.device)
     return matrix.scatter_add(1, taps.index, taps.weight)

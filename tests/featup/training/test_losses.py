@@ -291,7 +291,7 @@ def test_gradcheck(loss: Callable[..., Tensor], shapes: list[tuple[int, ...]]) -
 def test_shapes_that_do_not_belong_together_are_refused() -> None:
     with pytest.raises(GeometryError, match="reconstruction: the shapes must be the same"):
         reconstruction(random(1, 2, 2, 3), random(1, 2, 2, 1))
-    with pytest.raises(GeometryError, match="one number per position"):
+    with pytest.raises(GeometryError, match="give a log sigma per position"):
         reconstruction(random(1, 2, 2, 3), random(1, 2, 2, 3), random(1, 2, 2))
     with pytest.raises(GeometryError, match="bring the guidance"):
         sampled_crf(random(1, 3, 3, 2), random(1, 6, 6, 3), *_WHERE)

@@ -22,8 +22,8 @@ def test_an_error_of_the_projects_own_is_raised_as_it_is() -> None:
     [
         (
             ray.train.WorkerGroupError("text\nTraceback", {0: OSError(28, "No space left on device")}),
-            "the workers failed 3 times, last by OSError: [Errno 28] No space left on device; run the same command again "
-            "to go on from the last checkpoint",
+            "the workers failed 3 times, last by OSError: [Errno 28] No space left on device; run the same command "
+            "again to go on from the last checkpoint",
         ),
         (
             ray.train.ControllerError(ValueError("\nno placement group\nTraceback ...")),
@@ -32,9 +32,9 @@ def test_an_error_of_the_projects_own_is_raised_as_it_is() -> None:
         ),
         (
             ray.train.WorkerGroupError("text", {1: torch.OutOfMemoryError("CUDA out of memory.\nTried to ...")}),
-            "the workers failed 3 times, last by OutOfMemoryError: CUDA out of memory.; run the same command again to go "
-            "on from the last checkpoint, with more than 2 workers to share batch_size=4, or start anew in another --out "
-            "with a smaller one",
+            "the workers failed 3 times, last by OutOfMemoryError: CUDA out of memory.; run the same command again to "
+            "go on from the last checkpoint, with more than 2 workers to share batch_size=4, or start anew in another "
+            "--out with a smaller one",
         ),
     ],
     ids=["disk", "controller", "memory"],
