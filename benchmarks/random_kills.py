@@ -24,7 +24,19 @@ from statistics import median
 import ray
 
 from tests.e2e.objectstore import Faults, ObjectStore, object_store
-from tests.e2e.random_kills import KINDS, UNITS, Campaign, Kill, OnDisk, OnS3, Place, table, uninterrupted, write_shards
+from tests.e2e.random_kills import (
+    KINDS,
+    TITLES,
+    UNITS,
+    Campaign,
+    Kill,
+    OnDisk,
+    OnS3,
+    Place,
+    table,
+    uninterrupted,
+    write_shards,
+)
 
 KILLS_PER_STORE = 5
 FAULTS = Faults(internal_error=0.02, slow_down=0.02, reset=0.02, lost=0.02, slow=0.02, truncated=0.02)
@@ -35,6 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--kills", type=int, default=50, help="how many processes to kill")
     parser.add_argument("--s3", action="store_true", help="on an S3 server behind a proxy that injects faults")
     parser.add_argument("--seed", type=int, default=1, help="of the first store; each further one has the next")
+    parser.add_argument("--kinds", nargs="+", default=KINDS, choices=["driver", *TITLES], help="what to kill")
     parser.add_argument("--out", type=Path, help="file for the Markdown; by default it is printed only")
     args = parser.parse_args(argv)
     folder = Path(tempfile.mkdtemp(prefix="featup-kills-"))
@@ -51,7 +64,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             shards = "s3://featup/in/kill-*.tar"
         seed = args.seed
         # Of each kind as many, in random order; a kill whose time does not come in one store is left for the next.
-        queue = list(KINDS) * -(-args.kills // len(KINDS))
+        queue = list(args.kinds) * -(-args.kills // len(args.kinds))
         random.Random(args.seed).shuffle(queue)
         while len(kills) < args.kills:
             campaign = Campaign(_place(server, folder, seed), shards, seed, folder / f"logs-{seed}")
@@ -103,7 +116,7 @@ def _report(
         "done units recomputed |",
         "| --- | --- | --- | --- | --- | --- |",
     ]
-    for kind in KINDS:
+    for kind in args.kinds:
         those = [kill for kill in kills if kill.kind == kind]
         if those:
             lines.append(

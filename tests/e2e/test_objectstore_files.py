@@ -1,10 +1,13 @@
 """Files, leases and arrays on an S3 server, when its answers are faulty for longer than the client tries again.
 
-The S3 client by itself gives up after five answers of 500, or after ten connections that were reset.
+By itself the S3 client makes five attempts, over some ten seconds. Here it is told to make one: what passes then is the
+work of the pipeline's own retries.
 """
 
+import gc
 import os
 import threading
+import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -40,11 +43,15 @@ LAYOUT = Layout(
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ObjectStore]:
     """The server, which this process reaches through the proxy by its environment, as jobs do."""
     with object_store(tmp_path_factory.mktemp("server") / "log", seed=14) as store, pytest.MonkeyPatch.context() as m:
-        for name, value in store.environment().items():
+        for name, value in (store.environment() | {"AWS_MAX_ATTEMPTS": "1"}).items():
             m.setenv(name, value)
         S3FileSystem.clear_instance_cache()
         yield store
+        # zarr-python opens asynchronous sessions, which nobody closes: they say so when they are collected.
         S3FileSystem.clear_instance_cache()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", ResourceWarning)
+            gc.collect()
 
 
 def _list() -> list[str]:
@@ -80,15 +87,14 @@ ACTIONS: dict[str, tuple[Callable[[], object], object]] = {
 }
 
 
-# Reading with a token asks once an attempt for an answer that is cut short, five times in all.
-@pytest.mark.parametrize(("fault", "times"), [("internal_error", 7), ("reset", 12), ("lost", 12), ("truncated", 4)])
-def test_files_outlast_the_clients_own_retries(server: ObjectStore, fault: str, times: int) -> None:
+@pytest.mark.parametrize("fault", ["internal_error", "reset", "lost", "truncated"])
+def test_files_outlast_the_clients_own_retries(server: ObjectStore, fault: str) -> None:
     for name in ACTIONS:
         for key in server.objects(f"{name}/"):
             server.delete(f"{name}/{key}")
         if name != "create":
             server.put(f"{name}/a", DATA)
-    server.proxy.start_again(outages=(Outage(".", fault, times),))
+    server.proxy.start_again(outages=(Outage(".", fault, 2),))
     with ThreadPoolExecutor(len(ACTIONS)) as pool:
         futures = {name: pool.submit(action) for name, (action, _) in ACTIONS.items()}
         results = {name: future.result() for name, future in futures.items()}
@@ -153,10 +159,10 @@ def test_of_many_contenders_one_gets_the_lease_whatever_the_answers(server: Obje
     assert server.proxy.injected["lost"] > 0
 
 
-@pytest.mark.parametrize(("fault", "times"), [("internal_error", 7), ("reset", 12), ("lost", 12), ("truncated", 7)])
-def test_arrays_outlast_the_clients_own_retries(server: ObjectStore, fault: str, times: int) -> None:
+@pytest.mark.parametrize("fault", ["internal_error", "reset", "lost", "truncated"])
+def test_arrays_outlast_the_clients_own_retries(server: ObjectStore, fault: str) -> None:
     url = f"{ROOT}/arrays-{fault}"
-    server.proxy.start_again(outages=(Outage(".", fault, times),))
+    server.proxy.start_again(outages=(Outage(r"zarr\.json$", fault, 2),))
     assert read_attributes(url) is None
     create_store(url, LAYOUT, {"identity": {}})
     declare_complete(url)
