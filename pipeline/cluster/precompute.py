@@ -8,7 +8,7 @@ import os
 import sys
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -37,7 +37,15 @@ from pipeline.compute.prepare import (
 )
 from pipeline.compute.recheck import recheck_input
 from pipeline.config.precompute import PrecomputeConfig
-from pipeline.errors import DamagedReceiptError, JobFailedError, PipelineError, Reason, StoreError, UnitError
+from pipeline.errors import (
+    DamagedReceiptError,
+    EnvironmentFault,
+    JobFailedError,
+    PipelineError,
+    Reason,
+    StoreError,
+    UnitError,
+)
 from pipeline.inputs import storage
 from pipeline.inputs.plan import Plan
 from pipeline.store.create import declare_complete, withdraw_complete
@@ -84,7 +92,9 @@ def precompute(config: PrecomputeConfig) -> Summary:
             # Nothing writes any more when the lease is given back, and what was under way was stopped, not at fault.
             if started and not on_cluster:
                 ray.shutdown()
-                Ledger(storage.join(config.out, "ledger")).forgive_attempts()
+                # Where the store cannot be reached, what ended the run is the better news.
+                with suppress(EnvironmentFault, OSError):
+                    Ledger(storage.join(config.out, "ledger")).forgive_attempts()
             raise
 
 
