@@ -72,8 +72,14 @@ class DecoderProcess:
         """
         status = 0
         with self._lock:
-            for _ in range(_ATTEMPTS):
-                child = self._child = self._child or _Child(self._python)
+            for attempt in range(1, _ATTEMPTS + 1):
+                try:
+                    child = self._child = self._child or _Child(self._python)
+                except EnvironmentFault:
+                    # Killed while it started, by a lack of memory for instance: that may pass.
+                    if attempt == _ATTEMPTS:
+                        raise
+                    continue
                 try:
                     answer = child.ask((dict(members), options), options.decode_timeout)
                 except _ChildEndedError:

@@ -202,3 +202,16 @@ def test_the_child_imports_decoding_modules_only() -> None:
         "pipeline.options",
         "pipeline.redaction",
     }
+
+
+def test_a_child_that_is_killed_while_it_starts_is_started_again(tmp_path: Path) -> None:
+    """It ended the whole job."""
+    mark, python = tmp_path / "killed", tmp_path / "python"
+    python.write_text(f'#!/bin/sh\n[ -e {mark} ] || {{ touch {mark}; kill -9 $$; }}\nexec {sys.executable} "$@"\n')
+    python.chmod(0o755)
+    decoder = DecoderProcess(str(python))
+    try:
+        assert decoder.prepare({"jpg": FILES["png"]}, IMAGE).image.shape == (8, 8, 3)
+        assert mark.exists()
+    finally:
+        decoder.close()
