@@ -9,7 +9,7 @@ demo: env
 	$(RUN) -m jobs.demo --out out/demo $(DEMO_OPTIONS)
 
 test: env
-	$(RUN) -m pytest -n 2
+	$(RUN) -m pytest -n 2 --dist loadfile
 
 lint: env
 	$(VENV)/bin/ruff format --check .
