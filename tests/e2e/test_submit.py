@@ -5,6 +5,7 @@ import secrets
 import signal
 import socket
 import subprocess
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -62,7 +63,13 @@ def dashboard(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 def _submit(address: str, *args: object) -> subprocess.CompletedProcess[str]:
     command = ["ray", "job", "submit", "--address", address, "--working-dir", str(support.ROOT)]
     command += ["--", "python", "-m", "jobs.precompute", *map(str, args)]
-    return subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=280)
+    end = time.monotonic() + 90
+    while True:
+        done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=280)
+        # The dashboard answers before the agent that starts jobs does.
+        if "No available agent to submit job" not in done.stderr or time.monotonic() > end:
+            return done
+        time.sleep(2)
 
 
 @pytest.mark.ray
