@@ -93,7 +93,8 @@ def check_source(
         if again.status != "ok":
             yield f"row {row} ({record.key}) is in the store, and cannot be decoded again: {again.detail}"
             continue
-        if (record.sha256, record.label_sha256) != (again.sha256, again.label_sha256):
+        labels_differ = any(again.label_sha256.get(kind) != digest for kind, digest in record.label_sha256.items())
+        if labels_differ or (record.sha256 and record.sha256 != again.sha256):
             raise InputChangedError(
                 f"{redact(present.url)}: row {row} ({record.key}) was made from other bytes than the input holds now; "
                 "put the old shard back"
