@@ -77,7 +77,6 @@ def test_a_later_program_opens_verifies_and_finishes_a_store_of_this_format(half
     text = run_later(COMMAND, "precompute", "--shards", folder / "v-*.tar", "--out", out, *options)
     assert "2 units done before, 2 to do" in text
     assert array_files(out) == array_files(folder / "whole")
-    assert "clean: 4 units, 8 samples = 8 ok + 0 failed" in run_later(COMMAND, "verify", out)
     # Once it was finished by the later program, this one refuses it in one line.
     text = support.run("verify", out, status=1)
     (line,) = [line for line in text.splitlines() if line.startswith("verify: ")]
