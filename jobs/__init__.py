@@ -67,7 +67,7 @@ def exit_status(name: str, work: Callable[[], bool]) -> int:
 
 def _stopped(name: str, stop: BaseException, number: int) -> int:
     done = "".join(f": {note}" for note in getattr(stop, "__notes__", [])[:1])
-    print(f"{name}: stopped{done}; the same command goes on", file=sys.stderr)
+    print(f"{name}: stopped{done}", file=sys.stderr)
     return 128 + number
 
 

@@ -115,7 +115,7 @@ def test_a_missing_module_of_this_project_is_a_fault_of_it() -> None:
 def test_ctrl_c_ends_with_130_and_says_how_far_it_came(capsys: pytest.CaptureFixture[str]) -> None:
     def interrupted() -> bool:
         stop = KeyboardInterrupt()
-        stop.add_note("2 of 15 units done")
+        stop.add_note("2 of 15 units done; the same command goes on")
         raise stop
 
     assert exit_status("precompute", interrupted) == 130
@@ -142,7 +142,7 @@ sys.exit(exit_status("precompute", work))
     assert job.stdout.readline() == "ready\n"
     job.send_signal(signal.SIGTERM)
     out, err = job.communicate(timeout=30)
-    assert (job.returncode, out, err) == (143, "closed\n", "precompute: stopped; the same command goes on\n")
+    assert (job.returncode, out, err) == (143, "closed\n", "precompute: stopped\n")
 
 
 def test_a_parser_without_a_config_errs_in_one_line(capsys: pytest.CaptureFixture[str]) -> None:

@@ -4,23 +4,13 @@ from collections.abc import Iterator
 
 import ray.data
 
+from pipeline.cluster.faults import ray_errors_in_one_line
+from pipeline.cluster.rows import MOST_BLOCKS, read_rows
 from pipeline.inputs.plan import PlannedShard, plan_shard
 
-__all__ = ["index_on_ray", "number_rows"]
+__all__ = ["index_on_ray"]
 
 _PARALLEL_INDEXING = 32
-_MOST_BLOCKS = 10_000
-
-
-def number_rows(count: int) -> ray.data.Dataset:
-    """Rows ``{"id": n}``, each in a block of its own as far as there are not too many.
-
-    Not by ``ray.data.range``, whose tasks ask for a whole CPU each: where actors and loaders have taken up the machine,
-    they would wait for it for ever.
-    """
-    return ray.data.from_items(
-        [{"id": number} for number in range(count)], override_num_blocks=min(count, _MOST_BLOCKS)
-    )
 
 
 def index_on_ray(urls: list[str], index_dir: str) -> Iterator[PlannedShard]:
@@ -28,9 +18,13 @@ def index_on_ray(urls: list[str], index_dir: str) -> Iterator[PlannedShard]:
     if len(urls) < _PARALLEL_INDEXING:
         yield from (plan_shard(url, index_dir) for url in urls)
         return
-    rows = ray.data.from_items(
+    dataset = ray.data.from_items(
         [{"number": number, "url": url} for number, url in enumerate(urls)],
-        override_num_blocks=min(len(urls), _MOST_BLOCKS),
+        override_num_blocks=min(len(urls), MOST_BLOCKS),
     ).map(lambda row: {"number": row["number"], "shard": [plan_shard(row["url"], index_dir)]}, num_cpus=0.5)
-    found = {row["number"]: row["shard"][0] for row in rows.iter_rows()}
-    yield from (found[number] for number in range(len(urls)))
+    with (
+        ray_errors_in_one_line(lambda: "the input is not indexed yet; run the same command again"),
+        read_rows(dataset) as rows,
+    ):
+        shards = {row["number"]: row["shard"][0] for row in rows}
+    yield from (shards[number] for number in range(len(urls)))

@@ -7,22 +7,23 @@ upsample, encode, write) -> receipts on the driver. A unit is one row from end t
 import os
 import sys
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import ray
 import ray.data
 from numpy.typing import NDArray
 
-from featup.errors import FeatupError
 from pipeline.cluster.connect import connect
+from pipeline.cluster.faults import ray_errors_in_one_line
 from pipeline.cluster.featurizer import Featurizer
-from pipeline.cluster.planning import index_on_ray, number_rows
+from pipeline.cluster.planning import index_on_ray
 from pipeline.cluster.progress import Progress
 from pipeline.cluster.resources import Allotment, allot, await_resources, cluster_resources
+from pipeline.cluster.rows import number_rows, read_rows
 from pipeline.compute.load import decode_options, load_row
 from pipeline.compute.models import Setup
 from pipeline.compute.outcome import failed_unit
@@ -41,7 +42,6 @@ from pipeline.errors import (
     DamagedReceiptError,
     EnvironmentFault,
     JobFailedError,
-    PipelineError,
     Reason,
     StoreError,
     UnitError,
@@ -53,11 +53,13 @@ from pipeline.store.index import Summary, write_index
 from pipeline.store.layout import Layout, finished_attributes, read_attributes
 from pipeline.store.lease import Lease
 from pipeline.store.ledger import Ledger, Receipt, SampleRecord
+from pipeline.store.leftovers import remove_leftovers
 from pipeline.store.segments import UNITS_PER_SEGMENT
 from pipeline.store.verification import find_plan
 
 __all__ = ["precompute", "stages"]
 
+T = TypeVar("T")
 # So many units in a row that fail alike, and not one that succeeds: the fault is not the units'.
 _ALIKE = 5
 # The slowest unit that a run should bear: Ray Data ends a run in which nothing happens for longer.
@@ -112,23 +114,15 @@ class _State:
 @contextmanager
 def _ending_in_one_line(state: _State) -> Iterator[None]:
     try:
-        yield
+        with ray_errors_in_one_line(
+            lambda: f"{state.done} of {state.units} units are done, and the same command goes on"
+        ):
+            yield
     except (KeyboardInterrupt, SystemExit) as stop:
         # Ctrl-C or SIGTERM: the job's last line says how far it came.
-        stop.add_note(f"{state.done} of {state.units} units done" if state.started else "before the first unit")
+        done = f"{state.done} of {state.units} units done" if state.started else "before the first unit"
+        stop.add_note(f"{done}; the same command goes on")
         raise
-    except ray.exceptions.RayError as error:
-        cause = getattr(error, "cause", None)
-        if isinstance(cause, (PipelineError, FeatupError)):
-            raise cause from None  # An error in the options, not one in a worker: its own text says it all.
-        if cause is not None and not isinstance(cause, (OSError, ray.exceptions.RayError)):
-            raise cause from error  # A bug of ours: its traceback says where.
-        text = f"{type(cause).__name__}: {cause}" if cause is not None else str(error)
-        first = next((line for line in text.splitlines() if line.strip()), type(error).__name__)
-        raise JobFailedError(
-            f"Ray ended the run: {first.strip()} ({type(error).__name__}); {state.done} of {state.units} units are "
-            "done, and the same command goes on. The log of the process that died is under /tmp/ray/session_latest/logs"
-        ) from error
 
 
 def _run(config: PrecomputeConfig, lease: Lease, state: _State, on_cluster: bool) -> Summary:
@@ -149,7 +143,12 @@ def _run(config: PrecomputeConfig, lease: Lease, state: _State, on_cluster: bool
     # A plan beside no store binds nobody: the run that made it ended before its arrays were there.
     old = find_plan(config.out) if finished_attributes(config.out) is not None else None
     update = plan_store(config, old, index_all=index_on_ray)
-    recheck_input(config, old, update, ledger, lambda text: print(text, flush=True))
+    _retaking(
+        config.out,
+        ledger,
+        state,
+        lambda: recheck_input(config, old, update, ledger, lambda text: print(text, flush=True)),
+    )
     lease.check()
     setup: Setup = ray.get(
         _prepare_remotely.options(num_cpus=min(1.0, allotment.cpus), num_gpus=allotment.gpus_per_actor).remote(
@@ -163,7 +162,7 @@ def _run(config: PrecomputeConfig, lease: Lease, state: _State, on_cluster: bool
     for fault in plan.faults:
         print(f"input fault: {fault}", flush=True)
     if config.retry_failed is not None:
-        units = units_to_retry(config, plan, ledger)
+        units = _retaking(config.out, ledger, state, lambda: units_to_retry(config, plan, ledger))
         print(f"{len(units)} units hold failed samples that are tried again", flush=True)
         if units:
             lease.check()
@@ -187,10 +186,11 @@ def _run(config: PrecomputeConfig, lease: Lease, state: _State, on_cluster: bool
     if len(todo):
         withdraw_complete(config.out)
         _set_patience(config, plan)
-        rows = stages(config, plan, layout, setup, todo, allotment).iter_rows()
         whole = plan.units // UNITS_PER_SEGMENT
         left_of = Counter(unit // UNITS_PER_SEGMENT for unit in todo.tolist() if unit // UNITS_PER_SEGMENT < whole)
-        _follow(rows, Progress(len(todo), left), left_of, config.out, ledger, lease, state)
+        with read_rows(stages(config, plan, layout, setup, todo, allotment)) as rows:
+            _follow(rows, Progress(len(todo), left), left_of, config.out, ledger, lease, state)
+        remove_leftovers(config.out)
     lease.check()
     summary = _write_index(config, plan, ledger, state)
     lease.check()
@@ -199,6 +199,15 @@ def _run(config: PrecomputeConfig, lease: Lease, state: _State, on_cluster: bool
     print(summary.text(), flush=True)
     _judge(config, summary)
     return summary
+
+
+def _retaking(out: str, ledger: Ledger, state: _State, work: Callable[[], T]) -> T:
+    """What ``work`` returns, once the receipts that it finds damaged are taken back: each costs its unit alone."""
+    while True:
+        try:
+            return work()
+        except DamagedReceiptError as error:
+            _take_back(out, ledger, error, state)
 
 
 def _compact(out: str, ledger: Ledger, segment: int, state: _State) -> None:
@@ -216,7 +225,7 @@ def _take_back(out: str, ledger: Ledger, error: DamagedReceiptError, state: _Sta
 
 
 def _write_index(config: PrecomputeConfig, plan: Plan, ledger: Ledger, state: _State) -> Summary:
-    while True:
+    def write() -> Summary:
         for unit in sorted(state.taken_back):
             key = plan.unit(unit)
             if unit in state.failures or unit in ledger.done():
@@ -226,10 +235,9 @@ def _write_index(config: PrecomputeConfig, plan: Plan, ledger: Ledger, state: _S
             )
             damaged = UnitError(f"{key}: its receipt is damaged and was taken back")
             state.failures[unit] = failed_unit(key, plan.shards[key.shard].digest, records, damaged)
-        try:
-            return write_index(config.out, plan, ledger, state.failures)
-        except DamagedReceiptError as error:
-            _take_back(config.out, ledger, error, state)
+        return write_index(config.out, plan, ledger, state.failures)
+
+    return _retaking(config.out, ledger, state, write)
 
 
 def _allot(config: PrecomputeConfig, on_cluster: bool) -> Allotment:
@@ -245,10 +253,9 @@ def _allot(config: PrecomputeConfig, on_cluster: bool) -> Allotment:
     if allotment.hint:
         print(allotment.hint, flush=True)
     await_resources(
-        allotment,
+        lambda: allotment.missing(cluster_resources()[0]),
         # On one machine nothing will join.
         seconds=config.resource_timeout if on_cluster else 0.0,
-        resources=lambda: cluster_resources()[0],
         report=lambda text: print(text, flush=True),
     )
     return allotment

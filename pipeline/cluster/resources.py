@@ -39,6 +39,23 @@ class Allotment:
         """GPUs without which the job would wait for ever."""
         return self.actors * self.gpus_per_actor
 
+    def missing(self, has: Mapping[str, float]) -> str:
+        """What a cluster with so much ``CPU`` and ``GPU`` lacks, and the cure; empty where nothing is missing."""
+        cpus, gpus = has.get("CPU", 0.0), has.get("GPU", 0.0)
+        texts = []
+        if self.cpus > cpus + 1e-6:
+            texts.append(
+                f"{self.actors} actors of {self.cpus_per_actor:g} CPUs and a loader of {self.loader_cpus:g} need "
+                f"{self.cpus:g} CPUs, there are {cpus:g}; give fewer --actors, or less --cpus-per-actor or "
+                "--loader-cpus"
+            )
+        if self.gpus > gpus + 1e-6:
+            texts.append(
+                f"{self.actors} actors of {self.gpus_per_actor:g} GPUs need {self.gpus:g} GPUs, there are {gpus:g}; "
+                "give fewer --actors, or --gpus-per-actor 0 to run on CPUs"
+            )
+        return "; ".join(texts)
+
 
 def allot(
     has: Mapping[str, float],
@@ -76,10 +93,9 @@ def allot(
 
 
 def await_resources(
-    allotment: Allotment,
+    missing: Callable[[], str],
     *,
     seconds: float,
-    resources: Callable[[], Mapping[str, float]],
     report: Callable[[str], None],
     clock: Callable[[], float] = time.monotonic,
     sleep: Callable[[float], None] = time.sleep,
@@ -87,9 +103,8 @@ def await_resources(
     """Return once the cluster has what the job needs; say every 30 s what is waited for.
 
     Args:
-        allotment: what is needed.
+        missing: tells what the cluster does not have now, and what to do about it; empty where nothing is missing.
         seconds: how long machines may take to join; 0 where none can.
-        resources: tells what the cluster has now.
         report: prints a line.
         clock, sleep: tell and pass the time, in seconds.
 
@@ -98,33 +113,17 @@ def await_resources(
     """
     started = told = clock()
     while True:
-        missing = _missing(allotment, resources())
-        if not missing:
+        text = missing()
+        if not text:
             return
         now = clock()
         if now - started >= seconds:
             wait = f" after {now - started:.0f} s" if seconds else ""
-            raise ConfigError(f"the job would wait for ever{wait}: {missing}")
+            raise ConfigError(f"the job would wait for ever{wait}: {text}")
         if now == started or now - told >= _WAIT_LINE_SECONDS:
             told = now
-            report(f"waiting for machines, {now - started:.0f} of at most {seconds:.0f} s: {missing}")
+            report(f"waiting for machines, {now - started:.0f} of at most {seconds:.0f} s: {text}")
         sleep(min(2.0, seconds))
-
-
-def _missing(need: Allotment, has: Mapping[str, float]) -> str:
-    cpus, gpus = has.get("CPU", 0.0), has.get("GPU", 0.0)
-    texts = []
-    if need.cpus > cpus + 1e-6:
-        texts.append(
-            f"{need.actors} actors of {need.cpus_per_actor:g} CPUs and a loader of {need.loader_cpus:g} need "
-            f"{need.cpus:g} CPUs, there are {cpus:g}; give fewer --actors, or less --cpus-per-actor or --loader-cpus"
-        )
-    if need.gpus > gpus + 1e-6:
-        texts.append(
-            f"{need.actors} actors of {need.gpus_per_actor:g} GPUs need {need.gpus:g} GPUs, there are {gpus:g}; give "
-            "fewer --actors, or --gpus-per-actor 0 to run on CPUs"
-        )
-    return "; ".join(texts)
 
 
 def cluster_resources() -> tuple[Mapping[str, float], int]:

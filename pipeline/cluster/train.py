@@ -27,13 +27,13 @@ import yaml
 from featup.errors import FeatupError
 from pipeline.cluster.connect import connect
 from pipeline.cluster.planning import index_on_ray
-from pipeline.cluster.resources import cluster_resources, default_gpus
+from pipeline.cluster.resources import await_resources, cluster_resources, default_gpus
 from pipeline.cluster.train_worker import CHECKPOINTS, mend_snapshot, train_worker
 from pipeline.compute.models import make_backbone
 from pipeline.compute.prepare import plan_input, versions
 from pipeline.config.base import describe
 from pipeline.config.train import TrainConfig
-from pipeline.errors import ConfigError, JobFailedError, PipelineError
+from pipeline.errors import JobFailedError, PipelineError
 from pipeline.inputs import storage
 from pipeline.inputs.plan import Plan
 from pipeline.store.lease import Lease
@@ -49,7 +49,7 @@ def train(config: TrainConfig) -> None:
     """Train to the last step, from the last checkpoint where there is one. Running it again when done changes nothing.
 
     Raises:
-        ConfigError: this machine does not have what the workers ask for.
+        ConfigError: the workers ask for what this machine does not have, or the cluster did not get in time.
         JobFailedError: the workers failed for good, or too many samples could not be decoded.
         LeaseError: another driver is at work on ``out``.
         StoreMismatchError: ``out`` holds a run with other options, input or weights.
@@ -65,14 +65,19 @@ def train(config: TrainConfig) -> None:
             _run(config, lease, on_cluster)
         except (KeyboardInterrupt, SystemExit) as stop:
             # Ctrl-C or SIGTERM: the job's last line says how far it came.
-            stop.add_note(f"{recorded_steps(config.out)} of {config.steps} steps done, up to the last checkpoint")
+            done = f"{recorded_steps(config.out)} of {config.steps} steps done, up to the last checkpoint"
+            stop.add_note(f"{done}; the same command goes on")
             raise
 
 
 def _run(config: TrainConfig, lease: Lease, on_cluster: bool) -> None:
     """Record the run, let the workers train, and write the picture and the summary."""
     gpus = default_gpus(config.gpus_per_worker)
-    _check_resources(config, gpus, on_cluster)
+    await_resources(
+        lambda: _missing(config, gpus, cluster_resources()[0]),
+        seconds=config.resource_timeout if on_cluster else 0.0,
+        report=lambda text: print(text, flush=True),
+    )
     shards = plan_input(config, index_all=index_on_ray)
     plan = Plan(shards, 1, storage.join(config.out, "plan", "index"))
     order = SampleOrder(plan.samples, config.holdout, config.seed)
@@ -120,29 +125,16 @@ def _run(config: TrainConfig, lease: Lease, on_cluster: bool) -> None:
     _conclude(config, order, result.metrics, lines)
 
 
-def _check_resources(config: TrainConfig, gpus: float, on_cluster: bool) -> None:
-    """Hold what the workers ask for against what there is; on a cluster, more machines may join.
-
-    Raises:
-        ConfigError: the job would wait for ever.
-    """
-    resources, _ = cluster_resources()
-    cpus, needed_cpus, needed_gpus = (
-        resources.get("CPU", 0.0),
-        config.workers * config.cpus_per_worker,
-        config.workers * gpus,
-    )
-    if needed_cpus <= cpus and needed_gpus <= resources.get("GPU", 0.0):
-        return
-    text = (
+def _missing(config: TrainConfig, gpus: float, has: Mapping[str, float]) -> str:
+    """What a cluster with so much ``CPU`` and ``GPU`` lacks for the workers; empty where nothing is missing."""
+    cpus, needed_cpus, needed_gpus = has.get("CPU", 0.0), config.workers * config.cpus_per_worker, config.workers * gpus
+    if needed_cpus <= cpus + 1e-6 and needed_gpus <= has.get("GPU", 0.0) + 1e-6:
+        return ""
+    return (
         f"{config.workers} workers of {config.cpus_per_worker:g} CPUs and {gpus:g} GPUs need {needed_cpus:g} CPUs and "
-        f"{needed_gpus:g} GPUs, there are {cpus:g} and {resources.get('GPU', 0.0):g}"
+        f"{needed_gpus:g} GPUs, there are {cpus:g} and {has.get('GPU', 0.0):g}; give fewer --workers, less "
+        "--cpus-per-worker or --gpus-per-worker"
     )
-    if not on_cluster:
-        raise ConfigError(
-            f"the job would wait for ever: {text}; give fewer --workers, less --cpus-per-worker or --gpus-per-worker"
-        )
-    print(f"waiting for machines to join: {text}", flush=True)
 
 
 def _fit(trainer: ray.train.torch.TorchTrainer, lease: Lease) -> ray.train.Result:

@@ -1,5 +1,6 @@
 """Verification on all CPUs of a cluster."""
 
+import os
 from collections.abc import Callable
 from contextlib import nullcontext
 from functools import lru_cache, partial
@@ -10,14 +11,17 @@ import ray
 import ray.data
 
 from pipeline.cluster.connect import connect
-from pipeline.cluster.planning import number_rows
+from pipeline.cluster.faults import ray_errors_in_one_line
+from pipeline.cluster.rows import number_rows, read_rows
 from pipeline.compute.source_check import check_source
+from pipeline.errors import ConfigError
 from pipeline.inputs import storage
 from pipeline.inputs.plan import Plan
 from pipeline.store.lease import Lease
 from pipeline.store.ledger import Ledger
+from pipeline.store.leftovers import find_leftovers
 from pipeline.store.segments import UNITS_PER_SEGMENT
-from pipeline.store.verification import Verification, find_partial, repair_store, stored_plan, verify_store
+from pipeline.store.verification import Verification, repair_store, stored_plan, verify_store
 from pipeline.store.verify import Finding, SourceCheck, verify_unit
 
 __all__ = ["verify"]
@@ -42,20 +46,25 @@ def verify(
         url_of_shard: where an input shard lies now, by its number in the plan; by default where the plan says.
 
     Raises:
+        ConfigError: a relative path on a cluster.
+        JobFailedError: Ray ended the run.
         StoreError: there is no store, or its plan is damaged.
         LeaseError: a job is at work on the store that is to be repaired.
     """
+    if os.environ.get("RAY_ADDRESS") and storage.is_local(out) and not os.path.isabs(storage.local_path(out)):
+        raise ConfigError(
+            f"{out!r} is a relative path, and other nodes have other working folders; give an absolute one"
+        )
     plan = stored_plan(out)
-    # Before the lease, whose own renewals are files that are being written for a moment.
-    leftover = find_partial(out)
+    leftovers = find_leftovers(out)
     with Lease.acquire(out) if repair or remove_partial else nullcontext():
         report = Verification(units=plan.units, samples=plan.samples)
-        if leftover and remove_partial:
-            for place in leftover:
+        if leftovers and remove_partial:
+            for place in leftovers:
                 storage.remove(place)
-            report.notes.append(f"{len(leftover)} leftover .partial files removed")
+            report.notes.append(f"{len(leftovers)} leftover .partial files removed")
         else:
-            report.problems += [f"{place} is left over from a writer that was killed" for place in leftover]
+            report.problems += [f"{place} is left over from a writer that was killed" for place in leftovers]
         _verify(out, plan, report, object_store_mb, source_units, url_of_shard)
         if repair:
             repair_store(out, report)
@@ -85,9 +94,15 @@ def _verify(
         for shard in [plan.unit(unit).shard]
     }
     reference = ray.put((out, plan, units, urls, indexed))
-    rows = number_rows(len(units)).map(_verify_row, fn_kwargs={"reference": reference}, num_cpus=1)
-    for row in rows.iter_rows():
-        report.add(Finding.from_row(row))
+    dataset = number_rows(len(units)).map(_verify_row, fn_kwargs={"reference": reference}, num_cpus=1)
+    verified = 0
+    with (
+        ray_errors_in_one_line(lambda: f"{verified} of {len(units)} units are verified; run the same command again"),
+        read_rows(dataset) as rows,
+    ):
+        for row in rows:
+            report.add(Finding.from_row(row))
+            verified += 1
 
 
 @lru_cache(maxsize=2)

@@ -86,45 +86,40 @@ class UnitProcessor:
         are recorded as failed. A CUDA error that breaks the context ends the process; another one takes its place.
         """
         set_threads(self.config.threads, self._processes)
-        try:
-            receipt = self.ledger.get(key, loaded.shard)
-            if receipt is not None:
-                return Outcome(receipt)
-            with ExitStack() as alone:
-                if self.ledger.attempts(key.unit):
-                    # A process died with this unit in it: it runs alone now, or it would take others with it, and they
-                    # would be counted for what it does.
-                    alone.enter_context(self._computing)
-                    alone.enter_context(self._writing)
-                return self._attempt(key, loaded)
-        except EnvironmentFault as error:
-            return Outcome(failed_unit(key, loaded.shard, loaded.records, error), "environment")
-        except (PipelineError, OSError) as error:
-            return Outcome(failed_unit(key, loaded.shard, loaded.records, error), "unit")
+        return _outcome(key, loaded, lambda: self._process(key, loaded))
 
-    def _attempt(self, key: UnitKey, loaded: LoadedUnit) -> Outcome:
-        if self.ledger.begin_attempt(key.unit) > self.config.unit_attempts:
-            return self._give_up(key, loaded)
+    def _process(self, key: UnitKey, loaded: LoadedUnit) -> Outcome:
+        receipt = self.ledger.get(key, loaded.shard)
+        if receipt is not None:
+            return Outcome(receipt)
+        earlier = self.ledger.attempts(key.unit)
+        with ExitStack() as alone:
+            if earlier:
+                # A process died with this unit in it: it runs alone now, or it would take others with it, and they
+                # would be counted for what it does.
+                alone.enter_context(self._computing)
+                alone.enter_context(self._writing)
+            self.ledger.begin_attempt(key.unit, earlier)
+            work = self._give_up if earlier >= self.config.unit_attempts else self._attempt
+            outcome = _outcome(key, loaded, lambda: Outcome(work(key, loaded)))
+            self.ledger.end_attempt(key.unit)
+            return outcome
+
+    def _attempt(self, key: UnitKey, loaded: LoadedUnit) -> Receipt:
         failures = 0
         while True:
             try:
-                outcome = Outcome(self._process(key, loaded))
-            except EnvironmentFault as error:
-                outcome = Outcome(failed_unit(key, loaded.shard, loaded.records, error), "environment")
-            except (FeatupError, PipelineError, OSError, RuntimeError, ValueError) as error:
-                # Anything else is a fault of this program and ends the job with its traceback.
+                return self._make(key, loaded)
+            except (FeatupError, RuntimeError, ValueError) as error:
                 if context_is_broken(error):
                     print(f"{key}: {error}; this process cannot use its GPU any more and is replaced", flush=True)
                     self._end_process(BROKEN_CONTEXT_STATUS)
                 failures += 1
                 # What a device computes may fail by chance; what a store refuses, its retries have asked for already.
-                if failures < self.config.unit_attempts and not isinstance(error, (OSError, PipelineError)):
-                    continue
-                outcome = Outcome(failed_unit(key, loaded.shard, loaded.records, error), "unit")
-            self.ledger.end_attempt(key.unit)
-            return outcome
+                if failures >= self.config.unit_attempts or isinstance(error, (OSError, PipelineError)):
+                    raise
 
-    def _process(self, key: UnitKey, loaded: LoadedUnit) -> Receipt:
+    def _make(self, key: UnitKey, loaded: LoadedUnit) -> Receipt:
         seconds, sizes = dict(loaded.seconds), dict(loaded.sizes)
         with self._computing:
             features, records = self.compute(loaded, seconds)
@@ -166,7 +161,7 @@ class UnitProcessor:
         self._spare.append(features)
         return receipt
 
-    def _give_up(self, key: UnitKey, loaded: LoadedUnit) -> Outcome:
+    def _give_up(self, key: UnitKey, loaded: LoadedUnit) -> Receipt:
         """Record a unit's samples as failed, for good: the job goes on without it."""
         error = UnitError(
             f"{key} ended its process {self.config.unit_attempts} times and is given up; look at its samples and at "
@@ -186,8 +181,7 @@ class UnitProcessor:
             }
             receipt = replace(failed, error="", checksums=nothing)
             self.ledger.commit(receipt)
-        self.ledger.end_attempt(key.unit)
-        return Outcome(receipt)
+        return receipt
 
     def compute(
         self, loaded: LoadedUnit, seconds: dict[str, float]
@@ -244,6 +238,16 @@ class UnitProcessor:
     def _wait(self) -> None:
         if self.extractor.device.type == "cuda":
             torch.cuda.synchronize()  # or the features' time would be counted as the upsampler's
+
+
+def _outcome(key: UnitKey, loaded: LoadedUnit, work: Callable[[], Outcome]) -> Outcome:
+    """What became of a unit, its errors included; any other error is a fault of this program and ends the job."""
+    try:
+        return work()
+    except EnvironmentFault as error:
+        return Outcome(failed_unit(key, loaded.shard, loaded.records, error), "environment")
+    except (FeatupError, PipelineError, OSError, RuntimeError, ValueError) as error:
+        return Outcome(failed_unit(key, loaded.shard, loaded.records, error), "unit")
 
 
 @contextmanager

@@ -105,6 +105,13 @@ class InputConfig(BackboneConfig):
     object_store_mb: int = option(
         512, "MiB of Ray's object store, where the job starts its own Ray", group="run", run=True, at_least=75
     )
+    resource_timeout: float = option(
+        1800.0,
+        "seconds to wait on a cluster for CPUs and GPUs that are asked for and not there yet",
+        group="run",
+        run=True,
+        at_least=0,
+    )
 
     def _checks(self) -> Sequence[tuple[bool, str]]:
         return [*super()._checks(), (not self.shards, "shards is empty; give at least one tar")]

@@ -121,7 +121,8 @@ class PrecomputeConfig(LabelOptions, InputConfig):
     batch_size: int = option(8, "images in one forward pass", group="run", run=True, at_least=1)
     unit_attempts: int = option(
         3,
-        "how often a unit may fail or kill its process, over all runs, before it is listed as failed",
+        "how often a unit is tried before it is listed as failed: failures count within a run, deaths of its process "
+        "over all runs",
         group="run",
         run=True,
         at_least=1,
@@ -131,13 +132,6 @@ class PrecomputeConfig(LabelOptions, InputConfig):
         "compute failed samples again, those of the given reasons or, without a word, of all",
         group="run",
         run=True,
-    )
-    resource_timeout: float = option(
-        1800.0,
-        "seconds to wait on a cluster for CPUs and GPUs that are asked for and not there yet",
-        group="run",
-        run=True,
-        at_least=0,
     )
     recheck_share: float = option(
         1.0,

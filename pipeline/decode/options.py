@@ -39,9 +39,6 @@ class ImageOptions(Checked):
         run=True,
         at_least=1,
     )
-    decode_timeout: float = option(
-        60.0, "a sample fails whose decoding takes longer, in seconds", group="decoding", run=True, above=0
-    )
 
     def _checks(self) -> Sequence[tuple[bool, str]]:
         return [
@@ -63,7 +60,7 @@ class DepthOptions(Checked):
 
 @dataclass(frozen=True, kw_only=True)
 class LabelOptions(DepthOptions):
-    """Which labels are decoded, and how."""
+    """Which labels are decoded and how, and how long a sample may take."""
 
     labels: tuple[LabelKind, ...] = option(
         (), "labels every sample must have, stored beside the features: seg, depth, cls", group="decoding"
@@ -75,6 +72,9 @@ class LabelOptions(DepthOptions):
         "displayed",
         "pixel grid of the labels of a photograph that EXIF turns, where their size cannot tell",
         group="decoding",
+    )
+    decode_timeout: float = option(
+        60.0, "a sample fails whose decoding takes longer, in seconds", group="decoding", run=True, above=0
     )
 
     def _checks(self) -> Sequence[tuple[bool, str]]:

@@ -9,7 +9,6 @@ import fcntl
 import hashlib
 import os
 import threading
-import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from urllib.parse import quote
@@ -17,7 +16,7 @@ from urllib.parse import quote
 import fsspec.asyn
 
 from pipeline.errors import ConfigError
-from pipeline.inputs.local import LOCK, TEMPORARY, make_local_dirs, read_file, sync_file, write_file
+from pipeline.inputs.local import LOCK, durable_file, read_file, write_file
 from pipeline.inputs.remote import error_code, filesystem, is_local, local_path, protocol
 from pipeline.inputs.retry import environment_faults, retried
 
@@ -94,14 +93,7 @@ def _content_token(data: bytes) -> str:
 
 
 def _create_local(path: str, data: bytes) -> bool:
-    folder = os.path.dirname(path)
-    make_local_dirs(folder)
-    temporary = os.path.join(folder, f".{uuid.uuid4().hex}{TEMPORARY}")
-    try:
-        with open(temporary, "xb") as stream:
-            stream.write(data)
-            stream.flush()
-            os.fsync(stream.fileno())
+    with durable_file(path, data) as temporary:
         try:
             # A link appears with all of the bytes, and fails where the name is taken.
             os.link(temporary, path)
@@ -110,12 +102,7 @@ def _create_local(path: str, data: bytes) -> bool:
         except OSError as error:
             if error.errno not in _NO_LINKS:
                 raise
-            if not _create_without_link(path, data):
-                return False
-    finally:
-        with suppress(FileNotFoundError):
-            os.unlink(temporary)
-    sync_file(folder)
+            return _create_without_link(path, data)
     return True
 
 

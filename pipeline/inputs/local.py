@@ -3,13 +3,14 @@
 import os
 import uuid
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 
 from pipeline.inputs.remote import local_path
 
 __all__ = [
     "LOCK",
     "TEMPORARY",
+    "durable_file",
     "make_local_dirs",
     "read_file",
     "read_file_range",
@@ -45,6 +46,16 @@ def read_file_range(path: str, start: int, count: int) -> bytes:
 
 def write_file(path: str, *parts: bytes) -> None:
     """Write a file so that readers see the old one or the new one, durably; ``path`` is absolute."""
+    with durable_file(path, *parts) as temporary:
+        os.replace(temporary, path)
+
+
+@contextmanager
+def durable_file(path: str, *parts: bytes) -> Iterator[str]:
+    """A temporary file beside ``path`` with these bytes, durable, for the caller to give the name to.
+
+    What is left of it at the end is removed; the folder, which is made as needed, is durable then.
+    """
     folder = os.path.dirname(path)
     make_local_dirs(folder)
     temporary = os.path.join(folder, f".{uuid.uuid4().hex}{TEMPORARY}")
@@ -53,11 +64,10 @@ def write_file(path: str, *parts: bytes) -> None:
             stream.writelines(parts)
             stream.flush()
             os.fsync(stream.fileno())
-        os.replace(temporary, path)
-    except BaseException:
+        yield temporary
+    finally:
         with suppress(FileNotFoundError):
             os.unlink(temporary)
-        raise
     sync_file(folder)
 
 

@@ -228,13 +228,10 @@ class Ledger:
             # A marker only bounds how often a unit is tried: the count begins anew, and no unit is lost by it.
             return 0
 
-    def begin_attempt(self, unit: int) -> int:
-        """Mark that an attempt at a unit begins; returns how many have begun without an end, this one included."""
-        count, place = self.attempts(unit) + 1, self._attempt_place(unit)
-        marker = {"count": count, "host": platform.node(), "pid": os.getpid(), "time": time.time()}
-        data = json.dumps(marker).encode()
-        storage.write_atomic(place, data)
-        return count
+    def begin_attempt(self, unit: int, earlier: int) -> None:
+        """Mark that an attempt at a unit begins, where ``earlier`` ones (:meth:`attempts`) did not end."""
+        marker = {"count": earlier + 1, "host": platform.node(), "pid": os.getpid(), "time": time.time()}
+        storage.write_atomic(self._attempt_place(unit), json.dumps(marker).encode())
 
     def end_attempt(self, unit: int) -> None:
         """Remove the marker: the attempt ended, well or with an error, and its process lives."""

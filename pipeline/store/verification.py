@@ -1,10 +1,7 @@
 """Verification of a store as a whole: its plan, its index and its files, and the report of all units' findings."""
 
-import os
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 
@@ -12,7 +9,6 @@ from pipeline.console import human_bytes
 from pipeline.errors import StoreError
 from pipeline.inputs import storage
 from pipeline.inputs.plan import Plan
-from pipeline.inputs.remote import filesystem
 from pipeline.store.create import withdraw_complete
 from pipeline.store.index import partition_count
 from pipeline.store.layout import Layout, store_attributes
@@ -22,10 +18,9 @@ from pipeline.store.provenance import check_plan_files
 from pipeline.store.segments import UNITS_PER_SEGMENT, DoneUnits, segment_units
 from pipeline.store.verify import Finding
 
-__all__ = ["Verification", "find_partial", "find_plan", "repair_store", "stored_plan", "verify_store"]
+__all__ = ["Verification", "find_plan", "repair_store", "stored_plan", "verify_store"]
 
 _NAMED = 10
-_PARTIAL = ".partial"
 
 
 @dataclass
@@ -177,23 +172,6 @@ def _verify_partitions(out: str, plan: Plan, report: Verification) -> frozenset[
             report.problems.append(f"{partition_place(out, number)} {state}")
             report.misindexed.add(number)
     return frozenset(sound)
-
-
-def find_partial(out: str) -> list[str]:
-    """Files anywhere in a store that a writer began and did not finish, because it was killed."""
-    places = (storage.join(folder, name) for folder, name in _files(out) if name.endswith(_PARTIAL))
-    return sorted(places)
-
-
-def _files(out: str) -> Iterator[tuple[str, str]]:
-    if storage.is_local(out):
-        for folder, _, names in os.walk(storage.local_path(out)):
-            yield from ((folder, name) for name in names)
-        return
-    system, path = filesystem(out)
-    walk: Iterator[tuple[str, Any, Any]] = system.walk(path)
-    for folder, _, names in walk:
-        yield from ((system.unstrip_protocol(folder), name) for name in names)
 
 
 def repair_store(out: str, report: Verification) -> None:

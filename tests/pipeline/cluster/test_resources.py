@@ -14,7 +14,7 @@ def allotted(cpus: float, gpus: float = 0, nodes: int = 1, **options: float) -> 
 
 def check(allotment: Allotment, cpus: float, gpus: float = 0) -> None:
     """Raises at once where the machine is too small."""
-    await_resources(allotment, seconds=0, resources=lambda: {"CPU": cpus, "GPU": gpus}, report=print)
+    await_resources(lambda: allotment.missing({"CPU": cpus, "GPU": gpus}), seconds=0, report=print)
 
 
 @given(cpus=st.integers(1, 256), actors=st.integers(1, 64))
@@ -64,21 +64,25 @@ def test_actors_share_the_cores_of_their_machine_not_those_of_the_cluster(actors
 def test_machines_that_join_later_are_waited_for_with_a_line_every_half_minute() -> None:
     now = [0.0]
     lines: list[str] = []
-    gpus = lambda: {"CPU": 4, "GPU": 1 if now[0] >= 100 else 0}  # noqa: E731
 
     def sleep(seconds: float) -> None:
         now[0] += seconds
 
     need = allotted(4, gpus_per_actor=1.0)
-    await_resources(need, seconds=1800, resources=gpus, report=lines.append, clock=lambda: now[0], sleep=sleep)
+    await_resources(
+        lambda: need.missing({"CPU": 4, "GPU": 1 if now[0] >= 100 else 0}),
+        seconds=1800,
+        report=lines.append,
+        clock=lambda: now[0],
+        sleep=sleep,
+    )
     assert 100 <= now[0] < 103
     assert len(lines) == 4
     assert all("waiting for machines" in line and "need 1 GPUs, there are 0" in line for line in lines)
     with pytest.raises(ConfigError, match="wait for ever after 60 s"):
         await_resources(
-            need,
+            lambda: need.missing({"CPU": 4}),
             seconds=60,
-            resources=lambda: {"CPU": 4},
             report=lines.append,
             clock=lambda: now[0],
             sleep=sleep,

@@ -32,8 +32,8 @@ def test_a_unit_is_written_once_and_leaves_no_marker(store: Store) -> None:
 
 def test_a_unit_that_ends_its_process_is_given_up_after_its_attempts_and_listed(store: Store) -> None:
     """It was tried again for ever. An attempt that never ended is what a killed process leaves behind."""
-    for attempt in (1, 2, 3):
-        assert store.ledger.begin_attempt(0) == attempt
+    for earlier in range(3):
+        store.ledger.begin_attempt(0, earlier)
     outcome = store.processor().process(store.plan.unit(0), store.load(0))
     assert outcome.fault == ""
     assert {record.status for record in outcome.receipt.samples} == {"failed"}
@@ -120,8 +120,8 @@ def test_a_write_that_cannot_succeed_is_told_and_nothing_is_computed_again(store
 
 
 def test_a_run_that_is_stopped_does_not_count_against_the_units_it_was_at(store: Store) -> None:
-    store.ledger.begin_attempt(0)
-    for _ in range(2):
-        store.ledger.begin_attempt(1)
+    store.ledger.begin_attempt(0, 0)
+    for earlier in range(2):
+        store.ledger.begin_attempt(1, earlier)
     store.ledger.forgive_attempts()
     assert (store.ledger.attempts(0), store.ledger.attempts(1)) == (0, 1)

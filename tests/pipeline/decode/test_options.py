@@ -37,8 +37,8 @@ def test_options_are_checked(options: dict[str, Any], text: str) -> None:
 
 
 def test_a_config_gives_the_options_it_has_and_defaults_for_others() -> None:
-    own = {"geometry": "pad", "image_exts": ("png",), "max_pixels": 7, "max_bytes": 8, "decode_timeout": 9.0}
-    labels = {"labels": ("seg",), "seg_dtype": "uint16", "label_orientation": "stored"}
+    own = {"geometry": "pad", "image_exts": ("png",), "max_pixels": 7, "max_bytes": 8}
+    labels = {"decode_timeout": 9.0, "labels": ("seg",), "seg_dtype": "uint16", "label_orientation": "stored"}
     scales = {"depth_png_scale": 2.0, "depth_npy_scale": 3.0}
     size, fill = Size(3, 5), (1, 2, 3)
     store = PrecomputeConfig(shards=("a",), out="o", size=size, **own, **labels, **scales)  # type: ignore[arg-type]

@@ -83,7 +83,7 @@ def test_running_job(url: str) -> None:
     ledger = ledger_of(url)
     for unit in range(5):
         ledger.commit(receipt_of(plan, unit, ["undecodable"] if unit == 1 else [], seconds=1.0 + unit))
-    ledger.begin_attempt(5)
+    ledger.begin_attempt(5, 0)
     # A driver whose clock stood at the first unit's end: what runs before it did does not count.
     with Lease.acquire(url, clock=lambda: START) as lease:
         status = collect_status(url, clock=lambda: START + 45)
