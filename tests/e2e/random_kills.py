@@ -254,8 +254,7 @@ class Campaign:
             later = [written - kill.when for _, written in receipts.values() if written > kill.when]
             kill.next_receipt = min(later, default=0.0)
             kill.recomputed = sum(receipts[name][0] != mark for name, (mark, _) in kill.receipts.items())
-        # Files that were being written when their writer was killed lie beside the arrays' own until they are removed.
-        report = support.run("verify", self.place.url, "--remove-partial", variables=self.place.variables)
+        report = support.run("verify", self.place.url, variables=self.place.variables)
         assert f"{samples} samples = {samples} ok + 0 failed" in report, f"{what}:\n{report}"
         assert "clean" in report, f"{what}:\n{report}"
         arrays = self.place.array_files()

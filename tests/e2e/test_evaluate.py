@@ -1,13 +1,11 @@
 """The table as a user makes it: labelled images in shards, every kind of method, and refusals; a store's probe."""
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-import ray
 import torch
 from PIL import Image
 
@@ -187,14 +185,7 @@ def test_a_checkpoint_of_another_backbone_is_refused(
     assert "was trained for resnet50, layer 3" in capsys.readouterr().err
 
 
-@pytest.fixture
-def own_ray() -> Iterator[None]:
-    yield
-    ray.shutdown()
-
-
 @pytest.mark.ray
-@pytest.mark.usefixtures("own_ray")
 def test_a_probe_of_a_store_that_precompute_made(
     shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

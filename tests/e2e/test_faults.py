@@ -11,6 +11,7 @@ from PIL import Image
 
 from pipeline.loader.dataset import FeatureDataset
 from tests.e2e import support
+from tests.e2e.in_process import run
 from tests.e2e.support import encode, good_sample, photograph
 
 
@@ -84,7 +85,7 @@ def test_each_bad_input_gets_its_documented_result(tmp_path: Path) -> None:
     out = tmp_path / "out"
     options = (*support.TINY, "--labels", "seg", "--rows-per-shard", 8, "--max-pixels", 100_000)
     command = ("--shards", tmp_path / "bad-{0..4}.tar", "--out", out, *options)
-    text = support.run("precompute", *command, status=1)
+    text = run("precompute", *command, status=1)
     samples = len(expected) + 1 + 2 + 2
     failed = sum(status != "ok" for status in expected.values()) + 1 + 1
     assert f"input {samples} = ok {samples - failed} + failed {failed}" in text
@@ -111,9 +112,9 @@ def test_each_bad_input_gets_its_documented_result(tmp_path: Path) -> None:
     assert "sixteen_bit" in flags["sixteen"]
 
     # More allowed: the same store, nothing computed again, success.
-    text = support.run("precompute", *command, "--max-failed-fraction", 0.6)
+    text = run("precompute", *command, "--max-failed-fraction", 0.6)
     assert " 0 to do" in text
-    assert "clean" in support.run("verify", out)
+    assert "clean" in run("verify", out)
     dataset = FeatureDataset(str(out), ["features", "seg"])
     assert len(dataset) == samples - failed
     root = zarr.open(out / "features.zarr", mode="r")
@@ -131,13 +132,13 @@ def test_a_shard_replaced_by_one_of_the_same_size_and_time_stops_the_job_and_is_
     support.write_tar(tmp_path / "b.tar", [m for n in range(3) for m in good_sample(f"b{n}", n)])
     out = tmp_path / "out"
     command = ("--shards", tmp_path / "[ab].tar", "--out", out, *support.TINY, "--labels", "seg", "--rows-per-shard", 4)
-    support.run("precompute", *command, "--dry-run")
+    run("precompute", *command, "--dry-run")
     original, times = first.read_bytes(), first.stat()
     garbage = bytearray(original)
     garbage[: 4 * 512] = bytes(4 * 512)
     first.write_bytes(garbage)
     os.utime(first, ns=(times.st_atime_ns, times.st_mtime_ns))
-    text = support.run("precompute", *command, status=1)
+    text = run("precompute", *command, status=1)
     (line,) = [line for line in text.splitlines() if line.startswith("precompute: ")]
     assert "InputChangedError" in line
     assert "a.tar" in line
@@ -145,6 +146,6 @@ def test_a_shard_replaced_by_one_of_the_same_size_and_time_stops_the_job_and_is_
     assert done < 3
     first.write_bytes(original)
     os.utime(first, ns=(times.st_atime_ns, times.st_mtime_ns))
-    text = support.run("precompute", *command)
+    text = run("precompute", *command)
     assert f"{done} units done before, {3 - done} to do" in text
     assert "input 9 = ok 9 + failed 0" in text

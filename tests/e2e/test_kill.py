@@ -1,4 +1,7 @@
-"""SIGKILL in mid-run, for real: to the actor's process, and to the driver's."""
+"""SIGKILL in mid-run, for real: to the actor's process, to one that loads, and to the driver's.
+
+``benchmarks/random_kills.py`` does so at random times, as often as is asked for.
+"""
 
 import json
 import os
@@ -8,26 +11,24 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests.e2e import support
+from tests.e2e import random_kills, support
+from tests.e2e.in_process import run
+from tests.e2e.random_kills import Campaign, Kill, OnDisk
 
-# A real ViT at its real size, so that a unit takes long enough to be killed in the middle of.
-OPTIONS = ("--backbone", "vit_tiny_patch16_224", "--pretrained", "false", "--labels", "seg", "--pca", 32)
-OPTIONS = (*OPTIONS, "--rows-per-shard", 2, "--object-store-mb", 100)
+OPTIONS = random_kills.OPTIONS
 
 
 @pytest.fixture(scope="module")
 def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("shards")
-    for tar in range(2):
-        samples = [support.good_sample(f"k{tar}{n:02d}", 20 * tar + n) for n in range(15)]
-        support.write_tar(folder / f"kill-{tar}.tar", [member for sample in samples for member in sample])
+    random_kills.write_shards(folder)
     return folder / "kill-*.tar"
 
 
 @pytest.fixture(scope="module")
 def uninterrupted(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
     out = tmp_path_factory.mktemp("whole") / "out"
-    support.run("precompute", "--shards", shards, "--out", out, *OPTIONS)
+    run("precompute", "--shards", shards, "--out", out, *OPTIONS)
     return support.array_files(out)
 
 
@@ -43,7 +44,7 @@ def test_the_job_survives_the_death_of_its_actor(shards: Path, uninterrupted: di
     assert len(workers) == 2, f"units were made by processes {workers}, of which {victim} was killed"
     assert "input 30 = ok 30 + failed 0" in (tmp_path / "log").read_text()
     assert support.array_files(out) == uninterrupted
-    assert "clean" in support.run("verify", out)
+    assert "clean" in run("verify", out)
 
 
 @pytest.mark.ray
@@ -67,3 +68,20 @@ def test_the_same_command_goes_on_after_the_death_of_the_driver(
     assert {path: path.stat().st_mtime_ns for path in done} == done, "a finished unit was computed again"
     assert len(support.receipts(out)) == 16
     assert support.array_files(out) == uninterrupted
+    # Also what the killed writers had begun is gone.
+    assert "clean" in run("verify", out)
+
+
+@pytest.mark.ray
+@pytest.mark.timeout(400)
+def test_a_loader_that_is_killed_changes_nothing_in_the_store(
+    shards: Path, uninterrupted: dict[str, bytes], tmp_path: Path
+) -> None:
+    # A kill whose time does not come before the job is done is left for another store.
+    queue, seed, kills = ["loader"], 14, list[Kill]()
+    while queue and seed < 17:
+        place = OnDisk(tmp_path / f"out-{seed}")
+        those = Campaign(place, str(shards), seed, tmp_path / f"logs-{seed}").run(queue, uninterrupted)
+        kills, queue, seed = kills + those, queue[len(those) :], seed + 1
+    print(random_kills.table(kills))
+    assert [kill.kind for kill in kills] == ["loader"]

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.e2e import support
+from tests.e2e.in_process import run
 from tests.e2e.objectstore import BUCKET, Faults, ObjectStore, Outage, object_store
 
 OPTIONS = (*support.TINY, "--labels", "seg", "--pca", 8, "--rows-per-shard", 2, "--stride", 16)
@@ -49,7 +50,7 @@ def shards(server: ObjectStore, tmp_path_factory: pytest.TempPathFactory) -> Pat
 @pytest.fixture(scope="module")
 def on_disk(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("disk") / "out"
-    support.run("precompute", "--shards", shards / SHARDS, "--out", out, *OPTIONS)
+    run("precompute", "--shards", shards / SHARDS, "--out", out, *OPTIONS)
     return out
 
 

@@ -19,6 +19,7 @@ from featup.multiview.implicit import FitOptions, Implicit
 from featup.upsamplers import JBU, Bilateral
 from pipeline.loader.dataset import FeatureDataset
 from tests.e2e import support
+from tests.e2e.in_process import run
 
 OPTIONS = (*support.TINY, "--labels", "seg", "--pca", 8, "--rows-per-shard", 4, "--stride", 16)
 
@@ -35,7 +36,7 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def store(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("store") / "train"
-    text = support.run("precompute", "--shards", shards / "train-{0000..0001}.tar", "--out", out, *OPTIONS)
+    text = run("precompute", "--shards", shards / "train-{0000..0001}.tar", "--out", out, *OPTIONS)
     assert "input 13 = ok 13 + failed 0" in text
     return out
 
@@ -91,27 +92,27 @@ def test_index_and_receipts_account_for_every_sample(store: Path) -> None:
 def test_running_again_computes_nothing_and_other_options_are_refused(store: Path, shards: Path) -> None:
     before = {path: path.stat().st_mtime_ns for path in support.receipts(store)}
     command = ("--shards", shards / "train-*.tar", "--out", store)
-    text = support.run("precompute", *command, *OPTIONS)
+    text = run("precompute", *command, *OPTIONS)
     assert "4 units done before, 0 to do" in text
     assert {path: path.stat().st_mtime_ns for path in support.receipts(store)} == before
-    text = support.run("precompute", *command, *OPTIONS, "--geometry", "pad", "--upsampler", "bicubic", status=1)
+    text = run("precompute", *command, *OPTIONS, "--geometry", "pad", "--upsampler", "bicubic", status=1)
     assert "geometry: the store has 'squash', this run has 'pad'" in text
     assert "upsampler: the store has 'bilateral', this run has 'bicubic'" in text
     fewer = ("--shards", shards / "train-0000.tar", "--out", store)
-    text = support.run("precompute", *fewer, *OPTIONS, status=1)
+    text = run("precompute", *fewer, *OPTIONS, status=1)
     assert "train-0001.tar" in text
     assert "InputError" in text
     # Without its arrays, the receipts would make a new store look finished and be empty.
     arrays = (store / "features.zarr").rename(store / "moved")
     try:
-        assert "has receipts and no arrays" in support.run("precompute", *command, *OPTIONS, status=1)
+        assert "has receipts and no arrays" in run("precompute", *command, *OPTIONS, status=1)
     finally:
         arrays.rename(store / "features.zarr")
 
 
 @pytest.mark.ray
 def test_verify_passes_a_whole_store_and_finds_damage(store: Path) -> None:
-    assert "clean: 4 units, 13 samples = 13 ok + 0 failed" in support.run("verify", store)
+    assert "clean: 4 units, 13 samples = 13 ok + 0 failed" in run("verify", store)
     shard = store / "features.zarr" / "features" / "c" / "1" / "0" / "0" / "0"
     label = store / "features.zarr" / "seg" / "c" / "2" / "0" / "0"
     status = store / "features.zarr" / "status" / "c" / "3"
@@ -123,7 +124,7 @@ def test_verify_passes_a_whole_store_and_finds_damage(store: Path) -> None:
         label.unlink()
         array = zarr.open(store / "features.zarr", mode="r+")["status"]
         array[13] = 2
-        text = support.run("verify", store, status=1)
+        text = run("verify", store, status=1)
     finally:
         for path, data in originals.items():
             path.write_bytes(data)
@@ -135,7 +136,7 @@ def test_verify_passes_a_whole_store_and_finds_damage(store: Path) -> None:
 @pytest.mark.ray
 def test_dry_run_counts_as_the_run_does(store: Path, shards: Path, tmp_path: Path) -> None:
     out = tmp_path / "planned"
-    text = support.run("precompute", "--shards", shards / "train-*.tar", "--out", out, *OPTIONS, "--dry-run")
+    text = run("precompute", "--shards", shards / "train-*.tar", "--out", out, *OPTIONS, "--dry-run")
     assert "2 shards, 13 samples" in text
     assert "4 of up to 4 samples; arrays of 16 rows, 3 of them holes" in text
     assert not (out / "features.zarr").exists()
@@ -167,7 +168,7 @@ def test_patch_14_by_jbu_with_padding_depth_and_classes(tmp_path: Path) -> None:
     command = ("--shards", shard, "--out", out, "--backbone", "vit_small_patch14_dinov2", "--pretrained", "false")
     command = (*command, "--upsampler", "jbu", "--checkpoint", tmp_path / "jbu.safetensors", "--pca", 16)
     command = (*command, "--geometry", "pad", "--labels", "depth", "cls", "--object-store-mb", 100)
-    assert "16x16 to 224x224 by jbu" in support.run("precompute", *command)
+    assert "16x16 to 224x224 by jbu" in run("precompute", *command)
     dataset = FeatureDataset(str(out), ["features", "depth", "cls", "valid"])
     assert [int(dataset[n]["cls"]) for n in range(4)] == [0, 7, 14, 21]
     tall = dataset[1]
@@ -180,7 +181,7 @@ def test_patch_14_by_jbu_with_padding_depth_and_classes(tmp_path: Path) -> None:
     assert inside[:12].isnan().all(), "0 means unknown"
     assert inside[14:].isfinite().all()
     assert inside[200].mean() > inside[20].mean() > 0.5
-    assert "clean" in support.run("verify", out)
+    assert "clean" in run("verify", out)
 
 
 @pytest.mark.ray
@@ -201,7 +202,7 @@ def test_a_cnn_stage_on_images_that_are_not_square_to_another_size(tmp_path: Pat
         16,
     )
     command = (*command, "--size", "352x480", "--output-size", "88x120", "--labels", "seg", "--mantissa-bits", 7)
-    assert "22x30 to 88x120 by bilateral, 512 channels" in support.run("precompute", *command, "--object-store-mb", 100)
+    assert "22x30 to 88x120 by bilateral, 512 channels" in run("precompute", *command, "--object-store-mb", 100)
     sample = FeatureDataset(str(out), ["features", "seg"])[2]
     assert sample["features"].shape == (88, 120, 512)
     assert sample["seg"].shape == (88, 120)
@@ -216,13 +217,13 @@ def test_another_store_takes_the_pca(store: Path, shards: Path, tmp_path: Path) 
     out, place = tmp_path / "val", Path("plan", "pca.safetensors")
     plain = [value for value in OPTIONS if value not in ("--pca", 8)]
     command = ("--shards", shards / "train-0001.tar", "--out", out, *plain, "--pca-from")
-    text = support.run("precompute", *command, store, "--norm", "layer", "--dry-run", status=1)
+    text = run("precompute", *command, store, "--norm", "layer", "--dry-run", status=1)
     assert (
         "norm: the store has 'model', this run has 'layer'. Give the options of the backbone that store was made with"
         in text
     )
-    assert "8 channels stored" in support.run("precompute", *command, store, "--dry-run")
-    assert "input 6 = ok 6 + failed 0" in support.run("precompute", *command, store)
+    assert "8 channels stored" in run("precompute", *command, store, "--dry-run")
+    assert "input 6 = ok 6 + failed 0" in run("precompute", *command, store)
     assert (out / place).read_bytes() == (store / place).read_bytes()
     whole, part = (FeatureDataset(str(url), ["features"]) for url in (store, out))
     assert torch.equal(whole[7]["features"], part[0]["features"])
@@ -231,9 +232,9 @@ def test_another_store_takes_the_pca(store: Path, shards: Path, tmp_path: Path) 
     pca = load_pca(store / place)
     (other / place).write_bytes(pca_bytes(replace(pca, components=-pca.components)))
     # So is a PCA that is not the one its store was made with: it gave features of cosine -1, and exit status 0.
-    assert "the file was replaced" in support.run("precompute", *command, other, status=1)
+    assert "the file was replaced" in run("precompute", *command, other, status=1)
     assert (out / place).read_bytes() == (store / place).read_bytes()
-    assert "0 to do with 0 samples" in support.run("precompute", *command, store)
+    assert "0 to do with 0 samples" in run("precompute", *command, store)
 
 
 @pytest.mark.ray
@@ -246,8 +247,8 @@ def test_implicit_fits_go_into_the_store_with_their_quality(shards: Path, tmp_pa
     out = tmp_path / "store"
     options = ("--upsampler", "implicit", "--fit-steps", 20, "--fit-views", 6, "--fit-seed", 5, "--output-size", 96)
     tar = shards / "train-0001.tar"
-    support.run("precompute", "--shards", tar, "--out", out, *OPTIONS, *options)
-    support.run("verify", out)
+    run("precompute", "--shards", tar, "--out", out, *OPTIONS, *options)
+    run("verify", out)
     (sample,) = [one for number, (_, one) in enumerate(iterate_tar(str(tar))) if number == 4]
     image = prepare_sample(sample, DecodeOptions(size=(96, 96), geometry="squash")).image
     images = torch.from_numpy(image)[None]

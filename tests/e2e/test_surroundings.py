@@ -15,6 +15,7 @@ import pytest
 
 from pipeline.store.ledger import Ledger
 from tests.e2e import support
+from tests.e2e.in_process import run
 
 SMALL = (*support.TINY, "--labels", "seg", "--rows-per-shard", 2)
 
@@ -50,17 +51,17 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 def test_a_full_disk_stops_the_job_soon_and_resume_works(shards: Path, small_disk: Path) -> None:
     """All units were computed and thrown away, and running the command again was advised."""
     command = ("--shards", shards, "--out", small_disk / "out", *SMALL)
-    text = support.run("precompute", *command, status=1)
+    text = run("precompute", *command, status=1)
     line = one_line(text, "precompute")
     assert "no space is left on the device" in line
     assert "The job stops here" in line
     done = len(support.receipts(small_disk / "out"))
     assert done < 8
     subprocess.run(["mount", "-o", "remount,size=64m", str(small_disk)], check=True)
-    text = support.run("precompute", *command)
+    text = run("precompute", *command)
     assert f"{done} units done before" in text
     assert "input 16 = ok 16 + failed 0" in text
-    assert "clean" in support.run("verify", small_disk / "out")
+    assert "clean" in run("verify", small_disk / "out")
 
 
 def keep_to_permissions() -> None:
@@ -91,7 +92,7 @@ def test_access_that_is_revoked_stops_the_job_with_the_place_and_the_cure(shards
     assert "The job stops here" in line
     done = len(support.receipts(out))
     assert done < 8
-    assert "input 16 = ok 16 + failed 0" in support.run("precompute", *command)
+    assert "input 16 = ok 16 + failed 0" in run("precompute", *command)
 
 
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
@@ -132,7 +133,7 @@ def test_of_two_commands_started_at_once_one_makes_the_store_and_the_other_is_re
     line = one_line(loser, "precompute")
     assert "LeaseError" in line
     assert str(jobs[statuses.index(0)].pid) in line
-    assert "clean" in support.run("verify", out)
+    assert "clean" in run("verify", out)
 
 
 def test_a_unit_that_kills_its_process_is_given_up_and_the_rest_is_stored(shards: Path, tmp_path: Path) -> None:
@@ -157,28 +158,28 @@ def test_a_unit_that_kills_its_process_is_given_up_and_the_rest_is_stored(shards
     killer.start()
     try:
         command = ("--shards", shards, "--out", out, *SMALL, "--unit-attempts", 2)
-        text = support.run("precompute", *command, "--max-failed-fraction", 0.5)
+        text = run("precompute", *command, "--max-failed-fraction", 0.5)
     finally:
         ended.set()
         killer.join()
     assert len(killed) == 2
     assert "input 16 = ok 14 + failed 2" in text
     assert "failed:      2  unit_failed" in text
-    assert "clean" in support.run("verify", out)
-    assert " 0 to do" in support.run("precompute", *command, "--max-failed-fraction", 0.5)
-    text = support.run("precompute", *command, "--retry-failed", "unit_failed")
+    assert "clean" in run("verify", out)
+    assert " 0 to do" in run("precompute", *command, "--max-failed-fraction", 0.5)
+    text = run("precompute", *command, "--retry-failed", "unit_failed")
     assert "input 16 = ok 16 + failed 0" in text
-    assert "clean" in support.run("verify", out)
+    assert "clean" in run("verify", out)
     assert Ledger(str(out / "ledger")).attempts(3) == 0
 
 
 def test_what_a_machine_cannot_give_is_refused_before_anything_waits(shards: Path, tmp_path: Path) -> None:
     cores = len(os.sched_getaffinity(0))
     command = ("--shards", shards, "--out", tmp_path / "out", *SMALL)
-    text = support.run("precompute", *command, "--cpus-per-actor", cores, status=1)
+    text = run("precompute", *command, "--cpus-per-actor", cores, status=1)
     assert "the job would wait for ever" in one_line(text, "precompute")
     assert "--cpus-per-actor" in text
-    text = support.run("precompute", *command, "--actors", cores)
+    text = run("precompute", *command, "--actors", cores)
     assert "input 16 = ok 16 + failed 0" in text
 
 

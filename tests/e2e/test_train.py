@@ -39,7 +39,8 @@ OPTIONS = (*OPTIONS, "--evaluate-every", 7, "--checkpoint-every", 3, "--max-fail
 
 @pytest.fixture(scope="module", autouse=True)
 def one_ray() -> Iterator[None]:
-    """The first job starts it, as it does in a process of its own, and the others find it."""
+    """The first job starts it, with its own settings, as it does in a process of its own, and the others find it."""
+    ray.shutdown()
     yield
     ray.shutdown()
 

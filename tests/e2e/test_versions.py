@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.e2e import support
+from tests.e2e.in_process import run
 from tests.e2e.support import array_files, good_sample, write_tar
 
 # A program whose format is one further. The store's program did not know `label_orientation` nor `recheck_share`, and
@@ -63,8 +64,8 @@ def half(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
         members = [m for n in range(4) for m in good_sample(f"k{tar}{n}", 10 * tar + n)]
         write_tar(folder / f"v-{tar}.tar", members)
     options = (*support.TINY, "--labels", "seg", "--rows-per-shard", 2)
-    support.run("precompute", "--shards", folder / "v-0.tar", "--out", folder / "out", *options)
-    support.run("precompute", "--shards", folder / "v-*.tar", "--out", folder / "whole", *options)
+    run("precompute", "--shards", folder / "v-0.tar", "--out", folder / "out", *options)
+    run("precompute", "--shards", folder / "v-*.tar", "--out", folder / "whole", *options)
     forget(folder / "out")
     return folder, folder / "out"
 
