@@ -9,7 +9,7 @@ demo: env
 	$(RUN) -m jobs.demo --out out/demo $(DEMO_OPTIONS)
 
 test: env
-	$(RUN) -m pytest -n 2 --dist loadfile
+	$(RUN) -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 lint: env
 	$(VENV)/bin/ruff format --check .

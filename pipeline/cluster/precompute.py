@@ -24,6 +24,7 @@ from pipeline.cluster.planning import index_on_ray
 from pipeline.cluster.progress import Progress
 from pipeline.cluster.resources import Allotment, allot, await_resources, cluster_resources
 from pipeline.cluster.rows import number_rows, read_rows
+from pipeline.compute.device import threads_restored
 from pipeline.compute.load import decode_options, load_row
 from pipeline.compute.models import Setup
 from pipeline.compute.outcome import failed_unit
@@ -47,7 +48,7 @@ from pipeline.errors import (
     UnitError,
 )
 from pipeline.inputs import storage
-from pipeline.inputs.plan import Plan
+from pipeline.inputs.plan import Plan, PlannedShard
 from pipeline.store.create import declare_complete, withdraw_complete
 from pipeline.store.index import Summary, write_index
 from pipeline.store.layout import Layout, finished_attributes, read_attributes
@@ -150,11 +151,7 @@ def _run(config: PrecomputeConfig, lease: Lease, state: _State, on_cluster: bool
         lambda: recheck_input(config, old, update, ledger, lambda text: print(text, flush=True)),
     )
     lease.check()
-    setup: Setup = ray.get(
-        _prepare_remotely.options(num_cpus=min(1.0, allotment.cpus), num_gpus=allotment.gpus_per_actor).remote(
-            config, update.shards
-        )
-    )
+    setup = _prepare(config, update.shards, allotment, on_cluster)
     plan = complete_plan(config, update.shards, setup.channels)
     layout = layout_of(config, plan.rows_per_shard, setup.channels, plan.units)
     lease.check()
@@ -338,9 +335,21 @@ def _judge(config: PrecomputeConfig, summary: Summary) -> None:
         )
 
 
+def _prepare(
+    config: PrecomputeConfig, shards: tuple[PlannedShard, ...], allotment: Allotment, on_cluster: bool
+) -> Setup:
+    """Prepare where the actors' kind of device is: in this process, unless they run elsewhere or on GPUs."""
+    if not on_cluster and not allotment.gpus_per_actor:
+        with threads_restored():
+            return prepare(config, shards)
+    remote = _prepare_remotely.options(num_cpus=min(1.0, allotment.cpus), num_gpus=allotment.gpus_per_actor)
+    setup: Setup = ray.get(remote.remote(config, shards))
+    return setup
+
+
 # One call a process: an idle one would keep its GPU memory beside the actors.
 @ray.remote(max_retries=2, max_calls=1)  # type: ignore[untyped-decorator]
-def _prepare_remotely(config: PrecomputeConfig, shards: Any) -> Setup:
+def _prepare_remotely(config: PrecomputeConfig, shards: tuple[PlannedShard, ...]) -> Setup:
     return prepare(config, shards)
 
 

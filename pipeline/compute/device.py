@@ -2,6 +2,8 @@
 
 import os
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import numba
 import torch
@@ -9,7 +11,7 @@ from torch import nn
 
 from pipeline.errors import ConfigError
 
-__all__ = ["choose_device", "context_is_broken", "device_of", "set_threads", "share_threads"]
+__all__ = ["choose_device", "context_is_broken", "device_of", "set_threads", "share_threads", "threads_restored"]
 
 
 def share_threads(count: int | None, processes: int) -> int:
@@ -27,6 +29,17 @@ def set_threads(count: int | None, processes: int) -> int:
     torch.set_num_threads(threads)
     numba.set_num_threads(min(threads, numba.config.NUMBA_NUM_THREADS))
     return threads
+
+
+@contextmanager
+def threads_restored() -> Iterator[None]:
+    """Give the calling thread back the numbers of threads it had, whatever :func:`set_threads` sets inside."""
+    before = torch.get_num_threads(), numba.get_num_threads()
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before[0])
+        numba.set_num_threads(before[1])
 
 
 def choose_device(gpus: float | None) -> torch.device:
