@@ -264,3 +264,21 @@ def test_implicit_fits_go_into_the_store_with_their_quality(shards: Path, tmp_pa
     assert explained[4] == pytest.approx(fit.explained_variance, abs=1e-4)
     assert len(explained) == 6
     assert all(one is not None and one < 1 for one in explained)
+
+
+@pytest.mark.ray
+def test_a_damaged_receipt_costs_its_unit_alone_also_where_moved_input_is_compared(
+    store: Path, shards: Path, tmp_path: Path
+) -> None:
+    """It ended the job, which could then never go on."""
+    out = tmp_path / "copy"
+    shutil.copytree(store, out)
+    support.receipts(out)[1].write_bytes(b"{")
+    moved = tmp_path / "moved"
+    shutil.copytree(shards, moved)
+    text = run("precompute", "--shards", moved / "train-*.tar", "--out", out, *OPTIONS)
+    assert "unit 1 is taken back and computed anew" in text
+    assert "its 1 finished units compared with their receipts" in text
+    assert "3 units done before, 1 to do with 3 samples" in text
+    assert "input 13 = ok 13 + failed 0" in text
+    assert support.array_files(out) == support.array_files(store)
