@@ -15,10 +15,12 @@ from pipeline.compute.device import set_threads
 from pipeline.compute.models import Extractor, Setup, fit_pca, keep_weights, take_pca, weights_place
 from pipeline.config.base import InputConfig, describe
 from pipeline.config.precompute import PrecomputeConfig
+from pipeline.decode.kinds import LABELS
 from pipeline.errors import ConfigError, Reason, StoreMismatchError
 from pipeline.inputs import storage
+from pipeline.inputs.images import list_images, update_manifests
 from pipeline.inputs.patterns import expand
-from pipeline.inputs.plan import IndexAll, Plan, PlannedShard, make_plan, rows_of
+from pipeline.inputs.plan import IndexAll, Plan, PlannedShard, rows_of
 from pipeline.inputs.plan_update import PlanUpdate, update_plan
 from pipeline.store.create import create_store, grow_store, withdraw_complete
 from pipeline.store.index import read_index
@@ -41,7 +43,7 @@ __all__ = [
 
 def plan_input(config: InputConfig, index_all: IndexAll | None = None) -> tuple[PlannedShard, ...]:
     """Index the input shards; the indices are kept in ``OUT/plan/index``."""
-    return make_plan(config.shards, _index_dir(config.out), config.limit, index_all)
+    return update_plan(None, _urls(config, keep=False), _index_dir(config.out), config.limit, index_all).shards
 
 
 def plan_store(config: PrecomputeConfig, old: Plan | None, index_all: IndexAll | None = None) -> PlanUpdate:
@@ -51,7 +53,17 @@ def plan_store(config: PrecomputeConfig, old: Plan | None, index_all: IndexAll |
         InputChangedError: a shard has other content than the store was made from.
         InputError: nothing matches, no shard holds a sample, or one that the store was made from is gone.
     """
-    return update_plan(old, expand(config.shards), _index_dir(config.out), config.limit, index_all)
+    return update_plan(old, _urls(config, keep=old is not None), _index_dir(config.out), config.limit, index_all)
+
+
+def _urls(config: InputConfig, keep: bool) -> list[str]:
+    """The shards; of images the manifests beside the plan, which a store was made from (``keep``) or are made anew."""
+    if not config.images:
+        return expand(config.shards)
+    label_dirs = dict(text.split("=", 1) for text in getattr(config, "label_dir", ()))
+    label_exts = {kind: spec.extensions for kind, spec in LABELS.items()}
+    listed = list_images(config.images, config.image_exts, label_exts, label_dirs)
+    return update_manifests(storage.join(config.out, "plan", "images"), listed, keep)
 
 
 def prepare(config: PrecomputeConfig, shards: tuple[PlannedShard, ...]) -> Setup:

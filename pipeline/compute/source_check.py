@@ -11,6 +11,7 @@ from pipeline.compute.load import decode_options, load_unit
 from pipeline.decode.kinds import label_spec
 from pipeline.errors import InputChangedError, InputError
 from pipeline.inputs import storage
+from pipeline.inputs.manifest import is_manifest, load_manifest
 from pipeline.inputs.plan import Plan, UnitKey
 from pipeline.inputs.storage import FileStat
 from pipeline.inputs.tar import ShardIndex, index_tar
@@ -39,7 +40,7 @@ class _PresentInput(Plan):
 @lru_cache(maxsize=8)
 def _present_index(url: str, state: FileStat) -> ShardIndex:
     """The index of a shard in the version that ``state`` tells."""
-    return index_tar(url)
+    return load_manifest(url) if is_manifest(url) else index_tar(url)
 
 
 def check_source(

@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, dataclass, fields, replace
 from typing import Any, Literal, Self, TypeVar, get_args, get_type_hints
 
+from pipeline.decode.kinds import LABELS
 from pipeline.decode.options import ImageOptions
 from pipeline.errors import ConfigError, StoreFormatError
 from pipeline.inputs import storage
@@ -95,8 +96,16 @@ class InputConfig(BackboneConfig):
     """Options of every job on Ray that runs a backbone over shards."""
 
     shards: tuple[str, ...] = option(
-        MISSING,
+        (),
         "tar shards in WebDataset format: paths or fsspec URLs, with {0000..0099} braces and * globs",
+        group="input",
+        run=True,
+        path=True,
+    )
+    images: tuple[str, ...] = option(
+        (),
+        "instead of shards: folders (searched with all below them), lists (.txt, .csv, .tsv, .parquet) or files of "
+        "images; paths or fsspec URLs",
         group="input",
         run=True,
         path=True,
@@ -114,7 +123,14 @@ class InputConfig(BackboneConfig):
     )
 
     def _checks(self) -> Sequence[tuple[bool, str]]:
-        return [*super()._checks(), (not self.shards, "shards is empty; give at least one tar")]
+        return [
+            *super()._checks(),
+            (
+                bool(self.shards) == bool(self.images),
+                f"shards={self.shards} and images={self.images}: give tars by --shards, or a folder or list by "
+                "--images, and not both",
+            ),
+        ]
 
     def absolute(self, on_cluster: bool) -> Self:
         """The same config with local paths made absolute, as workers may have another working folder.
@@ -128,6 +144,9 @@ class InputConfig(BackboneConfig):
         def whole(value: Any) -> Any:
             if isinstance(value, tuple):
                 return tuple(map(whole, value))
+            kind, equals, place = str(value).partition("=")
+            if equals and kind in LABELS:  # KIND=FOLDER
+                return f"{kind}={whole(place)}"
             if value is None or not storage.is_local(value) or os.path.isabs(storage.local_path(value)):
                 return value
             relative.append(value)

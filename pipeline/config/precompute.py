@@ -21,6 +21,15 @@ __all__ = ["PrecomputeConfig"]
 class PrecomputeConfig(LabelOptions, InputConfig):
     """Options of ``featup precompute``: shards of images in, a store of features out."""
 
+    label_dir: tuple[str, ...] = option(
+        (),
+        "with images: KIND=FOLDER of the labels, in which a label has its image's relative name with another "
+        "extension, such as seg=masks/",
+        group="input",
+        run=True,
+        path=True,
+    )
+
     upsampler: UpsamplerName | Literal["implicit"] = option(
         "bilateral",
         "nearest, bilinear, bicubic, bilateral (training-free); jbu, resize_conv, carafe, sapa, ifa (trained); or "
@@ -147,6 +156,18 @@ class PrecomputeConfig(LabelOptions, InputConfig):
         fit_problem = self._fit_problem()
         return [
             *super()._checks(),
+            *(
+                (
+                    kind not in self.labels or not folder,
+                    f"label_dir={text!r} must be KIND=FOLDER, KIND one of --labels",
+                )
+                for text in self.label_dir
+                for kind, _, folder in [text.partition("=")]
+            ),
+            (
+                bool(self.label_dir) and not self.images,
+                f"label_dir={self.label_dir} goes with --images; in tars labels lie beside their image",
+            ),
             (
                 (self._feed_forward in get_args(TrainableName)) != (self.checkpoint is not None),
                 f"upsampler={self.upsampler!r} with checkpoint={self.checkpoint!r}: those that are trained "

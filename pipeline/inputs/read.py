@@ -1,8 +1,9 @@
 """Samples of an indexed tar, by byte range."""
 
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from itertools import pairwise
+from itertools import pairwise, repeat
 from typing import TypeAlias
 
 from pipeline.errors import InputChangedError, InputError, SampleError
@@ -10,7 +11,7 @@ from pipeline.inputs import storage
 from pipeline.inputs.storage import RangeReader
 from pipeline.inputs.tar import BLOCK, Member, ShardIndex, header_mark
 
-__all__ = ["Sample", "read_samples"]
+__all__ = ["INLINE", "Sample", "read_samples"]
 
 
 Sample: TypeAlias = dict[str, bytes]
@@ -18,6 +19,9 @@ Sample: TypeAlias = dict[str, bytes]
 # Reading through a gap of this length takes about as long as another request.
 _GAP = 1 << 20
 _REQUEST = 64 << 20
+_PARALLEL_FILES = 16
+INLINE = "data:,"
+"""Begins the URL of a member whose content stands in the URL."""
 
 
 @dataclass(slots=True)
@@ -74,9 +78,39 @@ def read_samples(
         sample: Sample = dict.fromkeys((member.ext for member in members), b"")
         samples.append(sample)
         pairs.extend((sample, member) for member in members)
-    for request in _requests(pairs):
+    files = [(sample, member) for sample, member in pairs if member.url]
+    if files:
+        _read_files(files, read)
+    for request in _requests([pair for pair in pairs if not pair[1].url]):
         _serve(index.url, request, read)
     return samples
+
+
+def _read_files(files: list[tuple[Sample, Member]], read: RangeReader) -> None:
+    """Read members that are files of their own, remote ones side by side."""
+    members = [member for _, member in files]
+    if all(storage.is_local(member.url) for member in members):
+        contents = [_read_file(member, read) for member in members]
+    else:
+        with ThreadPoolExecutor(_PARALLEL_FILES) as pool:
+            contents = list(pool.map(_read_file, members, repeat(read)))
+    for (sample, member), data in zip(files, contents, strict=True):
+        sample[member.ext] = data
+
+
+def _read_file(member: Member, read: RangeReader) -> bytes:
+    if member.url.startswith(INLINE):
+        return member.url.removeprefix(INLINE).encode()
+    data = storage.fetch(member.url, 0, member.size, read)
+    # Looked up after it was read: a file that was rewritten before or meanwhile has another stamp by then.
+    state = storage.stat(member.url)
+    if (state.size, state.stamp) != (member.size, member.stamp):
+        raise InputChangedError(
+            f"{member.url} changed since it was listed ({state.size} bytes now, {member.size} then; stamp "
+            f"{state.stamp} now, {member.stamp} then). Run the same command again, which lists it anew and compares "
+            "the bytes of finished samples"
+        )
+    return data
 
 
 def _requests(pairs: list[tuple[Sample, Member]]) -> list[_Request]:

@@ -28,6 +28,7 @@ __all__ = [
     "header_mark",
     "ignored_by",
     "index_tar",
+    "is_system_file",
     "split_name",
 ]
 
@@ -48,12 +49,17 @@ _COMPRESSED = {
 
 @dataclass(frozen=True, slots=True)
 class Member:
-    """One file of a sample: extension, where its data lie (bytes), and a mark of the header before them."""
+    """One file of a sample: extension, where its data lie (bytes), and a mark of the header before them.
+
+    A file that is in no tar (:mod:`pipeline.inputs.manifest`) has its own URL, and the stamp it was listed with.
+    """
 
     ext: str
     offset: int
     size: int
     mark: int
+    url: str = ""
+    stamp: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,7 +111,7 @@ def split_name(name: str) -> tuple[str, str] | None:
     whatever lies under or is called ``__name__`` belong to no sample. What operating systems leave in folders
     (``._x.jpg``, ``.DS_Store``, ``Thumbs.db``, ``__MACOSX/``) does not either, where webdataset makes samples of it.
     """
-    if _META_NAME.match(name) or _is_system_file(name):
+    if _META_NAME.match(name) or is_system_file(name):
         return None
     match = _SAMPLE_NAME.fullmatch(name)
     return (match["key"], match["ext"].lower()) if match else None
@@ -116,7 +122,7 @@ def ignored_by(name: str) -> str:
     if _META_NAME.match(name):
         return "meta (__name__)"
     base = name.rstrip("/").rpartition("/")[2]
-    if _is_system_file(name) or base.startswith("."):
+    if is_system_file(name) or base.startswith("."):
         return "hidden or system file"
     return "no extension" if "." not in base else "no key before the extension"
 
@@ -139,7 +145,8 @@ def describe_members(sample: IndexedSample) -> str:
     return text
 
 
-def _is_system_file(name: str) -> bool:
+def is_system_file(name: str) -> bool:
+    """Whether a path is one of what operating systems leave in folders."""
     *folders, base = name.rstrip("/").lower().split("/")
     return base.startswith("._") or base in _SYSTEM_FILES or not _SYSTEM_FOLDERS.isdisjoint([*folders, base])
 

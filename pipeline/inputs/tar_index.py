@@ -12,6 +12,7 @@ import pyarrow.parquet as pq
 
 from pipeline.errors import InputError, Reason
 from pipeline.inputs import storage
+from pipeline.inputs.manifest import is_manifest, load_manifest
 from pipeline.inputs.storage import FileStat, RangeReader
 from pipeline.inputs.tar import IndexedSample, Member, ShardIndex, index_tar
 from pipeline.redaction import redact
@@ -99,8 +100,10 @@ def cached_index(url: str, cache_dir: str, *, read: RangeReader = storage.read_r
     """The index of a tar: the saved one while the tar's size and stamp stand, else a new one, which is saved.
 
     A tar whose store gives no stamp is indexed each time, as nothing would tell that it was replaced. An
-    index in the cache that cannot be read is made again. Raises what `index_tar` raises.
+    index in the cache that cannot be read is made again. A manifest is its own index. Raises what `index_tar` raises.
     """
+    if is_manifest(url):
+        return load_manifest(url)
     saved = load_saved(url, cache_dir)
     if saved is not None:
         try:
@@ -133,7 +136,13 @@ def index_name(url: str) -> str:
 
 
 def load_saved(url: str, cache_dir: str) -> ShardIndex | None:
-    """The saved index of a tar; None where there is none, or (which is logged) none that can be read."""
+    """The saved index of a tar; None where there is none, or (which is logged) none that can be read.
+
+    A manifest is its own index: the one that was saved is the one that is there.
+    """
+    if is_manifest(url):
+        index = load_manifest(url)
+        return index if index.size >= 0 else None
     place = storage.join(cache_dir, index_name(url))
     try:
         index = load_index(storage.read_bytes(place))

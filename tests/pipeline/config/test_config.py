@@ -22,7 +22,9 @@ FIELDS = {one.name: one for one in dataclasses.fields(PrecomputeConfig)}
 
 # Every option with a value that is not its default; together they are a config that passes the checks.
 OTHER: dict[str, Any] = {
-    "shards": ("a.tar", "s3://bucket/{00..09}.tar"),
+    "shards": (),
+    "images": ("photographs", "s3://bucket/list.csv"),
+    "label_dir": ("seg=masks", "cls=s3://bucket/classes"),
     "out": "s3://bucket/out",
     "image_exts": ("png", "webp"),
     "labels": ("seg", "cls"),
@@ -101,7 +103,7 @@ def recipe(tmp_path: Path) -> Path:
 
 def test_other_values_are_other_values_of_every_option() -> None:
     assert OTHER.keys() == FIELDS.keys()
-    assert [name for name, value in OTHER.items() if value == FIELDS[name].default] == ["stride", "pca_from"]
+    assert [name for name, value in OTHER.items() if value == FIELDS[name].default] == ["shards", "stride", "pca_from"]
 
 
 def words(name: str, value: object) -> list[str]:
@@ -113,7 +115,7 @@ def words(name: str, value: object) -> list[str]:
 
 @pytest.mark.parametrize("sign", ["_", "-"], ids=["underscores", "dashes"])
 def test_every_option_can_be_given_on_the_command_line(sign: str) -> None:
-    argv = [word for name, v in OTHER.items() if v is not None for word in words(name.replace("_", sign), v)]
+    argv = [word for name, v in OTHER.items() if v not in (None, ()) for word in words(name.replace("_", sign), v)]
     assert parse(*argv) == PrecomputeConfig(**OTHER)
 
 
@@ -237,8 +239,12 @@ def test_beginnings_of_names_are_refused() -> None:
 @pytest.mark.parametrize(
     ("argv", "text"),
     [
-        ((), "shards"),
+        ((), "out"),
         (("--shards", "a.tar"), "out"),
+        (("--out", "out"), "give tars by --shards, or a folder or list by --images, and not both"),
+        ((*NEEDED, "--images", "photographs"), "and not both"),
+        ((*NEEDED, "--labels", "seg", "--label-dir", "seg=masks"), "goes with --images; in tars labels lie beside"),
+        (("--out", "o", "--images", "p", "--label-dir", "seg=masks"), "must be KIND=FOLDER, KIND one of --labels"),
         ((*NEEDED, "--batch-size", "many"), "batch_size=many must be a whole number"),
         ((*NEEDED, "--limit", "1.5"), "limit=1.5 must be a whole number"),
         ((*NEEDED, "--geometry", "stretch"), "geometry=stretch must be one of squash, center_crop, pad"),
@@ -273,16 +279,17 @@ def test_identity_is_what_decides_the_content() -> None:
     whole = config().identity()
     runs = {name for name in FIELDS if name not in whole}
     assert runs == {
-        "shards", "out", "weights", "checkpoint", "actors", "gpus_per_actor", "cpus_per_actor", "loader_cpus",
-        "threads", "batch_size", "max_failed_fraction", "unit_attempts", "object_store_mb", "pca_from", "max_bytes",
-        "decode_timeout", "retry_failed", "resource_timeout", "recheck_share",
+        "shards", "images", "label_dir", "out", "weights", "checkpoint", "actors", "gpus_per_actor", "cpus_per_actor",
+        "loader_cpus", "threads", "batch_size", "max_failed_fraction", "unit_attempts", "object_store_mb", "pca_from",
+        "max_bytes", "decode_timeout", "retry_failed", "resource_timeout", "recheck_share",
     }  # fmt: skip
     base = describe(PrecomputeConfig(**OTHER))
     for name, value in OTHER.items():
-        if name in ("upsampler", "checkpoint", "stride", "pca_from"):  # these cannot change alone
+        # These cannot change alone.
+        if name in ("shards", "labels", "label_dir", "upsampler", "checkpoint", "stride", "pca_from"):
             continue
         default = FIELDS[name].default if FIELDS[name].default is not dataclasses.MISSING else {}
-        if name in ("shards", "out"):
+        if name in ("images", "out"):
             default = (*value, "more") if isinstance(value, tuple) else value + "more"
         other = PrecomputeConfig(**{**OTHER, name: default})
         assert (other.identity() == PrecomputeConfig(**OTHER).identity()) == (name in runs), name

@@ -1,0 +1,255 @@
+"""Image files as input: what a folder or a list holds becomes samples, in manifests that later runs go on with."""
+
+import csv
+import io
+from collections import Counter
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from pipeline.errors import InputChangedError, InputError
+from pipeline.inputs import storage
+from pipeline.inputs.folder import FoundFile, list_folder, look_up
+from pipeline.inputs.manifest import manifest_bytes, manifest_name, manifest_samples
+from pipeline.inputs.read import INLINE
+from pipeline.inputs.tar import IndexedSample, Member
+from pipeline.redaction import redact
+
+__all__ = ["ImageList", "list_images", "update_manifests"]
+
+_SAMPLES_PER_MANIFEST = 4096
+_LIST_ENDINGS = (".txt", ".csv", ".tsv", ".parquet")
+_IMAGE_COLUMNS = ("image", "path", "file_name")
+
+
+@dataclass
+class ImageList:
+    """Images in order, with their labels, and how many files were ignored by which rule."""
+
+    samples: list[IndexedSample] = field(default_factory=list)
+    ignored: Counter[str] = field(default_factory=Counter)
+
+
+def list_images(
+    places: Sequence[str],
+    image_exts: Sequence[str],
+    label_exts: Mapping[str, Sequence[str]],
+    label_dirs: Mapping[str, str],
+) -> ImageList:
+    """The samples of folders, lists and single files.
+
+    A folder is searched with all folders below it. A list is a text file with a path or URL in each line, or a CSV
+    (``.csv``, ``.tsv``) or parquet file with a column ``image`` (or ``path``, ``file_name``) and optional columns
+    ``seg``, ``depth``, ``cls``; paths in it are relative to the list. The key of an image is its path below the folder
+    (or the list's folder) without the extension; where that is another image's key already, with the extension.
+
+    Args:
+        places: folders, lists and image files; local paths or fsspec URLs.
+        image_exts: extensions that images have, lower case.
+        label_exts: the WebDataset extensions of each kind of label, such as ``("depth.png", "depth.npy")``.
+        label_dirs: for a kind of label the folder that has a file of the image's own relative name, with another
+            extension: ``.png`` for seg, ``.png`` or ``.npy`` for depth, ``.cls`` or ``.txt`` for cls.
+
+    Raises:
+        InputError: a place that is not there, a list without an image column, or no image at all.
+    """
+    listed = ImageList()
+    keys: set[str] = set()
+    labels = [_labels_below(kind, folder, label_exts) for kind, folder in label_dirs.items()]
+    used: set[str] = set()
+    for place in places:
+        for image, members in _images_of(place, image_exts, label_exts, listed.ignored):
+            ext = image.name.rpartition(".")[2].lower()
+            stem = image.name.rpartition(".")[0]
+            own = [Member(ext, 0, image.size, 0, image.url, image.stamp), *members]
+            for files in labels:
+                if (label := files.get(stem)) and label.ext not in {member.ext for member in members}:
+                    own.append(label)
+                    used.add(label.url)
+            key = next(name for name in (stem, image.name, redact(image.url)) if name not in keys)
+            keys.add(key)
+            listed.samples.append(IndexedSample(key, tuple(own)))
+    orphans = sum(label.url not in used for files in labels for label in files.values())
+    if orphans:
+        listed.ignored["label without an image"] += orphans
+    if not listed.samples:
+        others = ", ".join(f"{count} {rule}" for rule, count in listed.ignored.items())
+        raise InputError(
+            f"not one image in {', '.join(places[:3])}{f' ({others})' if others else ''}; images end in "
+            f"{', '.join(image_exts)} (--image-exts)"
+        )
+    return listed
+
+
+def _images_of(
+    place: str, image_exts: Sequence[str], label_exts: Mapping[str, Sequence[str]], ignored: Counter[str]
+) -> Iterator[tuple[FoundFile, list[Member]]]:
+    """The images of one place, each with the labels that a list gives it."""
+    if place.lower().endswith(_LIST_ENDINGS):
+        yield from _listed(place, image_exts, label_exts, ignored)
+        return
+    if place.rpartition(".")[2].lower() in image_exts:
+        yield look_up(place, _folder_of(place)), []
+        return
+    for file in list_folder(place):
+        ext = file.name.rpartition(".")[2].lower() if "." in file.name.rpartition("/")[2] else ""
+        if ext in image_exts:
+            yield file, []
+        else:
+            ignored[f"no image (.{ext})" if ext else "no image (no extension)"] += 1
+
+
+def _listed(
+    place: str, image_exts: Sequence[str], label_exts: Mapping[str, Sequence[str]], ignored: Counter[str]
+) -> Iterator[tuple[FoundFile, list[Member]]]:
+    folder = _folder_of(place)
+    seen: set[str] = set()
+    for row in _rows(place, label_exts):
+        image = look_up(row["image"], folder)
+        if image.url in seen:
+            raise InputError(f"{place} names {image.url} twice; every image may be read once")
+        seen.add(image.url)
+        if image.name.rpartition(".")[2].lower() not in image_exts:
+            ignored[f"no image (.{image.name.rpartition('.')[2].lower()})"] += 1
+            continue
+        members = []
+        for kind, text in row.items():
+            if kind == "image" or not text:
+                continue
+            if kind == "cls" and text.lstrip("-").isdigit():
+                members.append(Member("cls", 0, len(text), 0, f"{INLINE}{text}", ""))
+                continue
+            file = look_up(text, folder)
+            members.append(_label_member(kind, file, label_exts))
+        yield image, members
+
+
+def _folder_of(place: str) -> str:
+    return place.rpartition("/")[0] if "/" in place else "."
+
+
+def _rows(place: str, kinds: Collection[str]) -> Iterator[dict[str, str]]:
+    """The lines of a list: ``image`` and, where there are any, the kinds of labels."""
+    try:
+        data = storage.read_bytes(place)
+    except FileNotFoundError as error:
+        raise InputError(f"there is no list of images at {place}; check the path") from error
+    if place.lower().endswith(".txt"):
+        for line in data.decode().splitlines():
+            if line.strip():
+                yield {"image": line.strip()}
+        return
+    rows: Iterator[Mapping[str, object]]
+    if place.lower().endswith(".parquet"):
+        try:
+            table = pq.ParquetFile(pa.BufferReader(data)).read()
+        except (pa.ArrowException, OSError) as error:
+            raise InputError(f"{place} is no parquet file that can be read: {error}") from error
+        columns, rows = table.column_names, iter(table.to_pylist())
+    else:
+        reader = csv.DictReader(io.StringIO(data.decode()), delimiter="\t" if place.lower().endswith(".tsv") else ",")
+        columns, rows = list(reader.fieldnames or ()), iter(reader)
+    name = next((one for one in _IMAGE_COLUMNS if one in columns), None)
+    if name is None:
+        raise InputError(f"{place} has columns {columns}; name that of the paths {' or '.join(_IMAGE_COLUMNS)}")
+    for row in rows:
+        yield {"image": str(row[name])} | {
+            kind: str(row[kind]) for kind in kinds if kind in columns and row[kind] not in (None, "")
+        }
+
+
+def _labels_below(kind: str, folder: str, label_exts: Mapping[str, Sequence[str]]) -> dict[str, Member]:
+    """By relative name without the extension, the labels in a folder."""
+    found: dict[str, Member] = {}
+    for file in list_folder(folder):
+        if _label_ext(file.name, label_exts[kind]):
+            found.setdefault(file.name.rpartition(".")[0], _label_member(kind, file, label_exts))
+    return found
+
+
+def _label_ext(name: str, extensions: Sequence[str]) -> str:
+    """The WebDataset extension of a label file; empty where a kind has no such files."""
+    ending = name.rpartition(".")[2].lower()
+    return next((ext for ext in extensions if ext.rpartition(".")[2] == ending), "")
+
+
+def _label_member(kind: str, file: FoundFile, label_exts: Mapping[str, Sequence[str]]) -> Member:
+    ext = _label_ext(file.name, label_exts[kind])
+    if not ext:
+        endings = " or ".join("." + one.rpartition(".")[2] for one in label_exts[kind])
+        raise InputError(f"{file.url} is named as a label of kind {kind}, which ends in {endings}")
+    return Member(ext, 0, file.size, 0, file.url, file.stamp)
+
+
+def update_manifests(folder: str, listed: ImageList, keep: bool) -> list[str]:
+    """Write the manifests of images, and return their places.
+
+    Images that are in a manifest stay there with their key, so that the rows of a store stay; new ones come in new
+    manifests behind them.
+
+    Args:
+        folder: where the manifests are kept.
+        listed: the images as they are now.
+        keep: whether the manifests that are there are those of a store; otherwise they are made anew.
+
+    Raises:
+        InputChangedError: an image that the store was made from is gone, or has another size or other labels.
+    """
+    names = [name for name in storage.list_files(folder) if "/" not in name]
+    if not keep:
+        for name in names:
+            storage.remove(storage.join(folder, name))
+        names = []
+    remaining = {sample.members[0].url: sample for sample in listed.samples}
+    taken: set[str] = set()
+    urls = []
+    ignored_then: Counter[str] = Counter()
+    for name in names:
+        place = storage.join(folder, name)
+        data = storage.read_bytes(place)
+        old, ignored = manifest_samples(data, place)
+        ignored_then.update(ignored)
+        gone = [sample.members[0].url for sample in old if sample.members[0].url not in remaining]
+        if gone:
+            raise InputChangedError(
+                f"{len(gone)} images that the store was made from are gone, first {gone[0]}; put them back (a store "
+                "keeps the images it was made from; new ones may be added), or start a new store with another --out"
+            )
+        now = [replace(remaining.pop(sample.members[0].url), key=sample.key) for sample in old]
+        for before, after in zip(old, now, strict=True):
+            _check_same(before, after)
+        taken.update(sample.key for sample in now)
+        if tuple(now) != old:
+            # Another time stamp: the bytes of what is finished are compared before anything is added.
+            storage.write_atomic(place, manifest_bytes(now, ignored))
+        urls.append(place)
+    new = [_renamed(sample, taken) for sample in remaining.values()]
+    ignored_since = listed.ignored - ignored_then
+    for start in range(0, len(new), _SAMPLES_PER_MANIFEST):
+        place = storage.join(folder, manifest_name(len(urls)))
+        samples = new[start : start + _SAMPLES_PER_MANIFEST]
+        storage.write_atomic(place, manifest_bytes(samples, {} if start else ignored_since))
+        urls.append(place)
+    return urls
+
+
+def _check_same(before: IndexedSample, after: IndexedSample) -> None:
+    was, now = ({member.ext: (member.url, member.size) for member in one.members} for one in (before, after))
+    for ext in sorted(was.keys() | now.keys()):
+        if was.get(ext) != now.get(ext):
+            then, today = (f"{of[ext][1]} bytes" if ext in of else "absent" for of in (was, now))
+            place = redact((now.get(ext) or was[ext])[0])
+            raise InputChangedError(
+                f"{place} is not what the store was made from: {today} now, {then} then. Put the old one back, or "
+                "start a new store with another --out"
+            )
+
+
+def _renamed(sample: IndexedSample, taken: set[str]) -> IndexedSample:
+    """With a key that no earlier image has."""
+    image = sample.members[0]
+    key = next(name for name in (sample.key, f"{sample.key}.{image.ext}", redact(image.url)) if name not in taken)
+    taken.add(key)
+    return replace(sample, key=key)

@@ -1,0 +1,96 @@
+"""Manifests: image files that are no tar, a fixed range of a sorted list each, as a shard of the plan.
+
+A manifest names the files of every sample with the size and the stamp that they had when they were listed. It is a
+parquet file beside the plan (``OUT/plan/images``), so that units, rows, receipts and resume are what they are for tars.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from pipeline.errors import InputError
+from pipeline.inputs import storage
+from pipeline.inputs.tar import IndexedSample, Member, ShardIndex
+
+__all__ = ["is_manifest", "load_manifest", "manifest_bytes", "manifest_name", "manifest_samples"]
+
+_ENDING = ".images.parquet"
+_FORMAT = b"1"
+_SCHEMA = pa.schema(
+    [
+        ("key", pa.string()),
+        ("ext", pa.list_(pa.string())),
+        ("url", pa.list_(pa.string())),
+        ("size", pa.list_(pa.int64())),
+        ("stamp", pa.list_(pa.string())),
+    ]
+)
+
+
+def is_manifest(url: str) -> bool:
+    """Whether a shard is a manifest, by its name."""
+    return url.endswith(_ENDING)
+
+
+def manifest_name(number: int) -> str:
+    """The file name of a store's manifest ``number``."""
+    return f"{number:06d}{_ENDING}"
+
+
+def manifest_bytes(samples: Sequence[IndexedSample], ignored: Mapping[str, int]) -> bytes:
+    """A manifest as a file: samples in order, and how many files were ignored by which rule."""
+    columns = [pa.array([sample.key for sample in samples], pa.string())]
+    for field in list(_SCHEMA)[1:]:
+        values = [[getattr(member, field.name) for member in sample.members] for sample in samples]
+        columns.append(pa.array(values, field.type))
+    schema = _SCHEMA.with_metadata({"images": _FORMAT, "ignored": json.dumps(dict(ignored))})
+    sink = pa.BufferOutputStream()
+    pq.write_table(pa.Table.from_arrays(columns, schema=schema), sink, compression="zstd")
+    return bytes(sink.getvalue())
+
+
+def manifest_samples(data: bytes, url: str) -> tuple[tuple[IndexedSample, ...], dict[str, int]]:
+    """The samples of a manifest, and the counts of ignored files.
+
+    Raises:
+        InputError: it is damaged, or of another program's format.
+    """
+    try:
+        table = pq.ParquetFile(pa.BufferReader(data)).read()
+        metadata = table.schema.metadata or {}
+        if metadata.get(b"images") != _FORMAT:
+            raise ValueError(f"its format is {metadata.get(b'images')!r}, wanted {_FORMAT!r}")
+        rows = table.to_pylist()
+        ignored: dict[str, int] = json.loads(metadata[b"ignored"])
+    except (pa.ArrowException, OSError, ValueError, KeyError) as error:
+        raise InputError(
+            f"{url} is no list of images that can be read ({error}); remove it and run the same command again, which "
+            "lists the images anew"
+        ) from error
+    return tuple(
+        IndexedSample(
+            row["key"],
+            tuple(
+                Member(ext, 0, size, 0, place, stamp)
+                for ext, place, size, stamp in zip(row["ext"], row["url"], row["size"], row["stamp"], strict=True)
+            ),
+        )
+        for row in rows
+    ), ignored
+
+
+def load_manifest(url: str) -> ShardIndex:
+    """A manifest as the index of a shard.
+
+    Raises:
+        InputError: it is damaged.
+        OSError: it cannot be read, after retries.
+    """
+    try:
+        state = storage.stat(url)
+        samples, ignored = manifest_samples(storage.read_bytes(url), url)
+    except FileNotFoundError:
+        return ShardIndex(url, -1, "", (), ("missing: there is no such file",))
+    return ShardIndex(url, state.size, state.stamp, samples, (), tuple(ignored.items()))
