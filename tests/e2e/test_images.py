@@ -144,3 +144,12 @@ def test_a_list_with_labels_and_a_folder_with_label_folders_give_one_store(tmp_p
     dataset = FeatureDataset(str(tmp_path / "a"), ["features", "seg", "cls"])
     assert [int(sample["cls"]) for sample in dataset] == [0, 1, 2]
     assert "labels of 1 units compared" in run("verify", tmp_path / "a")
+
+
+def test_packed_as_shards_the_same_photographs_have_the_same_features(
+    photographs: Path, store: Path, tmp_path: Path
+) -> None:
+    assert "16 samples in 1 shards" in run("pack", photographs, tmp_path / "p-%06d.tar")
+    command = ("--shards", tmp_path / "p-000000.tar", "--out", tmp_path / "out", *OPTIONS)
+    run("precompute", *command, "--max-failed-fraction", 0.2)
+    assert support.array_files(tmp_path / "out") == support.array_files(store)

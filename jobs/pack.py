@@ -1,0 +1,52 @@
+"""Write a folder or a list of images, with labels from parallel folders, as WebDataset shards.
+
+featup pack photos/ shards/photos-%06d.tar
+featup pack photos/ more.csv shards/train-%06d.tar --label-dir seg=masks/ depth=depth/
+"""
+
+import os
+import sys
+
+from . import CommandParser, at_least, exit_status
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the job. Exit status 0: the shards are there; 1: they are not all there, and the text says why."""
+    parser = CommandParser("pack", __doc__)
+    parser.add_argument(
+        "images", nargs="+", type=os.path.expanduser, help="folders, lists (.txt, .csv, .tsv, .parquet) or image files"
+    )
+    parser.add_argument(
+        "shards", type=os.path.expanduser, help="names of the shards, with their number: out/train-%%06d.tar"
+    )
+    parser.add_argument(
+        "--label-dir", nargs="+", default=[], metavar="KIND=FOLDER", help="labels of kind seg, depth or cls, by the "
+        "image's relative name with another extension",
+    )  # fmt: skip
+    parser.add_argument(
+        "--shard-mb", type=at_least(1), default=1024, metavar="N", help="MiB of files in one shard, at most (1024)"
+    )
+    args = parser.parse_args(argv)
+    return exit_status("pack", lambda: _run(args.images, args.shards, args.label_dir, args.shard_mb))
+
+
+def _run(images: list[str], shards: str, label_dirs: list[str], shard_mb: int) -> bool:
+    from pipeline.decode.kinds import IMAGE_EXTS, LABELS
+    from pipeline.errors import ConfigError
+    from pipeline.inputs.images import list_images
+    from pipeline.inputs.pack import pack
+    from pipeline.inputs.tar import describe_ignored
+
+    folders = dict(text.partition("=")[::2] for text in label_dirs)
+    if wrong := [kind for kind, folder in folders.items() if kind not in LABELS or not folder]:
+        raise ConfigError(f"--label-dir {wrong[0]!r} must be KIND=FOLDER, with a KIND of {', '.join(LABELS)}")
+    label_exts = {kind: spec.extensions for kind, spec in LABELS.items()}
+    listed = list_images(images, IMAGE_EXTS, label_exts, folders)
+    tars = pack(listed, shards, shard_mb << 20)
+    ignored = f"; ignored: {describe_ignored(tuple(listed.ignored.items()))}" if listed.ignored else ""
+    print(f"{len(listed.samples)} samples in {len(tars)} shards{ignored}")
+    return True
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,55 @@
+"""Image files as WebDataset shards: what the library reads is what was packed."""
+
+from pathlib import Path
+
+import pytest
+
+from jobs.pack import main
+from tests.pipeline.inputs.tars import grouped_by_webdataset
+from tests.pipeline.inputs.test_images import write
+
+
+def test_what_is_packed_is_what_webdataset_reads(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    photos, out = tmp_path / "photos", tmp_path / "out"
+    write(photos, "a/x.jpg", "a/v1.2.final.JPG", "a/v1_2_final.png", "IMG_1.jpg", "IMG_1.png", "notes.txt")
+    write(tmp_path / "masks", "a/x.png")
+    words = [str(photos), str(out / "p-%03d.tar"), "--label-dir", f"seg={tmp_path / 'masks'}"]
+    assert main(words) == 0
+    assert dict(grouped_by_webdataset(out / "p-000.tar")) == {
+        "IMG_1": {"jpg": b"IMG_1.jpg"},
+        "IMG_1_png": {"png": b"IMG_1.png"},
+        "a/v1_2_final_": {"jpg": b"a/v1.2.final.JPG"},
+        "a/v1_2_final": {"png": b"a/v1_2_final.png"},
+        "a/x": {"jpg": b"a/x.jpg", "seg.png": b"a/x.png"},
+    }
+    text = capsys.readouterr().out
+    assert "2 keys with dots are written without: IMG_1.png is IMG_1_png, a/v1.2.final is a/v1_2_final_" in text
+    assert "5 samples in 1 shards; ignored: 1 no image (.txt)" in text
+    assert main(words) == 1
+    assert "p-000.tar is there already; give another name" in capsys.readouterr().err
+    # The same images make the same bytes.
+    assert main([str(photos), str(tmp_path / "again-%d.tar"), "--label-dir", f"seg={tmp_path / 'masks'}"]) == 0
+    assert (tmp_path / "again-0.tar").read_bytes() == (out / "p-000.tar").read_bytes()
+
+
+def test_shards_end_before_they_are_too_large(tmp_path: Path) -> None:
+    (tmp_path / "photos").mkdir()
+    for number in range(5):
+        (tmp_path / "photos" / f"{number}.jpg").write_bytes(bytes(400 << 10))
+    assert main([str(tmp_path / "photos"), str(tmp_path / "p-%d.tar"), "--shard-mb", "1"]) == 0
+    tars = [grouped_by_webdataset(tmp_path / f"p-{number}.tar") for number in range(3)]
+    assert [[key for key, _ in tar] for tar in tars] == [["0", "1"], ["2", "3"], ["4"]]
+    assert not list(tmp_path.glob(".*"))
+
+
+@pytest.mark.parametrize("pattern", ["out/p.tar", "out/%s.tar", "out/%d-%d.tar", "s3://bucket/%06d.tar"])
+def test_names_without_a_number_are_refused(tmp_path: Path, pattern: str, capsys: pytest.CaptureFixture[str]) -> None:
+    write(tmp_path, "a.jpg")
+    assert main([str(tmp_path), pattern]) == 1
+    assert "must be a local path with one number in it, such as out/train-%06d.tar" in capsys.readouterr().err
+
+
+def test_a_kind_of_label_that_there_is_not_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write(tmp_path, "a.jpg")
+    assert main([str(tmp_path), str(tmp_path / "%d.tar"), "--label-dir", "boxes=b"]) == 1
+    assert "'boxes' must be KIND=FOLDER, with a KIND of seg, depth, cls" in capsys.readouterr().err
