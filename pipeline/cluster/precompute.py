@@ -9,20 +9,23 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, TypeVar
 
 import numpy as np
 import ray
 import ray.data
+import torch
 from numpy.typing import NDArray
 
 from pipeline.cluster.connect import connect
 from pipeline.cluster.faults import ray_errors_in_one_line
 from pipeline.cluster.featurizer import Featurizer
 from pipeline.cluster.planning import index_on_ray
+from pipeline.cluster.preflight import check_cores, fill_in, reserve
 from pipeline.cluster.progress import Progress
-from pipeline.cluster.resources import Allotment, allot, await_resources, cluster_resources
+from pipeline.cluster.resources import Allotment
 from pipeline.cluster.rows import number_rows, read_rows
 from pipeline.compute.device import threads_restored
 from pipeline.compute.load import decode_options, load_row
@@ -88,7 +91,6 @@ def precompute(config: PrecomputeConfig) -> Summary:
     state = _State()
     with Lease.acquire(config.out) as lease, _ending_in_one_line(state):
         started = not ray.is_initialized()
-        connect(config.object_store_mb)
         try:
             return _run(config, lease, state, on_cluster)
         except BaseException:
@@ -127,14 +129,16 @@ def _ending_in_one_line(state: _State) -> Iterator[None]:
 
 
 def _run(config: PrecomputeConfig, lease: Lease, state: _State, on_cluster: bool) -> Summary:
-    allotment = _allot(config, on_cluster)
+    # On one machine without GPUs everything up to the units is done in this process, and Ray, whose start takes some
+    # seconds, starts when there are units to do.
+    alone = not on_cluster and not torch.cuda.is_available()
     given = config
-    config = replace(
-        config,
-        cpus_per_actor=allotment.cpus_per_actor,
-        loader_cpus=allotment.loader_cpus,
-        gpus_per_actor=allotment.gpus_per_actor,
-    )
+    if alone:
+        check_cores(config)
+    else:
+        connect(config.object_store_mb)
+        allotment = reserve(config, on_cluster)
+        config = fill_in(config, allotment)
     ledger = Ledger(storage.join(config.out, "ledger"))
     if read_attributes(config.out) is None and storage.list_files(ledger.url):
         raise StoreError(
@@ -143,7 +147,7 @@ def _run(config: PrecomputeConfig, lease: Lease, state: _State, on_cluster: bool
         )
     # A plan beside no store binds nobody: the run that made it ended before its arrays were there.
     old = find_plan(config.out) if finished_attributes(config.out) is not None else None
-    update = plan_store(config, old, index_all=index_on_ray)
+    update = plan_store(config, old, index_all=partial(index_on_ray, start=lambda: connect(config.object_store_mb)))
     _retaking(
         config.out,
         ledger,
@@ -151,7 +155,12 @@ def _run(config: PrecomputeConfig, lease: Lease, state: _State, on_cluster: bool
         lambda: recheck_input(config, old, update, ledger, lambda text: print(text, flush=True)),
     )
     lease.check()
-    setup = _prepare(config, update.shards, allotment, on_cluster)
+    if alone:
+        with threads_restored():
+            setup = prepare(config, update.shards)
+    else:
+        remote = _prepare_remotely.options(num_cpus=min(1.0, allotment.cpus), num_gpus=allotment.gpus_per_actor)
+        setup = ray.get(remote.remote(config, update.shards))
     plan = complete_plan(config, update.shards, setup.channels)
     layout = layout_of(config, plan.rows_per_shard, setup.channels, plan.units)
     lease.check()
@@ -181,6 +190,10 @@ def _run(config: PrecomputeConfig, lease: Lease, state: _State, on_cluster: bool
         flush=True,
     )
     if len(todo):
+        if alone:
+            connect(config.object_store_mb)
+            allotment = reserve(config, on_cluster)
+            config = fill_in(config, allotment)
         withdraw_complete(config.out)
         _set_patience(config, plan)
         whole = plan.units // UNITS_PER_SEGMENT
@@ -235,27 +248,6 @@ def _write_index(config: PrecomputeConfig, plan: Plan, ledger: Ledger, state: _S
         return write_index(config.out, plan, ledger, state.failures)
 
     return _retaking(config.out, ledger, state, write)
-
-
-def _allot(config: PrecomputeConfig, on_cluster: bool) -> Allotment:
-    resources, nodes = cluster_resources()
-    allotment = allot(
-        resources,
-        nodes=nodes,
-        actors=config.actors,
-        cpus_per_actor=config.cpus_per_actor,
-        gpus_per_actor=config.gpus_per_actor,
-        loader_cpus=config.loader_cpus,
-    )
-    if allotment.hint:
-        print(allotment.hint, flush=True)
-    await_resources(
-        lambda: allotment.missing(cluster_resources()[0]),
-        # On one machine nothing will join.
-        seconds=config.resource_timeout if on_cluster else 0.0,
-        report=lambda text: print(text, flush=True),
-    )
-    return allotment
 
 
 def _set_patience(config: PrecomputeConfig, plan: Plan) -> None:
@@ -333,18 +325,6 @@ def _judge(config: PrecomputeConfig, summary: Summary) -> None:
             f"max_failed_fraction={config.max_failed_fraction:.2%}; the rest is in the store. Look at the reasons "
             "(featup status --failed), then raise the limit, or try them again with --retry-failed"
         )
-
-
-def _prepare(
-    config: PrecomputeConfig, shards: tuple[PlannedShard, ...], allotment: Allotment, on_cluster: bool
-) -> Setup:
-    """Prepare where the actors' kind of device is: in this process, unless they run elsewhere or on GPUs."""
-    if not on_cluster and not allotment.gpus_per_actor:
-        with threads_restored():
-            return prepare(config, shards)
-    remote = _prepare_remotely.options(num_cpus=min(1.0, allotment.cpus), num_gpus=allotment.gpus_per_actor)
-    setup: Setup = ray.get(remote.remote(config, shards))
-    return setup
 
 
 # One call a process: an idle one would keep its GPU memory beside the actors.
