@@ -27,6 +27,7 @@ __all__ = [
     "controlled",
     "exif_orientation",
     "failing_as",
+    "without_png_text",
 ]
 
 
@@ -154,6 +155,24 @@ def exif_orientation(payload: bytes, flags: set[str]) -> int:
     except struct.error:
         flags.add("warned")
     return 1
+
+
+def without_png_text(data: bytes) -> bytes:
+    """A PNG without the chunks of text and colour profiles, which no pixel needs and whose size Pillow limits.
+
+    What is no sound sequence of chunks stays as it is, for the decoder to judge.
+    """
+    parts, at = [data[:8]], 8
+    while at < len(data):
+        length = int.from_bytes(data[at : at + 4], "big")
+        name, stop = data[at + 4 : at + 8], at + 12 + length
+        if stop > len(data):
+            parts.append(data[at:])
+            break
+        if name not in (b"tEXt", b"zTXt", b"iTXt", b"iCCP"):
+            parts.append(data[at:stop])
+        at = stop
+    return b"".join(parts)
 
 
 def check_container(kind: str, data: bytes) -> None:

@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from pipeline.decode.common import check_container, check_pixels, controlled, failing_as
+from pipeline.decode.common import check_container, check_pixels, controlled, failing_as, without_png_text
 from pipeline.decode.kinds import label_spec
 from pipeline.decode.sniff import sniff
 from pipeline.errors import ConfigError, Reason, SampleError
@@ -68,6 +68,7 @@ def _read_png_values(
         raise ValueError(f"it is {sniff(data) or 'no known image'}, beginning {data[:16]!r}; PNG is needed")
     with controlled(flags):
         check_container("png", data)
+        data = without_png_text(data)
         image = Image.open(io.BytesIO(data), formats=("PNG",))
         check_pixels(image.height, image.width, max_pixels)
         depth, colour = data[24], data[25]

@@ -8,16 +8,28 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from pipeline.decode.common import ORIENTATION_TAG, PILLOW_FORMATS, check_container, check_pixels, exif_orientation
+from pipeline.decode.common import (
+    ORIENTATION_TAG,
+    PILLOW_FORMATS,
+    check_container,
+    check_pixels,
+    exif_orientation,
+    without_png_text,
+)
 from pipeline.decode.geometry import orient
 from pipeline.errors import Reason, SampleError
 
 __all__ = ["decode_with_pillow"]
 
+# The tag of a TIFF's picture that says whether it is a reduced version of another one in the file.
+_NEW_SUBFILE_TYPE, _REDUCED = 254, 1
+
 
 def decode_with_pillow(data: bytes, kind: str, max_pixels: int, flags: set[str]) -> tuple[npt.NDArray[np.uint8], int]:
     """uint8 [h, w, 3] in displayed orientation, and the file's EXIF orientation."""
     check_container(kind, data)
+    if kind == "png":
+        data = without_png_text(data)
     image = Image.open(io.BytesIO(data), formats=PILLOW_FORMATS[kind])
     check_pixels(image.height, image.width, max_pixels)
     if getattr(image, "is_animated", False):
@@ -27,8 +39,15 @@ def decode_with_pillow(data: bytes, kind: str, max_pixels: int, flags: set[str])
         # A PNG may carry its EXIF block behind the pixels.
         orientation = exif_orientation(image.info.get("exif", b""), flags)
         return orient(_to_rgb(image, kind, data, flags), orientation), orientation
+    tags = _tiff_tags(image)
+    if tags.get(_NEW_SUBFILE_TYPE, 0) & _REDUCED:
+        raise SampleError(
+            Reason.UNSUPPORTED,
+            f"the first picture of this tiff is a preview ({image.height}x{image.width}), its image another one, "
+            "as in a camera's raw file; develop it to JPEG, PNG or a plain TIFF",
+        )
     # Pillow itself turns a TIFF while loading it, and drops the tag.
-    orientation = _tiff_tags(image).get(ORIENTATION_TAG, 1)
+    orientation = tags.get(ORIENTATION_TAG, 1)
     pixels = _to_rgb(image, kind, data, flags)
     return pixels, orientation if orientation in range(1, 9) else 1
 

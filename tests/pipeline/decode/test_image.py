@@ -4,13 +4,15 @@ import io
 import struct
 import tarfile
 import warnings
+import zlib
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, PngImagePlugin, TiffImagePlugin
 
+from pipeline.decode.labels import decode_label
 from pipeline.decode.sniff import sniff
 from pipeline.errors import Reason
 from tests.pipeline.decode.pictures import (
@@ -226,3 +228,44 @@ def test_real_photographs_match_pillow(shared: Path, folder: str) -> None:
             decoded = decode(data, max_pixels=10**8)
             expected = np.asarray(ImageOps.exif_transpose(Image.open(io.BytesIO(data))).convert("RGB"))
             assert close(decoded.pixels, expected, 0.5), name
+
+
+@pytest.mark.parametrize(
+    "extra",
+    [
+        chunk(b"zTXt", b"Raw profile\0\0" + zlib.compress(bytes(2 << 20))),
+        chunk(b"iTXt", b"XML:com.adobe.xmp\0\x01\0\0\0" + zlib.compress(b"x" * (2 << 20))),
+        chunk(b"iCCP", b"profile\0\0" + zlib.compress(bytes(2 << 20))),
+    ],
+    ids=["text", "xmp", "icc"],
+)
+def test_a_png_is_its_pixels_whatever_its_metadata(extra: bytes) -> None:
+    """Two megabytes of it made a photograph undecodable, whose every pixel is there."""
+    rows = textured(4, 5).tobytes()
+    plain, heavy = raw_png(8, 2, (4, 5), rows), raw_png(8, 2, (4, 5), rows, extra)
+    assert np.array_equal(decode(heavy).pixels, decode(plain).pixels)
+    seg = bytes(range(20))
+    plain, heavy = raw_png(8, 0, (4, 5), seg), raw_png(8, 0, (4, 5), seg, extra)
+    assert np.array_equal(decode_label("seg", "seg.png", heavy), decode_label("seg", "seg.png", plain))
+
+
+def test_a_text_chunk_keeps_neither_exif_nor_transparency_from_being_read() -> None:
+    turned = encode(textured(40, 53), "PNG", exif=exif(6), pnginfo=_text("Comment", "of a camera"))
+    assert decode(turned).orientation == 6
+    assert decode(turned).pixels.shape == (53, 40, 3)
+
+
+def _text(key: str, value: str) -> PngImagePlugin.PngInfo:
+    info = PngImagePlugin.PngInfo()
+    info.add_text(key, value)
+    return info
+
+
+def test_a_preview_is_not_the_image() -> None:
+    """A camera's raw file was stored as its thumbnail, without a word."""
+    tags = TiffImagePlugin.ImageFileDirectory_v2()
+    tags[254] = 1
+    thumbnail = encode(textured(24, 32), "TIFF", tiffinfo=tags)
+    fails(Reason.UNSUPPORTED, r"first picture of this tiff is a preview \(24x32\).*develop it to JPEG", thumbnail)
+    tags[254] = 0
+    assert decode(encode(textured(24, 32), "TIFF", tiffinfo=tags)).source_size == (24, 32)
