@@ -4,6 +4,7 @@ Modules here import nothing heavy before they have read their arguments.
 """
 
 import argparse
+import io
 import re
 import signal
 import sys
@@ -39,6 +40,10 @@ def exit_status(name: str, work: Callable[[], bool]) -> int:
     Returns:
         0 where ``work`` returns true, else 1; 130 on Ctrl-C and 143 on SIGTERM.
     """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            # A terminal or log that is not UTF-8 shows the letters it lacks by their numbers.
+            stream.reconfigure(errors="backslashreplace")
     try:
         with _terminable():
             return 0 if work() else 1

@@ -156,3 +156,14 @@ def test_a_parser_without_a_config_errs_in_one_line(capsys: pytest.CaptureFixtur
         with pytest.raises(SystemExit, match="2"):
             parser.parse_args(words)
         assert capsys.readouterr().err == f"python -m jobs.verify: error: {text}\n"
+
+
+def test_letters_that_a_log_cannot_show_end_no_job() -> None:
+    """It ended with UnicodeEncodeError before any work, for the name of a shard that was missing."""
+    code = (
+        "import sys; from jobs import exit_status; sys.exit(exit_status('verify', lambda: not print('train-é日.tar')))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, env=environment() | {"PYTHONIOENCODING": "ascii"}, capture_output=True
+    )
+    assert (done.returncode, done.stdout) == (0, b"train-\\xe9\\u65e5.tar\n")

@@ -2,6 +2,7 @@
 
 import logging
 import os
+import secrets
 import shutil
 import signal
 import socket
@@ -46,6 +47,11 @@ def connect(object_store_mb: int, logs: ray.LoggingConfig | None = None) -> None
         else:
             folder = short_temporary_folder(tempfile.gettempdir())
             _tell_of_small_shared_memory(object_store_mb)
+            if not {"RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH", "RAY_AUTH_MODE"} & os.environ.keys():
+                # This Ray is of this process alone. Ray itself would keep its token in a home folder, which may not be
+                # one that can be written to, and warn at every start that there is one.
+                os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
+                logging.getLogger("ray._private.authentication").setLevel(logging.ERROR)
             with _within(_CONNECT_SECONDS, "starting Ray on this machine"):
                 ray.init(
                     address="local",
