@@ -64,7 +64,8 @@ class FeatureDataset(Dataset[dict[str, Any]]):
             dtype: of the features.
             transform: called with each sample.
             keys: whether samples carry their keys. A process reads them from the index, a thousand units at a time, and
-                remembers 64 MiB of them: some millions. Samples of larger stores in random order come sooner without.
+                remembers 64 MiB of them, about two million. In random order over a larger store a key takes some
+                milliseconds: leave them out where that counts.
             codecs: ``zarr`` checks every chunk against its checksum; ``zarrs`` decodes in Rust, faster, and does not
                 check chunks that are read alone (zarrs 0.2.3), so it is for stores that ``jobs.verify`` found clean.
             partial: serve a store whose job has not ended as well, with the samples that are in it now.
@@ -121,7 +122,7 @@ class FeatureDataset(Dataset[dict[str, Any]]):
         return f"FeatureDataset({redact(self.path)}: {'; '.join(said)})"
 
     def sample(self, key: str, shard: str | None = None) -> dict[str, Any]:
-        """The sample with a key, through the whole index: about a second for each ten million samples.
+        """The sample with a key, looked for in the whole index: a second or two for ten million local samples.
 
         Args:
             key: its name in its input shard.

@@ -92,7 +92,7 @@ class SampleKeys:
     def find(self, key: str) -> list[FoundSample]:
         """All samples with this key, failed ones included, in the order of rows.
 
-        Looks through all keys of the store: about a second for each ten million of a local one.
+        Looks through all keys of the store: a second or two for ten million of a local one.
 
         Raises:
             StoreError: a part of the index, or a receipt, is missing or damaged.

@@ -10,7 +10,7 @@ from torch import Tensor
 from featup.pictures import sheet, side_by_side, value_colours
 from pipeline.errors import ConfigError
 from pipeline.loader import FeatureDataset
-from pipeline.viewing.samples import feature_colours, fitted, open_dataset, spread
+from pipeline.viewing.samples import feature_colours, fitted, open_dataset, spread, without_padding
 
 __all__ = ["Neighbour", "similarity_picture"]
 
@@ -24,7 +24,8 @@ _HEIGHT = 224
 class Neighbour:
     """An image, and how similar its pixels are to the pixel that was asked for.
 
-    ``similarity`` is the largest, at ``pixel`` (y, x); ``map`` float32 ``[H, W]``, -1 to 1, is that of all pixels.
+    ``similarity`` is the largest, at ``pixel`` (y, x); ``map`` float32 ``[H, W]``, -1 to 1, is that of all pixels, and
+    NaN in padding.
     """
 
     number: int
@@ -52,7 +53,7 @@ def similarity_picture(
         The picture, and the nearest images, the most similar first.
 
     Raises:
-        ConfigError: the pixel lies outside of the image.
+        ConfigError: the pixel lies outside of the image, or in its padding.
         SampleKeyError: no good sample has this key, or several have.
     """
     dataset = open_dataset(url)
@@ -62,8 +63,11 @@ def similarity_picture(
         raise ConfigError(f"pixel {y},{x} (y, x) is not inside the features' {size[0]}x{size[1]} (height x width)")
     sample = dataset.sample(key, shard)
     own = int(np.searchsorted(dataset.rows, int(sample["row"])))
-    query = sample["features"][y, x]
-    itself = Neighbour(own, key, 1.0, pixel, _cosine(sample["features"], query))
+    features = without_padding(sample)
+    query = features[y, x]
+    if not query.isfinite().all():
+        raise ConfigError(f"pixel {y},{x} (y, x) of {key} is padding; give one of the image")
+    itself = Neighbour(own, key, 1.0, pixel, _cosine(features, query))
     others = [number for number in spread(count + 1, len(dataset)) if number != own][:count]
     nearest: list[Neighbour] = []
     for number in others:
@@ -73,8 +77,8 @@ def similarity_picture(
 
 def _neighbour(dataset: FeatureDataset, number: int, query: Tensor) -> Neighbour:
     sample = dataset[number]
-    similarities = _cosine(sample["features"], query)
-    y, x = np.unravel_index(int(np.argmax(similarities)), similarities.shape)
+    similarities = _cosine(without_padding(sample), query)
+    y, x = np.unravel_index(int(np.nanargmax(similarities)), similarities.shape)
     return Neighbour(number, sample["key"], float(similarities[y, x]), (int(y), int(x)), similarities)
 
 
@@ -93,7 +97,7 @@ def _picture(url: str, dataset: FeatureDataset, images: list[Neighbour]) -> Pixe
         views = [pictures[number]["image"].numpy() for number in numbers]
     else:
         views = feature_colours(dataset, numbers)
-    low = float(np.percentile(np.stack([one.map for one in images]), 1))
+    low = float(np.nanpercentile(np.stack([one.map for one in images]), 1))
     columns = []
     for place, (one, view) in enumerate(zip(images, views, strict=True)):
         scale = max(1, _HEIGHT // view.shape[0])

@@ -2,14 +2,17 @@
 
 import json
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import numpy as np
 import pyarrow.compute as pc
+import torch
 from numpy.typing import NDArray
 from PIL import Image
+from torch import Tensor
 
 from featup.pictures import class_colours, component_colours, sheet, side_by_side, value_colours
-from featup.projection import PCAFit
+from featup.projection import PCA, PCAFit
 from pipeline.decode.kinds import label_spec
 from pipeline.errors import ConfigError
 from pipeline.loader import FeatureDataset
@@ -19,7 +22,16 @@ from pipeline.store.partitions import partition_place
 from pipeline.store.provenance import stored_config
 from pipeline.store.segments import UNITS_PER_SEGMENT
 
-__all__ = ["contact_sheet", "describe_sample", "feature_colours", "fitted", "open_dataset", "sample_picture", "spread"]
+__all__ = [
+    "contact_sheet",
+    "describe_sample",
+    "feature_colours",
+    "fitted",
+    "open_dataset",
+    "sample_picture",
+    "spread",
+    "without_padding",
+]
 
 Pixels = NDArray[np.uint8]
 Panel = tuple[str, Pixels]
@@ -31,7 +43,7 @@ _ASPECT = 1.4
 _FIT_SIDE = 64
 
 
-def open_dataset(url: str, arrays: Sequence[str] = ("features",)) -> FeatureDataset:
+def open_dataset(url: str, arrays: Sequence[str] = ("features", "valid")) -> FeatureDataset:
     """A store to look at, also while its job runs; of ``arrays`` those that it has.
 
     Raises:
@@ -50,25 +62,36 @@ def spread(count: int, total: int) -> list[int]:
     return [number * total // count for number in range(count)]
 
 
+def without_padding(sample: dict[str, Any]) -> Tensor:
+    """The features of a sample, NaN where the image is padding."""
+    features: Tensor = sample["features"]
+    if "valid" in sample:
+        features[~sample["valid"]] = torch.nan
+    return features
+
+
 def feature_colours(dataset: FeatureDataset, rows: Sequence[int]) -> list[Pixels]:
     """Features of samples in colours, all on one scale: their first three principal components.
 
     Those that are stored; of a store of all channels those of a PCA that is fitted to these samples.
 
     Args:
-        dataset: of features.
+        dataset: of features, and ``valid`` where padding shall be black.
         rows: numbers of the samples in it.
     """
-    if stored_config(dataset.path, partial=True)[0].projects:
-        return component_colours([dataset[row]["features"][..., :3].numpy() for row in rows])
+    components = stored_config(dataset.path, partial=True)[0].projects
+    pca = None if components else _fit_pca(dataset, rows)
+    maps = (without_padding(dataset[row]) for row in rows)
+    return component_colours([(one[..., :3] if pca is None else pca.project(one)).numpy() for one in maps])
+
+
+def _fit_pca(dataset: FeatureDataset, rows: Sequence[int]) -> PCA | None:
+    """A PCA of three components of these samples; ``None`` where they have too few pixels, or channels, for one."""
     fit = PCAFit(dataset.layout.channels)
-    step = tuple(-(-side // _FIT_SIDE) for side in (dataset.layout.height, dataset.layout.width))
+    down, right = (-(-side // _FIT_SIDE) for side in (dataset.layout.height, dataset.layout.width))
     for row in rows:
-        fit.add(dataset[row]["features"][:: step[0], :: step[1]])
-    if fit.count < 2:
-        return component_colours([dataset[row]["features"][..., :3].numpy() for row in rows])
-    pca = fit.solve(min(3, dataset.layout.channels, fit.count - 1))
-    return component_colours([pca.project(dataset[row]["features"]).numpy() for row in rows])
+        fit.add(without_padding(dataset[row])[::down, ::right])
+    return fit.solve(3) if dataset.layout.channels >= 3 and fit.count > 3 else None
 
 
 def contact_sheet(url: str, count: int = 12) -> Pixels:

@@ -1,5 +1,6 @@
 """Looking at stores: what is said, and what the pictures show."""
 
+import contextlib
 import json
 import os
 import re
@@ -134,23 +135,21 @@ def dataset_image(store: str, number: int) -> NDArray[np.uint8]:
     return image
 
 
-def test_the_command(
-    pca: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    assert main([pca, "--count", "2"]) == 0
-    assert capsys.readouterr().out.splitlines()[-1] == "picture   small-sheet.png"
-    assert main([pca, "--key", "b2"]) == 0
-    lines = capsys.readouterr().out.splitlines()
-    assert lines[0].startswith("sample    b2, row 10")
-    assert lines[1:] == [
-        f"shard     {Path(pca).parent}/b.tar, unit 2",
-        "image     60x80, to 32x48",
-        "picture   small-b2.png",
-    ]
-    assert main([pca, "--key", "b2", "--pixel", "1,2", "--out", "p.png"]) == 0
-    lines = capsys.readouterr().out.splitlines()
-    assert [line.split()[0] for line in lines] == ["nearest"] * 5 + ["picture"]
+def test_the_command(pca: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with contextlib.chdir(tmp_path):
+        assert main([pca, "--count", "2"]) == 0
+        assert capsys.readouterr().out.splitlines()[-1] == "picture   small-sheet.png"
+        assert main([pca, "--key", "b2"]) == 0
+        lines = capsys.readouterr().out.splitlines()
+        assert lines[0].startswith("sample    b2, row 10")
+        assert lines[1:] == [
+            f"shard     {Path(pca).parent}/b.tar, unit 2",
+            "image     60x80, to 32x48",
+            "picture   small-b2.png",
+        ]
+        assert main([pca, "--key", "b2", "--pixel", "1,2", "--out", "p.png"]) == 0
+        lines = capsys.readouterr().out.splitlines()
+        assert [line.split()[0] for line in lines] == ["nearest"] * 5 + ["picture"]
     assert {path.name for path in tmp_path.iterdir()} == {"small-sheet.png", "small-b2.png", "p.png"}
     assert all(pixels(path).ndim == 3 for path in tmp_path.iterdir())
     assert main([pca, "--failed"]) == 0
@@ -182,15 +181,13 @@ def test_what_cannot_be_shown_is_one_line(pca: str, tmp_path: Path, capsys: pyte
         assert text in capsys.readouterr().err
 
 
-def test_pictures_never_go_into_the_store(pca: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_pictures_never_go_into_the_store(pca: str, tmp_path: Path) -> None:
     (tmp_path / "link").symlink_to(pca)
     for out in (f"{pca}/x.png", f"{pca}/plan/x.png", str(tmp_path / "link" / "x.png")):
         with pytest.raises(ConfigError, match="lies inside of the store"):
             picture_place(pca, out)
-    monkeypatch.chdir(pca)
-    with pytest.raises(ConfigError, match="lies inside of the store"):
+    with contextlib.chdir(pca), pytest.raises(ConfigError, match="lies inside of the store"):
         picture_place(".", None, "sheet")
-    monkeypatch.chdir(tmp_path)
     with pytest.raises(ConfigError, match=r"pictures are PNG files; give a name that ends in \.png"):
         picture_place(pca, "x.jpg")
     with pytest.raises(ConfigError, match="there is no folder"):
@@ -227,6 +224,20 @@ def test_nothing_is_at_a_place_without_a_store(tmp_path: Path) -> None:
     with pytest.raises(StoreError, match="no feature store at"):
         list(describe_store(str(tmp_path)))
     assert os.listdir(tmp_path) == []
+
+
+def test_padding_is_black_and_resembles_nothing(tmp_path: Path) -> None:
+    out = make(tmp_path, "padded", geometry="pad", pca=8)
+    image, features, _ = panels(sample_picture(out, "a0"), 448)
+    valid = FeatureDataset(out, ["valid"])[0]["valid"].numpy().repeat(7, 0).repeat(7, 1)
+    assert valid.any(1).sum() == 7 * 48, "60x80 in 64x64"
+    assert not features[~valid].any()
+    assert features[valid].any(-1).mean() > 0.9
+    assert image[~valid].any()
+    _, nearest = similarity_picture(out, "a0", (30, 30), count=3)
+    assert all(np.isnan(one.map[:8]).all() and np.isfinite(one.map[8:56]).all() for one in nearest)
+    with pytest.raises(ConfigError, match=r"pixel 2,30 \(y, x\) of a0 is padding"):
+        similarity_picture(out, "a0", (2, 30))
 
 
 @pytest.mark.parametrize(("count", "total", "wanted"), [(3, 9, [0, 3, 6]), (5, 3, [0, 1, 2]), (1, 1, [0]), (2, 0, [])])
