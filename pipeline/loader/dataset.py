@@ -101,7 +101,7 @@ class FeatureDataset(Dataset[dict[str, Any]]):
                     f"{layout.height}x{layout.width} (height x width)"
                 )
         self.keys = keys
-        self.partial = not attributes.get("complete")
+        self.complete = bool(attributes.get("complete"))
         self._keys = SampleKeys(path, attributes)
         self._open: tuple[int, dict[str, AnyArray]] | None = None
         # Read here without threads that stay behind, so that a fork is possible afterwards.
@@ -117,7 +117,7 @@ class FeatureDataset(Dataset[dict[str, Any]]):
         said = [f"{len(self):,} samples", *map(self._described, self.arrays)]
         if self.window is not None:
             said.append(f"window (top, left, height, width) = {self.window}")
-        if self.partial:
+        if not self.complete:
             said.append("partial: its job has not ended")
         return f"FeatureDataset({redact(self.path)}: {'; '.join(said)})"
 

@@ -143,12 +143,18 @@ class SampleKeys:
         ]
 
     def _receipt(self, unit: int) -> dict[str, Any]:
-        segment = open_segment(self._ledger, unit // UNITS_PER_SEGMENT)
         place = receipt_place(self._ledger, unit)
+        segment = open_segment(self._ledger, unit // UNITS_PER_SEGMENT)
         try:
-            content: dict[str, Any] = json.loads(segment.receipt(unit) if segment else storage.read_bytes(place))
+            data = segment.receipt(unit) if segment else storage.read_bytes(place)
         except FileNotFoundError as error:
-            raise StoreError(f"{place} is gone since {self._out} was opened; open it again") from error
+            # It may have been compacted between the two looks.
+            segment = open_segment(self._ledger, unit // UNITS_PER_SEGMENT)
+            if segment is None:
+                raise StoreError(f"{place} is gone since {self._out} was opened; open it again") from error
+            data = segment.receipt(unit)
+        try:
+            content: dict[str, Any] = json.loads(data)
         except ValueError as error:
             raise DamagedReceiptError(
                 unit, f"{place} is no receipt ({error}): it is damaged; verify the store with --repair"

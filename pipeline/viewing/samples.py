@@ -16,7 +16,7 @@ from featup.projection import PCA, PCAFit
 from pipeline.decode.kinds import label_spec
 from pipeline.errors import ConfigError
 from pipeline.loader import FeatureDataset
-from pipeline.store.layout import store_attributes
+from pipeline.store.layout import store_attributes, stored_layout
 from pipeline.store.parquet import read_columns
 from pipeline.store.partitions import partition_place
 from pipeline.store.provenance import stored_config
@@ -49,7 +49,7 @@ def open_dataset(url: str, arrays: Sequence[str] = ("features", "valid")) -> Fea
     Raises:
         ConfigError: there is no sample in it yet.
     """
-    there = [spec.name for spec in FeatureDataset(url, partial=True).layout.arrays]
+    there = [spec.name for spec in stored_layout(url).arrays]
     dataset = FeatureDataset(url, [name for name in arrays if name in there], partial=True)
     if not len(dataset):
         raise ConfigError(f"{url} holds no sample that could be shown; see featup status {url}")
@@ -70,27 +70,27 @@ def without_padding(sample: dict[str, Any]) -> Tensor:
     return features
 
 
-def feature_colours(dataset: FeatureDataset, rows: Sequence[int]) -> list[Pixels]:
+def feature_colours(dataset: FeatureDataset, numbers: Sequence[int]) -> list[Pixels]:
     """Features of samples in colours, all on one scale: their first three principal components.
 
     Those that are stored; of a store of all channels those of a PCA that is fitted to these samples.
 
     Args:
         dataset: of features, and ``valid`` where padding shall be black.
-        rows: numbers of the samples in it.
+        numbers: of the samples in it.
     """
     components = stored_config(dataset.path, partial=True)[0].projects
-    pca = None if components else _fit_pca(dataset, rows)
-    maps = (without_padding(dataset[row]) for row in rows)
+    pca = None if components else _fit_pca(dataset, numbers)
+    maps = (without_padding(dataset[number]) for number in numbers)
     return component_colours([(one[..., :3] if pca is None else pca.project(one)).numpy() for one in maps])
 
 
-def _fit_pca(dataset: FeatureDataset, rows: Sequence[int]) -> PCA | None:
+def _fit_pca(dataset: FeatureDataset, numbers: Sequence[int]) -> PCA | None:
     """A PCA of three components of these samples; ``None`` where they have too few pixels, or channels, for one."""
     fit = PCAFit(dataset.layout.channels)
     down, right = (-(-side // _FIT_SIDE) for side in (dataset.layout.height, dataset.layout.width))
-    for row in rows:
-        fit.add(without_padding(dataset[row])[::down, ::right])
+    for number in numbers:
+        fit.add(without_padding(dataset[number])[::down, ::right])
     return fit.solve(3) if dataset.layout.channels >= 3 and fit.count > 3 else None
 
 
@@ -105,10 +105,13 @@ def contact_sheet(url: str, count: int = 12) -> Pixels:
         ConfigError: there is no sample in it yet.
     """
     dataset = open_dataset(url)
-    rows = spread(count, len(dataset))
-    pictures = feature_colours(dataset, rows)
+    numbers = spread(count, len(dataset))
+    pictures = feature_colours(dataset, numbers)
     beside = open_dataset(url, _beside(dataset))
-    lines = [side_by_side(_panels(beside, row, one, _SMALL), _SMALL) for row, one in zip(rows, pictures, strict=True)]
+    lines = [
+        side_by_side(_panels(beside, number, picture, _SMALL), _SMALL)
+        for number, picture in zip(numbers, pictures, strict=True)
+    ]
     height, width = lines[0].shape[:2]
     columns = min(
         range(1, len(lines) + 1),

@@ -23,6 +23,7 @@ from pipeline.store.index import write_index
 from pipeline.store.keys import SampleKeys
 from pipeline.store.layout import FAILED, OK, store_attributes
 from pipeline.store.ledger import Ledger, Receipt, SampleRecord
+from pipeline.store.segments import receipt_place
 from pipeline.store.writer import StoreWriter
 from tests.pipeline.store.support import DIGEST, commit_statuses, finish_store, plan_of, put_receipts
 from tests.pipeline.store.test_layout import IDENTITY, KEYS, LAYOUT, Blocks, unit_blocks
@@ -245,6 +246,27 @@ def test_keys_are_read_a_part_at_a_time_and_only_some_are_remembered(tmp_path: P
     assert list(keys._parts) == [1, 2], "the part that was used longest ago is forgotten"
     assert len(pickle.dumps(keys)) < 2000
     assert [one.row for one in keys.find(names[11_999])] == [11_999]
+
+
+def test_keys_of_a_store_that_is_not_complete_come_from_segments_as_well(tmp_path: Path) -> None:
+    url, units = str(tmp_path), 1002
+    create_store(url, dataclasses.replace(LAYOUT, rows=4 * units), IDENTITY)
+    plan = plan_of(4 * units)
+    storage.write_atomic(storage.join(url, "plan", "plan.json"), plan.to_json())
+    records = [SampleRecord(f"k{row}", row, "ok") for row in range(4 * units)]
+    receipts = [Receipt(plan.unit(unit), DIGEST, tuple(records[4 * unit : 4 * unit + 4])) for unit in range(units)]
+    ledger = Ledger(f"{url}/ledger")
+    put_receipts(ledger.url, receipts)
+    keys = SampleKeys(url, store_attributes(url))
+    assert keys.key(17) == "k17"
+    assert ledger.compact(0)
+    assert [keys.key(row) for row in (17, 3999, 4000, 4007)] == ["k17", "k3999", "k4000", "k4007"]
+    assert [(one.row, one.shard) for key in ("k2000", "k4005") for one in keys.find(key)] == [
+        (2000, "a.tar"), (4005, "a.tar"),
+    ]  # fmt: skip
+    os.remove(receipt_place(ledger.url, 1001))
+    with pytest.raises(StoreError, match=r"000001001\.json is gone since .* was opened; open it again"):
+        SampleKeys(url, store_attributes(url)).key(4004)
 
 
 def test_samples_without_keys(store: tuple[str, Blocks]) -> None:
