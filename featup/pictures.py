@@ -1,7 +1,9 @@
-"""Pictures of features: one PCA to colours for several maps of an image, and panels side by side."""
+"""Pictures of features, classes and values: their colours, and panels side by side."""
 
+import colorsys
 from collections.abc import Sequence
 
+import matplotlib
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -9,7 +11,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from featup.projection import PCAFit
 
-__all__ = ["pca_colours", "side_by_side"]
+__all__ = ["class_colours", "component_colours", "pca_colours", "sheet", "side_by_side", "value_colours"]
 
 Pixels = NDArray[np.uint8]
 
@@ -37,12 +39,44 @@ def pca_colours(maps: Sequence[NDArray[np.floating]]) -> list[Pixels]:
     if fit.count <= components:
         return [np.zeros((*features.shape[:2], 3), dtype=np.uint8) for features in tensors]
     pca = fit.solve(components)
-    projected = [torch.nn.functional.pad(pca.project(features), (0, 3 - components)).numpy() for features in tensors]
+    return component_colours([pca.project(features).numpy() for features in tensors])
+
+
+def component_colours(maps: Sequence[NDArray[np.floating]]) -> list[Pixels]:
+    """Colour the first three channels of maps, as principal components are: all maps share one scale.
+
+    Args:
+        maps: Each ``[H, W, C]``; sizes may differ. What is not finite becomes black, and so do channels that lack.
+
+    Returns:
+        uint8 ``[H, W, 3]`` for each map.
+    """
+    projected = [np.pad(one[..., :3], ((0, 0), (0, 0), (0, max(0, 3 - one.shape[-1])))) for one in maps]
     vectors = np.concatenate([colours.reshape(-1, 3) for colours in projected])
     # Percentiles, so that a few extreme vectors do not leave the rest grey.
     low, high = np.nanpercentile(vectors, [1, 99], axis=0)
     scale = 255 / np.maximum(high - low, 1e-12)
     return [np.nan_to_num(np.clip((colours - low) * scale, 0, 255)).astype(np.uint8) for colours in projected]
+
+
+def class_colours(ids: NDArray[np.integer], classes: int) -> Pixels:
+    """Class ids ``[H, W]`` as uint8 ``[H, W, 3]``: a colour for each, black for ids that are no class."""
+    # The golden ratio spreads the hues of any number of classes.
+    palette = [
+        colorsys.hsv_to_rgb(k * 0.618034 % 1, (0.9, 0.5)[k % 2], (1.0, 0.75)[k // 2 % 2]) for k in range(classes)
+    ]
+    colours = (np.array([*palette, (0, 0, 0)]) * 255).round().astype(np.uint8)
+    picked: Pixels = colours[np.where((ids >= 0) & (ids < classes), ids, classes)]
+    return picked
+
+
+def value_colours(values: NDArray[np.floating], low: float, high: float) -> Pixels:
+    """Values ``[H, W]`` as uint8 ``[H, W, 3]``, from ``low`` to ``high`` dark to bright; black where not finite."""
+    scaled = np.clip((values - low) / max(high - low, 1e-6), 0, 1)
+    colours = matplotlib.colormaps["viridis"](np.nan_to_num(scaled))[..., :3]
+    colours[~np.isfinite(values)] = 0
+    pixels: Pixels = (colours * 255).round().astype(np.uint8)
+    return pixels
 
 
 def side_by_side(panels: Sequence[tuple[str, Pixels]], height: int = 336) -> Pixels:
@@ -70,3 +104,14 @@ def side_by_side(panels: Sequence[tuple[str, Pixels]], height: int = 336) -> Pix
         sheet.paste(panel, (left, bar))
         left += panel.width + gap
     return np.asarray(sheet)
+
+
+def sheet(lines: Sequence[Pixels], columns: int = 1) -> Pixels:
+    """Pictures below each other in so many columns, filled line by line, on white."""
+    height, width = (max(one.shape[axis] for one in lines) for axis in (0, 1))
+    padded = [
+        np.pad(one, ((0, height - one.shape[0]), (0, width - one.shape[1]), (0, 0)), constant_values=255)
+        for one in lines
+    ]
+    padded += [np.full_like(padded[0], 255)] * (-len(padded) % columns)
+    return np.concatenate([np.concatenate(padded[at : at + columns], 1) for at in range(0, len(padded), columns)])

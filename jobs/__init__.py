@@ -5,20 +5,21 @@ Modules here import nothing heavy before they have read their arguments.
 
 import argparse
 import io
+import os
 import re
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from difflib import get_close_matches
 from typing import NoReturn
 
 from featup.errors import FeatupError
-from pipeline.errors import PipelineError
+from pipeline.errors import PipelineError, Reason
 from pipeline.redaction import redact
 
-__all__ = ["CommandParser", "at_least", "exit_status", "program"]
+__all__ = ["CommandParser", "add_failed", "at_least", "exit_status", "print_lines", "program"]
 
 
 # Extras of the distribution that bring a package; all others come with [make].
@@ -70,6 +71,23 @@ def exit_status(name: str, work: Callable[[], bool]) -> int:
     return 1
 
 
+def print_lines(name: str, lines: Callable[[], Iterable[str]]) -> int:
+    """Print the lines that a job gives, as they come. Exit status as that of :func:`exit_status`."""
+
+    def work() -> bool:
+        for line in lines():
+            print(line)
+        sys.stdout.flush()
+        return True
+
+    try:
+        return exit_status(name, work)
+    except BrokenPipeError:
+        # The reader of a long list has seen enough; nothing is left to flush at the end of the process.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+
+
 def _stopped(name: str, stop: BaseException, number: int) -> int:
     done = "".join(f": {note}" for note in getattr(stop, "__notes__", [])[:1])
     print(f"{name}: stopped{done}", file=sys.stderr)
@@ -115,6 +133,18 @@ class CommandParser(argparse.ArgumentParser):
             if name not in known
         ]
         self.exit(2, f"{self.prog}: error: {'; '.join(hints) or message}\n")
+
+
+def add_failed(parser: argparse.ArgumentParser) -> None:
+    """Add the option that lists failed samples."""
+    parser.add_argument(
+        "--failed",
+        nargs="*",
+        metavar="REASON",
+        choices=[reason.value for reason in Reason],
+        help="list the failed samples (key, input shard, reason, detail), only those of these reasons where any are "
+        "given: " + ", ".join(Reason),
+    )
 
 
 def at_least(least: int) -> Callable[[str], int]:

@@ -11,9 +11,7 @@ import sys
 from collections.abc import Iterator
 from dataclasses import asdict
 
-from pipeline.errors import Reason
-
-from . import CommandParser, exit_status
+from . import CommandParser, add_failed, print_lines
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -22,30 +20,11 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "store", help="the store: the --out of featup precompute; a path or a URL", type=os.path.expanduser
     )
-    parser.add_argument(
-        "--failed",
-        nargs="*",
-        metavar="REASON",
-        choices=[reason.value for reason in Reason],
-        help="list the failed samples (key, input shard, reason, detail), only those of these reasons where any are "
-        "given: " + ", ".join(Reason),
-    )
+    add_failed(parser)
     parser.add_argument("--units", action="store_true", help="list all units with state, seconds and worker")
     parser.add_argument("--json", action="store_true", help="print one JSON object with the same content")
     args = parser.parse_args(argv)
-
-    def work() -> bool:
-        for line in _json_lines(args) if args.json else _text_lines(args):
-            print(line)
-        sys.stdout.flush()
-        return True
-
-    try:
-        return exit_status("status", work)
-    except BrokenPipeError:
-        # The reader of a long list has seen enough; nothing is left to flush at the end of the process.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
+    return print_lines("status", lambda: _json_lines(args) if args.json else _text_lines(args))
 
 
 def _text_lines(args: argparse.Namespace) -> Iterator[str]:

@@ -12,6 +12,7 @@ PipelineError
 │   ├── DamagedReceiptError             the receipt of one unit cannot be used; carries the unit's number
 │   ├── IncompleteStoreError            a store whose job has not ended, where a whole one is needed
 │   └── LeaseError                      another driver is at work on the store
+├── SampleKeyError     (LookupError)    a key that names no good sample of a store, or several
 ├── EnvironmentFault   (RuntimeError)   disk full, access denied, bucket gone: the job stops, nothing is lost
 ├── ForkError          (RuntimeError)   a reader inherited through fork(), which would deadlock
 └── JobFailedError     (RuntimeError)   the run ended, and what it had to do is not all done
@@ -36,6 +37,7 @@ __all__ = [
     "PipelineError",
     "Reason",
     "SampleError",
+    "SampleKeyError",
     "StoreError",
     "StoreFormatError",
     "StoreMismatchError",
@@ -129,6 +131,10 @@ class IncompleteStoreError(StoreError):
 
 class LeaseError(StoreError):
     """Another driver is at work on the store, or took it over; the text names it."""
+
+
+class SampleKeyError(PipelineError, LookupError):
+    """A key that names no good sample of a store, or several; the text says which."""
 
 
 class EnvironmentFault(PipelineError, RuntimeError):  # noqa: N818 - a fault of the world around, not of the program

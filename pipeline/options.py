@@ -68,6 +68,7 @@ def option(
     group: str,
     run: bool = False,
     path: bool = False,
+    before: Any = MISSING,
     at_least: float | None = None,
     above: float | None = None,
     at_most: float | None = None,
@@ -80,6 +81,7 @@ def option(
         group: the heading it stands under in the help.
         run: it changes how a job runs and not what it makes.
         path: it names files or folders: never empty, and a leading ``~`` is the home folder.
+        before: what was done before there was this option, where that is not its default.
         at_least, above, at_most: the range of its number, or of each of its numbers.
     """
     bounds = Bounds(at_least=at_least, above=above, at_most=at_most)
@@ -88,6 +90,7 @@ def option(
         "group": group,
         "run": run,
         "path": path,
+        "before": before,
         "bounds": None if bounds == Bounds() else bounds,
     }
     if default is dict:

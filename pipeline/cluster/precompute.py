@@ -32,6 +32,7 @@ from pipeline.compute.load import decode_options, load_row
 from pipeline.compute.models import Setup
 from pipeline.compute.outcome import failed_unit
 from pipeline.compute.prepare import (
+    as_stored,
     check_options,
     complete_plan,
     create_or_grow,
@@ -86,7 +87,7 @@ def precompute(config: PrecomputeConfig) -> Summary:
         KeyboardInterrupt, SystemExit: after Ctrl-C or SIGTERM, with a note that says how far the run came.
     """
     on_cluster = bool(os.environ.get("RAY_ADDRESS"))
-    config = config.absolute(on_cluster=on_cluster)
+    config = as_stored(config.absolute(on_cluster=on_cluster), lambda text: print(text, flush=True))
     check_options(config)
     state = _State()
     with Lease.acquire(config.out) as lease, _ending_in_one_line(state):

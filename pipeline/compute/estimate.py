@@ -12,7 +12,7 @@ from featup.projection import PCA
 from pipeline.compute.device import set_threads
 from pipeline.compute.load import decode_options, load_sample
 from pipeline.compute.models import Extractor, fit_pca, take_pca
-from pipeline.compute.prepare import complete_plan, layout_of, plan_input
+from pipeline.compute.prepare import as_stored, complete_plan, layout_of, plan_input
 from pipeline.config.precompute import PrecomputeConfig
 from pipeline.console import human_bytes, human_seconds
 from pipeline.errors import InputError, Reason, SampleError
@@ -39,7 +39,8 @@ def estimate(config: PrecomputeConfig, index_all: IndexAll | None = None) -> str
         InputError: no sample can be found, or none of those tried can be decoded.
         FeatupError: a model, layer, size or checkpoint that does not fit.
     """
-    config = config.absolute(on_cluster=False)
+    notes: list[str] = []
+    config = as_stored(config.absolute(on_cluster=False), notes.append)
     shards = plan_input(config, index_all)
     extractor = Extractor(config)
     threads = set_threads(config.threads, config.actors)
@@ -60,6 +61,7 @@ def estimate(config: PrecomputeConfig, index_all: IndexAll | None = None) -> str
     features = layout.arrays[0]
     chunk = 2 * int(np.prod(features.chunk))
     lines = [
+        *(f"store:    {note}" for note in notes),
         f"input:    {len(shards)} shards, {plan.samples} samples",
         *(f"          fault: {fault}" for fault in plan.faults),
         *([f"          ignored by rule: {describe_ignored(plan.ignored)}"] if plan.ignored else []),
@@ -123,7 +125,7 @@ def _time_handful(
     extractor.upsample(features, batch, torch.from_numpy(block))
     seconds["upsample"] = (time.perf_counter() - started) / len(batch)
     with tempfile.TemporaryDirectory(prefix="featup-") as folder:
-        layout = replace(layout_of(config, len(batch), channels, 1), labels=(), valid_mask=False)
+        layout = replace(layout_of(config, len(batch), channels, 1), labels=(), valid_mask=False, image=False)
         create_store(folder, layout, {"identity": {}})
         writer = StoreWriter(folder, layout, threads)
         started = time.perf_counter()

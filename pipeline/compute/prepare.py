@@ -2,6 +2,7 @@
 
 import hashlib
 import sys
+from collections.abc import Callable
 from dataclasses import asdict, replace
 from importlib.metadata import version
 from typing import Any
@@ -13,7 +14,7 @@ import yaml
 from featup.checkpoints import pca_bytes
 from pipeline.compute.device import set_threads
 from pipeline.compute.models import Extractor, Setup, fit_pca, keep_weights, take_pca, weights_place
-from pipeline.config.base import InputConfig, describe
+from pipeline.config.base import InputConfig, describe, options_since
 from pipeline.config.precompute import PrecomputeConfig
 from pipeline.decode.kinds import LABELS
 from pipeline.errors import ConfigError, Reason, StoreMismatchError
@@ -29,6 +30,7 @@ from pipeline.store.ledger import Ledger
 from pipeline.store.provenance import pca_place
 
 __all__ = [
+    "as_stored",
     "check_options",
     "complete_plan",
     "create_or_grow",
@@ -113,6 +115,7 @@ def layout_of(config: PrecomputeConfig, rows_per_shard: int, channels: int, unit
         seg_dtype=config.seg_dtype,
         valid_mask=config.geometry == "pad",
         compression_level=config.compression_level,
+        image=config.store_image,
     )
 
 
@@ -120,9 +123,31 @@ def complete_plan(config: PrecomputeConfig, shards: tuple[PlannedShard, ...], ch
     """The plan, once the number of stored channels tells how many images make a Zarr shard."""
     layout = layout_of(config, 1, channels, 1)
     decoded = 3 * max(config.size.height * config.size.width, layout.height * layout.width)
-    labels = sum(spec.row_bytes for spec in layout.arrays[1:])
-    rows = rows_of(layout.sample_bytes, config.rows_per_shard, decoded + labels)
+    beside = sum(spec.row_bytes for spec in layout.arrays[1:])
+    rows = rows_of(layout.sample_bytes, config.rows_per_shard, decoded + beside)
     return Plan(shards, rows, _index_dir(config.out))
+
+
+def as_stored(config: PrecomputeConfig, report: Callable[[str], object]) -> PrecomputeConfig:
+    """The config a run goes on with where ``config.out`` holds a store that was made before there were some options.
+
+    Such a store is finished as it was begun, whatever those options are by default now.
+
+    Args:
+        config: every option.
+        report: gets a line for each option that is not as ``config`` has it.
+    """
+    existing = finished_attributes(config.out)
+    if existing is None:
+        return config
+    changes = {
+        name: value
+        for name, value in options_since(config).items()
+        if name not in existing["identity"] and getattr(config, name) != value
+    }
+    for name, value in changes.items():
+        report(f"{config.out} was made before there was the option {name}, and goes on as it is: {name}={value}")
+    return replace(config, **changes)
 
 
 def check_options(config: PrecomputeConfig) -> None:
@@ -195,8 +220,8 @@ def _refuse(out: str, stored: dict[str, Any], wanted: dict[str, Any]) -> None:
 
 
 def _defaults() -> dict[str, Any]:
-    """Options that decide what is written, with their defaults: what an older store is taken to have been made with."""
-    return PrecomputeConfig(shards=("-",), out="-").identity()
+    """Options that decide what is written, as a store that does not know them is taken to have been made with."""
+    return PrecomputeConfig(shards=("-",), out="-", **options_since(PrecomputeConfig)).identity()
 
 
 def _plan_files(config: PrecomputeConfig) -> dict[str, str]:

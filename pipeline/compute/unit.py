@@ -13,6 +13,7 @@ import torch
 from numpy.typing import NDArray
 
 from featup.errors import FeatupError
+from featup.images import resize_images
 from pipeline.compute.device import context_is_broken, set_threads
 from pipeline.compute.load import LoadedUnit
 from pipeline.compute.models import Extractor, Setup, weights_place
@@ -129,6 +130,9 @@ class UnitProcessor:
         status[ok] = OK
         blocks = {**loaded.blocks, "features": features, "status": status}
         del blocks["image"]
+        if self.layout.image:
+            with _timed(seconds, "image"):
+                blocks["image"] = self._stored_images(loaded.blocks["image"], ok)
         for spec in self.layout.arrays[:-1]:
             blocks[spec.name][status != OK] = spec.fill
         with self._writing:
@@ -234,6 +238,19 @@ class UnitProcessor:
             with _timed(seconds, "upsample"):
                 round_mantissa(block, self.config.mantissa_bits)
         return block, tuple(records)
+
+    def _stored_images(self, images: NDArray[np.uint8], good: list[int]) -> NDArray[np.uint8]:
+        """The good rows of decoded images ``[R, H, W, 3]`` at the features' size, zeros elsewhere.
+
+        They are resized from what guided the upsampler, so that their pixels are the features'. Always a copy: the
+        decoded images are read again if the unit is tried again.
+        """
+        size = (self.layout.height, self.layout.width)
+        stored = np.zeros((len(images), *size, 3), np.uint8)
+        for start in range(0, len(good), self.config.batch_size):
+            rows = good[start : start + self.config.batch_size]
+            stored[rows] = resize_images(torch.from_numpy(images[rows]), size).numpy()
+        return stored
 
     def _wait(self) -> None:
         if self.extractor.device.type == "cuda":

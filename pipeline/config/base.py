@@ -12,7 +12,7 @@ from pipeline.inputs import storage
 from pipeline.options import Size, option
 from pipeline.redaction import redact
 
-__all__ = ["BackboneConfig", "Config", "InputConfig", "describe", "read_config"]
+__all__ = ["BackboneConfig", "Config", "InputConfig", "describe", "options_since", "read_config"]
 
 
 Precision = Literal["float32", "bfloat16", "float16"]
@@ -189,8 +189,15 @@ def describe(config: Any) -> dict[str, Any]:
 Config = TypeVar("Config")
 
 
+def options_since(config: Any) -> dict[str, Any]:
+    """Options that change by default what was done before they were there, with what that was."""
+    return {one.name: one.metadata["before"] for one in fields(config) if one.metadata["before"] is not MISSING}
+
+
 def read_config(config: type[Config], values: Mapping[str, Any]) -> Config:
-    """A config from the plain values of :func:`describe`; options that are not among them have their defaults.
+    """A config from the plain values of :func:`describe`.
+
+    Options that are not among them have their defaults, or what was done before there were these options.
 
     Raises:
         StoreFormatError: options that this program does not know, or without one that has no default.
@@ -214,4 +221,4 @@ def read_config(config: type[Config], values: Mapping[str, Any]) -> Config:
             return Size.parse(value)
         return tuple(value) if isinstance(value, list) else value
 
-    return config(**{name: typed(name, value) for name, value in values.items()})
+    return config(**options_since(config) | {name: typed(name, value) for name, value in values.items()})

@@ -81,6 +81,12 @@ class PrecomputeConfig(LabelOptions, InputConfig):
         run=True,
         path=True,
     )
+    store_image: bool = option(
+        True,
+        "store the image as well, at the size of the features (uint8, 3 bytes a pixel)",
+        group="store",
+        before=False,
+    )
     mantissa_bits: int | None = option(
         None,
         "bits of float16's mantissa that stored values are rounded to, to compress better",

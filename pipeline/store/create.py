@@ -4,6 +4,7 @@ Layout of a store ``OUT``::
 
     OUT/features.zarr/    a Zarr v3 group that plain ``zarr.open`` reads
         features          float16 [N, H, W, C], NaN where nothing was written
+        image             uint8 [N, H, W, 3], the image on the features' pixels
         seg depth cls     labels through the images' own transform, [N, H, W] or [N]
         valid             uint8 [N, H, W], 1 where the image is (geometry ``pad`` only)
         status            uint8 [N]: 0 nothing here, 1 ok, 2 failed

@@ -71,8 +71,8 @@ class ArraySpec:
 
     @property
     def dims(self) -> tuple[str, ...]:
-        """Names of the dimensions."""
-        return ("row", "y", "x", "channel")[: 1 + len(self.row_shape)]
+        """Names of the dimensions. A name has one length in the whole group, as xarray expects of it."""
+        return ("row", "y", "x", "rgb" if self.name == "image" else "channel")[: 1 + len(self.row_shape)]
 
 
 @dataclass(frozen=True)
@@ -89,6 +89,7 @@ class Layout:
     seg_dtype: Literal["uint8", "uint16"]
     valid_mask: bool
     compression_level: int
+    image: bool = False
 
     @staticmethod
     def from_dict(values: Mapping[str, Any]) -> "Layout":
@@ -115,6 +116,8 @@ class Layout:
         """Every array, features first and status last."""
         size = (self.height, self.width)
         specs = [ArraySpec("features", "float16", (*size, self.channels), (*self.tile, self.channels), float("nan"))]
+        if self.image:
+            specs.append(ArraySpec("image", "uint8", (*size, 3), (*self.tile, 3), 0))
         for kind in self.labels:
             label = label_spec(kind, self.seg_dtype)
             shape = size if label.per_pixel else ()

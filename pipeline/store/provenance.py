@@ -23,7 +23,7 @@ PCA_FILE = "pca.safetensors"
 def stored_config(url: str, partial: bool = False) -> tuple[PrecomputeConfig, dict[str, Any]]:
     """The config a store was made with, and the setup (see ``pipeline.compute.models.Setup``) as plain values.
 
-    Options that the program that made the store did not know have their defaults.
+    Options that the program that made the store did not know are as things were done before there were these options.
 
     Args:
         url: the store.

@@ -18,7 +18,7 @@ from pipeline.store.parquet import read_columns
 from pipeline.store.partitions import equals, partition_place
 from pipeline.store.segments import UNITS_PER_SEGMENT, list_done, receipt_place, segment_statuses, segment_units
 
-__all__ = ["good_rows"]
+__all__ = ["good_rows", "read_all"]
 
 T = TypeVar("T")
 Rows = NDArray[np.int64]
@@ -59,7 +59,7 @@ def _indexed(out: str, layout: Layout) -> list[Rows]:
         return np.asarray(table["row"].to_numpy()[equals(table["status"], "ok")], np.int64)
 
     partitions = range(-(-layout.rows // layout.rows_per_shard // UNITS_PER_SEGMENT))
-    return _map(out, read, partitions)
+    return read_all(out, read, partitions)
 
 
 def _committed(out: str, layout: Layout) -> list[Rows]:
@@ -86,11 +86,11 @@ def _committed(out: str, layout: Layout) -> list[Rows]:
             ) from error
 
     done = list_done(ledger)
-    rows = _map(out, of_segment, done.segments.tolist()) + _map(out, of_receipt, done.open.tolist())
+    rows = read_all(out, of_segment, done.segments.tolist()) + read_all(out, of_receipt, done.open.tolist())
     return [np.sort(np.concatenate([np.zeros(0, np.int64), *rows]))]
 
 
-def _map(out: str, read: Callable[[int], T], numbers: Iterable[int]) -> list[T]:
+def read_all(out: str, read: Callable[[int], T], numbers: Iterable[int]) -> list[T]:
     """``read`` of all numbers; of remote files by several threads, which end with the call."""
     if storage.is_local(out):
         return list(map(read, numbers))

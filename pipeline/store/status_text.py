@@ -8,7 +8,7 @@ from pipeline.store.lease import LeaseInfo
 from pipeline.store.snapshot import FailedSample, UnitStatus
 from pipeline.store.status import StoreStatus
 
-__all__ = ["failed_text", "status_text", "unit_text"]
+__all__ = ["account_lines", "failed_text", "status_text", "unit_text"]
 
 _MOST_DAMAGED = 5
 
@@ -18,7 +18,8 @@ def status_text(status: StoreStatus, now: float | None = None) -> str:
     return "\n".join(_lines(status, time.time() if now is None else now))
 
 
-def _lines(status: StoreStatus, now: float) -> Iterator[str]:
+def account_lines(status: StoreStatus) -> Iterator[str]:
+    """State, units, samples and reasons, a line each."""
     yield f"{status.url}: {status.state}"
     if status.units is not None:
         parts = [f"{status.units_done:,} of {status.units:,} done"]
@@ -42,6 +43,10 @@ def _lines(status: StoreStatus, now: float) -> Iterator[str]:
         yield f"damaged   {error}"
     if len(status.damaged) > _MOST_DAMAGED:
         yield f"damaged   {len(status.damaged) - _MOST_DAMAGED:,} more"
+
+
+def _lines(status: StoreStatus, now: float) -> Iterator[str]:
+    yield from account_lines(status)
     if status.rate is not None:
         rate = f"{status.rate:.1f} samples/s over the last {status.rate_units:,} units"
         left = "" if status.seconds_left is None else f", about {human_seconds(status.seconds_left)} left"

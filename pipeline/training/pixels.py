@@ -78,7 +78,7 @@ class PixelDataset(Dataset[dict[str, Tensor]]):
         self.store = store
         self.task = task
         # With a process's first label the loader checks that this process may read the store.
-        self.labels = FeatureDataset(store, [task.kind])
+        self.labels = FeatureDataset(store, [task.kind], keys=False)
         if not len(self.labels):
             raise InputError(f"{store} holds no sample to fit on; see its index for the reasons")
         self.sampling = PixelSampling(len(self.labels), pixels, max_vectors, seed)

@@ -52,7 +52,7 @@ def evaluate_store(task: Task, probe: Probe, config: ProbeConfig, store: str) ->
             "backbone and options"
         )
     transform = ProbeStatistics(task, probe.channel_map)
-    dataset = FeatureDataset(store, ["features", task.kind], transform=transform)
+    dataset = FeatureDataset(store, ["features", task.kind], transform=transform, keys=False)
     if not len(dataset):
         raise InputError(f"{store} holds no sample to evaluate on; see its index for the reasons")
     statistics = torch.cat([batch["statistics"] for batch in read_batches(dataset, config.workers, config.batch_size)])

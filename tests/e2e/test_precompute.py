@@ -142,7 +142,7 @@ def test_dry_run_counts_as_the_run_does(store: Path, shards: Path, tmp_path: Pat
     assert not (out / "features.zarr").exists()
     planned = int(text.split("before compression (")[1].split(" bytes")[0])
     written = sum(json.loads(path.read_text())["sizes"]["encode_write"] for path in support.receipts(store))
-    assert planned == written == 13 * (64 * 64 * 8 * 2 + 64 * 64 + 1)
+    assert planned == written == 13 * (64 * 64 * (8 * 2 + 3 + 1) + 1)
 
 
 def _mixed_shard(path: Path) -> Path:

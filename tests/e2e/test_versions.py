@@ -11,8 +11,8 @@ from tests.e2e import support
 from tests.e2e.in_process import run
 from tests.e2e.support import array_files, good_sample, write_tar
 
-# A program whose format is one further. The store's program did not know `label_orientation` nor `recheck_share`, and
-# its layout and receipts lacked fields that have been added since.
+# A program whose format is one further. The store's program did not know `label_orientation`, `recheck_share` nor
+# `store_image` (it stored none), and its layout and receipts lacked fields that have been added since.
 LATER = """
 import sys
 import pipeline.store.layout as layout
@@ -47,6 +47,8 @@ def forget(out: Path) -> None:
     attributes = group["attributes"]
     for part in ("config", "identity"):
         attributes[part].pop("label_orientation")
+        attributes[part].pop("store_image")
+    attributes["layout"].pop("image")
     attributes["config"].pop("recheck_share")
     place.write_text(json.dumps(group))
     for receipt in support.receipts(out):
@@ -63,7 +65,7 @@ def half(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     for tar in range(2):
         members = [m for n in range(4) for m in good_sample(f"k{tar}{n}", 10 * tar + n)]
         write_tar(folder / f"v-{tar}.tar", members)
-    options = (*support.TINY, "--labels", "seg", "--rows-per-shard", 2)
+    options = (*support.TINY, "--labels", "seg", "--rows-per-shard", 2, "--store-image", "false")
     run("precompute", "--shards", folder / "v-0.tar", "--out", folder / "out", *options)
     run("precompute", "--shards", folder / "v-*.tar", "--out", folder / "whole", *options)
     forget(folder / "out")
@@ -77,6 +79,7 @@ def test_a_later_program_opens_verifies_and_finishes_a_store_of_this_format(half
     options = (*support.TINY, "--labels", "seg", "--rows-per-shard", 2)
     text = run_later(COMMAND, "precompute", "--shards", folder / "v-*.tar", "--out", out, *options)
     assert "2 units done before, 2 to do" in text
+    assert "was made before there was the option store_image, and goes on as it is: store_image=False" in text
     assert array_files(out) == array_files(folder / "whole")
     # Once it was finished by the later program, this one refuses it in one line.
     text = support.run("verify", out, status=1)

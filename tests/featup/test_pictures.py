@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from featup.pictures import pca_colours, side_by_side
+from featup.pictures import class_colours, component_colours, pca_colours, sheet, side_by_side, value_colours
 
 
 def features(*shape: int, seed: int = 0) -> NDArray[np.float32]:
@@ -143,3 +143,37 @@ def test_a_long_title_does_not_run_into_the_next_panel() -> None:
     changed = np.flatnonzero((alone != titled).any((0, 2)))
     assert len(changed)
     assert changed.max() < 8 + 100
+
+
+def test_stored_components_share_one_scale() -> None:
+    one = features(4, 5, 8)
+    pictures = component_colours([one, one.repeat(2, 0), features(3, 3, 8, seed=1)])
+    assert np.array_equal(pictures[0].repeat(2, 0), pictures[1])
+    more = one.copy()
+    more[..., 3:] = 7
+    assert np.array_equal(component_colours([one])[0], component_colours([more])[0]), "the first three alone"
+    (two,) = component_colours([one[..., :2]])
+    assert (np.ptp(two, axis=(0, 1)) > 0).tolist() == [True, True, False]
+
+
+def test_classes_have_colours_of_their_own() -> None:
+    picture = class_colours(np.array([[0, 1, 2], [2, 255, -1]]), 3)
+    assert len(np.unique(picture.reshape(-1, 3), axis=0)) == 4
+    assert np.array_equal(picture[0, 2], picture[1, 0])
+    assert not picture[1, 1:].any(), "black where there is no class"
+
+
+def test_values_go_from_dark_to_bright() -> None:
+    picture = value_colours(np.array([[0.0, 1.0, 2.0, 3.0, np.nan, np.inf]]), 1, 2)
+    bright = picture.sum(-1)[0]
+    assert bright[0] == bright[1] < bright[2] == bright[3], "clipped at both ends"
+    assert not picture[0, 4:].any()
+    assert value_colours(np.full((2, 2), 3.0), 3, 3).shape == (2, 2, 3)
+
+
+def test_a_sheet_is_filled_line_by_line() -> None:
+    pictures = [np.full((10 + n, 20 - n, 3), 50 * n, np.uint8) for n in range(3)]
+    whole = sheet(pictures, 2)
+    assert whole.shape == (2 * 12, 2 * 20, 3)
+    assert [whole[0, 0, 0], whole[0, 20, 0], whole[12, 0, 0], whole[12, 20, 0]] == [0, 50, 100, 255]
+    assert (whole[11, :20] == 255).all(), "white beside what is smaller"

@@ -7,6 +7,8 @@ from typing import Any
 from pipeline.compute.load import LoadedUnit, decode_options, load_unit
 from pipeline.compute.models import Setup
 from pipeline.compute.prepare import (
+    as_stored,
+    check_options,
     complete_plan,
     create_or_grow,
     layout_of,
@@ -70,6 +72,8 @@ def make_config(shards: str | Path, out: Path | str, **options: Any) -> Precompu
 def open_store(config: PrecomputeConfig) -> Store:
     """What the driver does before its first unit: plan, recheck, models, creation or growth."""
     lines: list[str] = []
+    config = as_stored(config, lines.append)
+    check_options(config)
     ledger = Ledger(storage.join(config.out, "ledger"))
     old = find_plan(config.out)
     update = plan_store(config, old)

@@ -60,6 +60,7 @@ OTHER: dict[str, Any] = {
     "pca": 16,
     "pca_images": 8,
     "pca_from": None,
+    "store_image": False,
     "mantissa_bits": 6,
     "tile": 44,
     "rows_per_shard": 4,
@@ -355,6 +356,9 @@ def test_options_that_are_not_stored_have_their_defaults() -> None:
     plain = describe(config(batch_size=3))
     del plain["max_bytes"], plain["labels"], plain["backbone_kwargs"]
     assert read_config(PrecomputeConfig, plain) == config(batch_size=3)
+    # Before there was this option no image was stored; by default one is.
+    del plain["store_image"]
+    assert read_config(PrecomputeConfig, plain) == config(batch_size=3, store_image=False)
 
 
 def test_options_of_a_newer_program_are_refused_by_name() -> None:

@@ -36,6 +36,7 @@ LAYOUT = Layout(
     seg_dtype="uint8",
     valid_mask=True,
     compression_level=1,
+    image=True,
 )
 IDENTITY = {"identity": {"backbone": "resnet50", "input digest": "abc"}}
 KEYS = {0: UnitKey(0, 0, 0, 4, 0), 1: UnitKey(1, 0, 4, 7, 4)}
@@ -98,20 +99,23 @@ def test_plain_zarr_reads_a_store(local: str) -> None:
     assert isinstance(group, zarr.Group)
     shapes = {name: array.shape for name, array in group.arrays()}
     assert shapes == {
-        "features": (8, 6, 10, 3), "seg": (8, 6, 10), "depth": (8, 6, 10), "cls": (8,), "valid": (8, 6, 10),
-        "status": (8,),
+        "features": (8, 6, 10, 3), "image": (8, 6, 10, 3), "seg": (8, 6, 10), "depth": (8, 6, 10), "cls": (8,),
+        "valid": (8, 6, 10), "status": (8,),
     }  # fmt: skip
     assert_same({name: np.asarray(array[:4]) for name, array in group.arrays()}, blocks)
-    names = json.loads((Path(local) / "features.zarr" / "features" / "zarr.json").read_text())["dimension_names"]
-    assert names == ["row", "y", "x", "channel"]
+    for name, last in (("features", "channel"), ("image", "rgb")):
+        metadata = json.loads((Path(local) / "features.zarr" / name / "zarr.json").read_text())
+        assert metadata["dimension_names"] == ["row", "y", "x", last]
     assert {name: array.dtype.name for name, array in group.arrays()} == {
-        "features": "float16", "seg": "uint8", "depth": "float32", "cls": "int64", "valid": "uint8", "status": "uint8",
+        "features": "float16", "image": "uint8", "seg": "uint8", "depth": "float32", "cls": "int64", "valid": "uint8",
+        "status": "uint8",
     }  # fmt: skip
 
 
 def test_a_shard_is_a_unit_and_a_chunk_is_a_tile_with_all_channels(local: str) -> None:
-    arrays = open_arrays(local, ["features", "seg", "cls"])
+    arrays = open_arrays(local, ["features", "image", "seg", "cls"])
     assert (arrays["features"].shards, arrays["features"].chunks) == ((4, 8, 12, 3), (1, 4, 4, 3))
+    assert (arrays["image"].shards, arrays["image"].chunks) == ((4, 8, 12, 3), (1, 4, 4, 3)), "as the features"
     assert (arrays["seg"].shards, arrays["seg"].chunks) == ((4, 6, 10), (1, 6, 10))
     assert (arrays["cls"].shards, arrays["cls"].chunks) == (None, (4,))
 
@@ -121,8 +125,8 @@ def test_nothing_written_reads_as_nothing(url: str) -> None:
     found = read_all(url)
     assert np.isnan(found["features"]).all()
     assert np.isnan(found["depth"]).all()
-    assert {name: np.unique(found[name]).tolist() for name in ("seg", "cls", "valid", "status")} == {
-        "seg": [255], "cls": [-1], "valid": [0], "status": [0],
+    assert {name: np.unique(found[name]).tolist() for name in ("image", "seg", "cls", "valid", "status")} == {
+        "image": [0], "seg": [255], "cls": [-1], "valid": [0], "status": [0],
     }  # fmt: skip
     assert objects(url) == {}
 
@@ -169,7 +173,7 @@ def test_the_same_data_gives_the_same_bytes(tmp_path: Path) -> None:
             StoreWriter(str(tmp_path / name), LAYOUT).write(KEYS[number], unit_blocks(LAYOUT, status, number))
         files = sorted((tmp_path / name).rglob("*"))
         found.append({str(f.relative_to(tmp_path / name)): f.read_bytes() for f in files if f.is_file()})
-    assert len(found[0]) == 7 + 2 * 6
+    assert len(found[0]) == 8 + 2 * 7
     assert found[0] == found[1] == found[2]
 
 
@@ -214,8 +218,12 @@ WHOLE = unit_blocks(LAYOUT, (OK, OK, OK, OK))
             "at row 2; a unit begins a shard of 4 rows, below row 8, and has all of ['cls', 'depth', 'features'",
         ),
         (8, WHOLE, "at row 8; a unit begins a shard of 4 rows, below row 8, and has all of"),
-        (4, _changed(WHOLE, "seg", None), "writing ['cls', 'depth', 'features', 'status', 'valid'] at row 4; a unit"),
-        (4, _changed(WHOLE, "more", WHOLE["seg"]), "writing ['cls', 'depth', 'features', 'more', 'seg', 'status', "),
+        (
+            4,
+            _changed(WHOLE, "seg", None),
+            "writing ['cls', 'depth', 'features', 'image', 'status', 'valid'] at row 4; ",
+        ),
+        (4, _changed(WHOLE, "more", WHOLE["seg"]), "writing ['cls', 'depth', 'features', 'image', 'more', 'seg', "),
         (
             4,
             _changed(WHOLE, "features", WHOLE["features"][:3]),
@@ -249,9 +257,9 @@ def test_rows_that_are_no_whole_shards_are_refused() -> None:
 
 
 def test_sizes_of_arrays() -> None:
-    assert LAYOUT.sample_bytes == 6 * 10 * 3 * 2 + 6 * 10 + 6 * 10 * 4 + 8 + 6 * 10 + 1
-    assert [spec.name for spec in LAYOUT.arrays] == ["features", "seg", "depth", "cls", "valid", "status"]
-    wide = dataclasses.replace(LAYOUT, labels=("seg",), seg_dtype="uint16", valid_mask=False)
+    assert LAYOUT.sample_bytes == 6 * 10 * 3 * 2 + 6 * 10 * 3 + 6 * 10 + 6 * 10 * 4 + 8 + 6 * 10 + 1
+    assert [spec.name for spec in LAYOUT.arrays] == ["features", "image", "seg", "depth", "cls", "valid", "status"]
+    wide = dataclasses.replace(LAYOUT, labels=("seg",), seg_dtype="uint16", valid_mask=False, image=False)
     assert [(spec.name, spec.dtype, spec.fill) for spec in wide.arrays[1:]] == [
         ("seg", "uint16", 65535), ("status", "uint8", 0),
     ]  # fmt: skip
