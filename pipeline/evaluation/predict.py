@@ -36,7 +36,7 @@ from pipeline.evaluation import prediction_files as files
 from pipeline.evaluation.image_set import evenly_spaced
 from pipeline.evaluation.panels import Pixels, colour, contact_sheet, thumbnail
 from pipeline.evaluation.photographs import Photograph, find_photographs
-from pipeline.evaluation.predictor import Predictor, load_predictor
+from pipeline.evaluation.predictor import Predictor, decide_at_source, load_predictor
 from pipeline.inputs import storage
 from pipeline.inputs.read import Sample
 from pipeline.training.class_names import class_colours, class_names
@@ -157,7 +157,7 @@ class _Output:
         # At its own size the photograph is decoded again, one at a time: a batch of large ones may not fit in memory.
         own = replace(self.options, size=transform.source_size, label_size=None, geometry="squash")
         photograph, label, note = self._decode(loaded.members, own)
-        prediction = self.predictor.at_source(output, transform)
+        prediction = decide_at_source(self.task, output, transform)
         predicted = self.task.known(prediction)
         pixels = colour(self.task, prediction, prediction if label is None else label, self.predictor.classes)
         if self.task.kind == "seg":

@@ -32,7 +32,7 @@ from pipeline.store.provenance import read_features
 from pipeline.training.class_names import read_classes
 from pipeline.training.tasks import DepthTask, SegmentationTask, Task
 
-__all__ = ["Predictor", "load_predictor"]
+__all__ = ["Predictor", "decide_at_source", "load_predictor"]
 
 
 class Predictor:
@@ -101,7 +101,7 @@ class Predictor:
             outputs = self.outputs(torch.from_numpy(np.stack(pixels)))
             target = self.options.label_size or self.options.size
             for output, transform in zip(outputs, transforms, strict=True):
-                predictions.append(self.at_source(output, transform.resized(target)).numpy())
+                predictions.append(decide_at_source(self.task, output, transform.resized(target)).numpy())
         return predictions
 
     def _transform(self, image: NDArray[np.uint8]) -> Transform:
@@ -128,32 +128,33 @@ class Predictor:
         )
         return upsampled
 
-    @torch.inference_mode()
-    def at_source(self, output: Tensor, transform: Transform) -> Tensor:
-        """The prediction for every pixel of the photograph, from the probe's output interpolated bilinearly.
 
-        Args:
-            output: ``[H', W', K]``, one image's of :meth:`outputs`.
-            transform: From the photograph's pixels to those of ``output``.
+@torch.inference_mode()
+def decide_at_source(task: Task, output: Tensor, transform: Transform) -> Tensor:
+    """The prediction for every pixel of a photograph, from a probe's output interpolated bilinearly to its centre.
 
-        Returns:
-            ``[h, w]`` on the CPU, see :meth:`__call__`.
-        """
-        (height, width), device = transform.source_size, output.device
-        y, inside_y = _positions(0, transform, device)
-        x, inside_x = _positions(1, transform, device)
-        planes = output.permute(2, 0, 1)[None]
-        tiles = []
-        for rows in row_slices((height, width), None, device):
-            grid = torch.stack(torch.meshgrid(x, y[rows], indexing="xy"), -1)[None]
-            sampled = functional.grid_sample(planes, grid, padding_mode="border", align_corners=False)
-            (decided,) = self.task.decide(sampled.permute(0, 2, 3, 1))
-            outside = ~(inside_y[rows, None] & inside_x)
-            if self.task.kind == "seg":
-                tiles.append(decided.int().masked_fill(outside, -1).cpu())
-            else:
-                tiles.append(decided.float().masked_fill(outside, torch.nan).cpu())
-        return torch.cat(tiles)
+    Args:
+        task: Of the probe.
+        output: ``[H', W', K]``, one image's of :meth:`Predictor.outputs`.
+        transform: From the photograph's pixels to those of ``output``.
+
+    Returns:
+        ``[h, w]`` on the CPU: class ids int32 or metres float32; -1 or NaN outside of the transform's window.
+    """
+    y, inside_y = _positions(0, transform, output.device)
+    x, inside_x = _positions(1, transform, output.device)
+    planes = output.permute(2, 0, 1)[None]
+    tiles = []
+    for rows in row_slices(transform.source_size, None, output.device):
+        grid = torch.stack(torch.meshgrid(x, y[rows], indexing="xy"), -1)[None]
+        sampled = functional.grid_sample(planes, grid, padding_mode="border", align_corners=False)
+        (decided,) = task.decide(sampled.permute(0, 2, 3, 1))
+        outside = ~(inside_y[rows, None] & inside_x)
+        values = (
+            decided.int().masked_fill(outside, -1) if task.kind == "seg" else decided.masked_fill(outside, torch.nan)
+        )
+        tiles.append(values.cpu())
+    return torch.cat(tiles)
 
 
 def _positions(axis: int, transform: Transform, device: torch.device) -> tuple[Tensor, Tensor]:
