@@ -45,9 +45,9 @@ def depth_npy(metres: NDArray[np.float32]) -> bytes:
 
 def overlay_jpeg(photograph: Pixels, colours: Pixels, predicted: NDArray[np.bool_]) -> bytes:
     """The colours of a prediction over a photograph, both uint8 ``[h, w, 3]``, where there is one, bool ``[h, w]``."""
-    share = _OPACITY * predicted[..., None].astype(np.float32)
-    mixed = photograph + share * (colours.astype(np.float32) - photograph)
-    return _encoded(Image.fromarray(mixed.round().astype(np.uint8)), "JPEG", quality=90)
+    below = Image.fromarray(photograph)
+    mixed = Image.blend(below, Image.fromarray(colours), _OPACITY)
+    return _encoded(Image.composite(mixed, below, Image.fromarray(predicted)), "JPEG", quality=90)
 
 
 def png(pixels: NDArray[np.uint8] | NDArray[np.uint16]) -> bytes:
