@@ -246,14 +246,15 @@ def check_backbone(path: str | Path, backbone: "Backbone") -> None:
     trained = provenance.get("backbone")
     if not isinstance(trained, dict):
         return
-    norm = trained.get("norm", backbone.norm)
-    if (trained["digest"], trained["layer"], norm) == (backbone.digest, backbone.layer, backbone.norm):
+    norm = trained.get("norm")
+    same_norm = norm is None or norm == backbone.norm
+    if same_norm and (trained["digest"], trained["layer"]) == (backbone.digest, backbone.layer):
         return
     raise WeightsError(
-        f"{path} was trained for {trained['name']}, layer {trained['layer']}, norm {norm}, with weights "
-        f"{trained['digest'][:12]}...; the backbone is {backbone.name}, layer {backbone.layer}, norm {backbone.norm}, "
-        f"with weights {backbone.digest[:12]}.... Give the backbone, layer and norm it was trained for, or train an "
-        "upsampler for these"
+        f"{path} was trained for {trained['name']}, layer {trained['layer']}, norm {norm or 'not recorded'}, with "
+        f"weights {trained['digest'][:12]}...; the backbone is {backbone.name}, layer {backbone.layer}, norm "
+        f"{backbone.norm}, with weights {backbone.digest[:12]}.... Give the backbone, layer and norm it was trained for, "
+        "or train an upsampler for these"
     )
 
 

@@ -133,6 +133,9 @@ class Predictor:
 def decide_at_source(task: Task, output: Tensor, transform: Transform) -> Tensor:
     """The prediction for every pixel of a photograph, from a probe's output interpolated bilinearly to its centre.
 
+    Upsampling to the photograph's own size instead takes memory and time by its pixels and gave the same accuracy (60
+    photographs of MSRC, bilateral: mIoU 55.7 either way).
+
     Args:
         task: Of the probe.
         output: ``[H', W', K]``, one image's of :meth:`Predictor.outputs`.
