@@ -253,8 +253,8 @@ def check_backbone(path: str | Path, backbone: "Backbone") -> None:
     raise WeightsError(
         f"{path} was trained for {trained['name']}, layer {trained['layer']}, norm {norm or 'not recorded'}, with "
         f"weights {trained['digest'][:12]}...; the backbone is {backbone.name}, layer {backbone.layer}, norm "
-        f"{backbone.norm}, with weights {backbone.digest[:12]}.... Give the backbone, layer and norm it was trained for, "
-        "or train an upsampler for these"
+        f"{backbone.norm}, with weights {backbone.digest[:12]}.... Give the backbone, layer and norm it was trained "
+        "for, or train an upsampler for these"
     )
 
 
