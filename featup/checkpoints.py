@@ -6,6 +6,7 @@ The JBU stack can also be read from official FeatUp ``.ckpt`` files.
 import json
 import re
 from collections.abc import Iterable
+from dataclasses import dataclass
 from math import isqrt
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "CHECKPOINT_FORMAT",
+    "ProbeFile",
     "check_backbone",
     "load_jbu",
     "load_pca",
@@ -38,6 +40,7 @@ __all__ = [
     "load_upsampler",
     "pca_bytes",
     "probe_bytes",
+    "read_probe",
     "upsampler_bytes",
 ]
 
@@ -66,6 +69,8 @@ _TRAINABLE: dict[str, tuple[type[Upsampler], dict[str, str]]] = {
     "sapa": (SAPA, _same_names("channels", "stages", "width", "key_dim")),
     "ifa": (IFA, _same_names("channels", "width")),
 }
+# What the names of a PCA's tensors begin with in the file of a probe.
+_PCA = "pca."
 _OFFICIAL_STAGE = {
     "range_proj.0": "range_in",
     "range_proj.3": "range_out",
@@ -108,8 +113,8 @@ def _unpack(path: Path, kind: str, fields: Iterable[str]) -> tuple[dict[str, Any
 
 def pca_bytes(pca: PCA, **provenance: Any) -> bytes:
     """A PCA as the content of a safetensors file; the keyword arguments go into its description."""
-    description = {"explained": pca.explained_variance_ratio, "count": pca.count, "provenance": provenance}
-    return _pack("pca", description, {"components": pca.components, "mean": pca.mean, "variance": pca.variance})
+    facts, tensors = _pca_parts(pca)
+    return _pack("pca", {**facts, "provenance": provenance}, tensors)
 
 
 def load_pca(path: str | Path) -> PCA:
@@ -118,17 +123,42 @@ def load_pca(path: str | Path) -> PCA:
     Raises:
         WeightsError: the file is damaged or holds something else.
     """
-    description, tensors = _unpack(Path(path), "pca", ("explained", "count"))
-    return PCA(**tensors, explained_variance_ratio=description["explained"], count=description["count"])
+    return _pca_of(*_unpack(Path(path), "pca", ("explained", "count")))
 
 
-def probe_bytes(probe: Probe, **provenance: Any) -> bytes:
+def _pca_parts(pca: PCA) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    tensors = {"components": pca.components, "mean": pca.mean, "variance": pca.variance}
+    return {"explained": pca.explained_variance_ratio, "count": pca.count}, tensors
+
+
+def _pca_of(facts: dict[str, Any], tensors: dict[str, Tensor]) -> PCA:
+    return PCA(**tensors, explained_variance_ratio=facts["explained"], count=facts["count"])
+
+
+@dataclass(frozen=True, eq=False)
+class ProbeFile:
+    """What the file of a probe holds.
+
+    Attributes:
+        probe: The fitted probe.
+        pca: What the features it takes were projected by; ``None`` where it takes all channels.
+        provenance: What it was fitted on, as given to :func:`probe_bytes`.
+    """
+
+    probe: Probe
+    pca: PCA | None
+    provenance: dict[str, Any]
+
+
+def probe_bytes(probe: Probe, pca: PCA | None = None, **provenance: Any) -> bytes:
     """A probe as the content of a safetensors file; the keyword arguments go into its description.
 
     Args:
         probe: A fitted probe.
+        pca: What the features it was fitted on were projected by; ``None`` for all channels.
         provenance: ``backbone`` as for :func:`upsampler_bytes`, the seed, where the features come from.
     """
+    facts, tensors = (None, {}) if pca is None else _pca_parts(pca)
     description = {
         "label": probe.kind,
         "channels": probe.channel_map.weight.shape[1],
@@ -136,25 +166,39 @@ def probe_bytes(probe: Probe, **provenance: Any) -> bytes:
         "weight_decay": probe.weight_decay,
         "held_out": list(probe.held_out.items()),
         "vectors": probe.vectors,
+        "pca": facts,
         "provenance": provenance,
     }
-    return _pack("probe", description, {"weight": probe.channel_map.weight, "bias": probe.channel_map.bias})
+    packed = {"weight": probe.channel_map.weight, "bias": probe.channel_map.bias}
+    return _pack("probe", description, packed | {f"{_PCA}{name}": tensor for name, tensor in tensors.items()})
 
 
-def load_probe(path: str | Path) -> Probe:
-    """Read a probe that :func:`probe_bytes` wrote.
+def read_probe(path: str | Path) -> ProbeFile:
+    """Read all that a file of :func:`probe_bytes` holds.
 
     Raises:
         WeightsError: the file is damaged or holds something else.
     """
     description, tensors = _unpack(Path(path), "probe", ("label", "weight_decay", "held_out", "vectors"))
-    return Probe(
+    facts = description.get("pca")
+    of_pca = {name.removeprefix(_PCA): tensor for name, tensor in tensors.items() if name.startswith(_PCA)}
+    probe = Probe(
         kind=description["label"],
-        channel_map=ChannelMap(**tensors),
+        channel_map=ChannelMap(tensors["weight"], tensors["bias"]),
         weight_decay=description["weight_decay"],
         held_out={decay: loss for decay, loss in description["held_out"]},
         vectors=description["vectors"],
     )
+    return ProbeFile(probe, None if facts is None else _pca_of(facts, of_pca), description.get("provenance", {}))
+
+
+def load_probe(path: str | Path) -> Probe:
+    """Read a probe that :func:`probe_bytes` wrote, without what it was fitted on; see :func:`read_probe`.
+
+    Raises:
+        WeightsError: the file is damaged or holds something else.
+    """
+    return read_probe(path).probe
 
 
 def upsampler_bytes(upsampler: Upsampler, **provenance: Any) -> bytes:
@@ -163,7 +207,7 @@ def upsampler_bytes(upsampler: Upsampler, **provenance: Any) -> bytes:
     Args:
         upsampler: From :func:`featup.upsamplers.create_trainable`.
         provenance: Goes into the description. :func:`check_backbone` compares ``backbone``, a dictionary of the
-            ``name``, ``layer`` and ``digest`` of the backbone that the upsampler was trained for.
+            ``name``, ``layer``, ``norm`` and ``digest`` of the backbone that the upsampler was trained for.
     """
     description: dict[str, Any] = {"provenance": provenance}
     for name, argument in _TRAINABLE[upsampler.name][1].items():
@@ -189,10 +233,10 @@ def load_upsampler(path: str | Path, name: str) -> Upsampler:
 
 
 def check_backbone(path: str | Path, backbone: "Backbone") -> None:
-    """Refuse a checkpoint that was trained for another backbone; files that name no backbone pass.
+    """Refuse a checkpoint that was trained for other features; files that name no backbone pass.
 
     Raises:
-        WeightsError: the weights or the layer differ; the text names both.
+        WeightsError: the weights, the layer or, where the file records it, the norm differ; the text names both.
     """
     path = Path(path)
     if path.suffix != ".safetensors":
@@ -202,12 +246,16 @@ def check_backbone(path: str | Path, backbone: "Backbone") -> None:
     trained = provenance.get("backbone")
     if not isinstance(trained, dict):
         return
-    if (trained["digest"], trained["layer"]) != (backbone.digest, backbone.layer):
-        raise WeightsError(
-            f"{path} was trained for {trained['name']}, layer {trained['layer']}, with weights "
-            f"{trained['digest'][:12]}...; the backbone is {backbone.name}, layer {backbone.layer}, with weights "
-            f"{backbone.digest[:12]}.... Give the backbone it was trained for, or train an upsampler for this one"
-        )
+    norm = trained.get("norm")
+    same_norm = norm is None or norm == backbone.norm
+    if same_norm and (trained["digest"], trained["layer"]) == (backbone.digest, backbone.layer):
+        return
+    raise WeightsError(
+        f"{path} was trained for {trained['name']}, layer {trained['layer']}, norm {norm or 'not recorded'}, with "
+        f"weights {trained['digest'][:12]}...; the backbone is {backbone.name}, layer {backbone.layer}, norm "
+        f"{backbone.norm}, with weights {backbone.digest[:12]}.... Give the backbone, layer and norm it was trained "
+        "for, or train an upsampler for these"
+    )
 
 
 def load_jbu(path: str | Path) -> JBU:

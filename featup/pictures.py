@@ -11,7 +11,15 @@ from PIL import Image, ImageDraw, ImageFont
 
 from featup.projection import PCAFit
 
-__all__ = ["class_colours", "component_colours", "pca_colours", "sheet", "side_by_side", "value_colours"]
+__all__ = [
+    "class_colours",
+    "class_palette",
+    "component_colours",
+    "pca_colours",
+    "sheet",
+    "side_by_side",
+    "value_colours",
+]
 
 Pixels = NDArray[np.uint8]
 
@@ -59,14 +67,20 @@ def component_colours(maps: Sequence[NDArray[np.floating]]) -> list[Pixels]:
     return [np.nan_to_num(np.clip((colours - low) * scale, 0, 255)).astype(np.uint8) for colours in projected]
 
 
-def class_colours(ids: NDArray[np.integer], classes: int) -> Pixels:
-    """Class ids ``[H, W]`` as uint8 ``[H, W, 3]``: a colour for each, black for ids that are no class."""
+def class_palette(classes: int) -> Pixels:
+    """A colour for each class id, uint8 ``[classes, 3]``."""
     # The golden ratio spreads the hues of any number of classes.
     palette = [
         colorsys.hsv_to_rgb(k * 0.618034 % 1, (0.9, 0.5)[k % 2], (1.0, 0.75)[k // 2 % 2]) for k in range(classes)
     ]
-    colours = (np.array([*palette, (0, 0, 0)]) * 255).round().astype(np.uint8)
-    picked: Pixels = colours[np.where((ids >= 0) & (ids < classes), ids, classes)]
+    colours: Pixels = (np.array(palette).reshape(-1, 3) * 255).round().astype(np.uint8)
+    return colours
+
+
+def class_colours(ids: NDArray[np.integer], palette: Pixels) -> Pixels:
+    """Class ids ``[H, W]`` in the colours uint8 ``[K, 3]`` of the classes, as uint8 ``[H, W, 3]``; else black."""
+    colours = np.concatenate([palette, np.zeros((1, 3), np.uint8)])
+    picked: Pixels = colours[np.where((ids >= 0) & (ids < len(palette)), ids, len(palette))]
     return picked
 
 

@@ -11,7 +11,18 @@ __all__ = ["COMMANDS", "main"]
 
 
 # Each is the module of this name, with a ``main(argv)``; the first line of its docstring is its help.
-COMMANDS = ("precompute", "pack", "status", "show", "verify", "train_jbu", "train_probe", "evaluate", "demo")
+COMMANDS = (
+    "precompute",
+    "pack",
+    "status",
+    "show",
+    "verify",
+    "train_jbu",
+    "train_probe",
+    "predict",
+    "evaluate",
+    "demo",
+)
 
 
 def main(argv: list[str] | None = None) -> int:

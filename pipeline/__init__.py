@@ -11,9 +11,12 @@ if TYPE_CHECKING:
     from pipeline.cluster.verify import verify
     from pipeline.config.evaluate import EvaluateConfig
     from pipeline.config.precompute import PrecomputeConfig
+    from pipeline.config.predict import PredictConfig
     from pipeline.config.probe import ProbeConfig
     from pipeline.config.train import TrainConfig
     from pipeline.errors import PipelineError
+    from pipeline.evaluation.predict import predict
+    from pipeline.evaluation.predictor import Predictor, load_predictor
     from pipeline.loader import FeatureDataset
     from pipeline.options import Size
 
@@ -22,10 +25,14 @@ __all__ = [
     "FeatureDataset",
     "PipelineError",
     "PrecomputeConfig",
+    "PredictConfig",
+    "Predictor",
     "ProbeConfig",
     "Size",
     "TrainConfig",
+    "load_predictor",
     "precompute",
+    "predict",
     "verify",
 ]
 
@@ -34,10 +41,14 @@ _MODULES = {
     "FeatureDataset": "loader",
     "PipelineError": "errors",
     "PrecomputeConfig": "config.precompute",
+    "PredictConfig": "config.predict",
+    "Predictor": "evaluation.predictor",
     "ProbeConfig": "config.probe",
     "Size": "options",
     "TrainConfig": "config.train",
+    "load_predictor": "evaluation.predictor",
     "precompute": "cluster.precompute",
+    "predict": "evaluation.predict",
     "verify": "cluster.verify",
 }
 

@@ -42,6 +42,7 @@ __all__ = [
     "load_row",
     "load_sample",
     "load_unit",
+    "read_members",
     "unpack",
 ]
 
@@ -93,7 +94,7 @@ def load_sample(index: ShardIndex, position: int, options: DecodeOptions) -> Pre
     Raises:
         SampleError: it cannot be used.
     """
-    (members,) = _read_samples(index, position, position + 1, options)
+    (members,) = read_members(index, position, position + 1, options)
     if isinstance(members, SampleError):
         raise members
     return prepare_sample(members, options)
@@ -128,7 +129,7 @@ def load_unit(
     index = plan.index(key.shard)
     started = time.perf_counter()
     check_unchanged(plan.shards[key.shard])
-    samples = _read_samples(index, key.start, key.stop, options, read)
+    samples = read_members(index, key.start, key.stop, options, read)
     check_unchanged(plan.shards[key.shard])
     read_done = time.perf_counter()
 
@@ -184,10 +185,18 @@ def _decoder(process: int) -> DecoderProcess:
     return decoder
 
 
-def _read_samples(
+def read_members(
     index: ShardIndex, start: int, stop: int, options: DecodeOptions, read: RangeReader = storage.read_range
 ) -> list[Sample | SampleError]:
-    """The members of samples ``start`` to ``stop`` that are decoded; samples with too large ones are not read."""
+    """The image and labels of samples ``start`` to ``stop`` as bytes, or why a sample has none that can be used.
+
+    Members that are not decoded, and samples with members of more than ``options.max_bytes``, are not read. That the
+    image and all labels are there is not checked.
+
+    Raises:
+        InputChangedError: the shard is not the one that was indexed.
+        OSError: it cannot be read, after retries.
+    """
     entries = tuple(_limited(entry, options) for entry in index.samples[start:stop])
     return read_samples(replace(index, samples=entries), 0, len(entries), read=read)
 

@@ -26,7 +26,7 @@ from pipeline.errors import ConfigError, SampleError, StoreError
 from pipeline.inputs import storage
 from pipeline.inputs.plan import Plan
 from pipeline.store.layout import finished_attributes, list_differences
-from pipeline.store.provenance import feature_space, pca_place, stored_config, stored_pca
+from pipeline.store.provenance import feature_space, pca_place, stored_config, stored_pca, weights_place
 
 __all__ = ["Extractor", "Setup", "fit_pca", "keep_weights", "make_backbone", "pca_place", "take_pca", "weights_place"]
 
@@ -78,12 +78,6 @@ def make_backbone(config: BackboneConfig, weights: str | None = None) -> Backbon
     )
 
 
-def weights_place(config: BackboneConfig) -> str | None:
-    """Where a store keeps the weights that timm downloaded for it; ``None`` where nothing is downloaded."""
-    downloads = config.pretrained and config.weights is None
-    return storage.join(config.out, "plan", "backbone.safetensors") if downloads else None
-
-
 def keep_weights(config: BackboneConfig) -> str | None:
     """Download timm's weights once, into the store: no actor, and no later run, asks the hub for them again.
 
@@ -106,12 +100,19 @@ def keep_weights(config: BackboneConfig) -> str | None:
 class Extractor:
     """Backbone, upsampler and projection of one config on one device."""
 
-    def __init__(self, config: PrecomputeConfig, pca: PCA | None = None, weights: str | None = None) -> None:
+    def __init__(
+        self,
+        config: PrecomputeConfig,
+        pca: PCA | None = None,
+        weights: str | None = None,
+        backbone: Backbone | None = None,
+    ) -> None:
         """
         Args:
             config: names backbone and upsampler; ``gpus_per_actor`` chooses the device.
             pca: gives principal components in place of the channels.
             weights: file or URL of the backbone's weights, see :func:`make_backbone`.
+            backbone: that of the config, where it is made already.
 
         Raises:
             ConfigError: a GPU is asked for, and there is none.
@@ -119,7 +120,7 @@ class Extractor:
         """
         self.config = config
         self.device = choose_device(config.gpus_per_actor)
-        self.backbone: Backbone = make_backbone(config, weights).to(self.device)
+        self.backbone: Backbone = (backbone or make_backbone(config, weights)).to(self.device)
         self.grid = self.backbone.grid(config.size)
         checkpoint = storage.local_copy(config.checkpoint) if config.checkpoint else None
         # Of implicit fitting this is what a fit starts from.

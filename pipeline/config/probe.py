@@ -25,6 +25,12 @@ class ProbeConfig(Checked):
     ignore_index: int = option(
         255, "seg: the class id of pixels without a label", group="probe", at_least=0, at_most=65535
     )
+    names: str | None = option(
+        None,
+        "seg: a text file with a class in every line, its name and, if wanted, its colour: sky #87ceeb",
+        group="probe",
+        path=True,
+    )
     pixels: int = option(
         200,
         "pixels sampled from every image to fit on, fewer where there are many images",
@@ -46,6 +52,10 @@ class ProbeConfig(Checked):
             (
                 (self.label == "seg") != (self.classes is not None),
                 f"label={self.label!r} with classes={self.classes}: seg needs the number of classes, depth has none",
+            ),
+            (
+                self.names is not None and self.classes is None,
+                f"names={self.names!r} names classes, and label={self.label!r} has none; leave it out",
             ),
             (not self.out.endswith(".safetensors"), f"out={self.out!r} must end in .safetensors"),
         ]

@@ -4,20 +4,33 @@ import hashlib
 import os
 import tempfile
 from collections.abc import Iterator, Mapping
-from dataclasses import fields
+from dataclasses import fields, replace
 from typing import Any
 
 from featup.checkpoints import load_pca
 from featup.projection import PCA
-from pipeline.config.base import read_config
+from pipeline.config.base import BackboneConfig, describe, read_config
 from pipeline.config.precompute import PrecomputeConfig
 from pipeline.errors import StoreError, StoreFormatError
 from pipeline.inputs import storage
+from pipeline.redaction import redact
 from pipeline.store.layout import require_complete, store_attributes
 
-__all__ = ["check_plan_files", "feature_space", "pca_place", "stored_config", "stored_file", "stored_pca"]
+__all__ = [
+    "check_plan_files",
+    "describe_features",
+    "feature_space",
+    "pca_place",
+    "read_features",
+    "stored_config",
+    "stored_file",
+    "stored_pca",
+    "weights_place",
+]
 
 PCA_FILE = "pca.safetensors"
+# The groups of the options that decide which features an image gets.
+_FEATURE_GROUPS = ("backbone", "decoding", "upsampler")
 
 
 def stored_config(url: str, partial: bool = False) -> tuple[PrecomputeConfig, dict[str, Any]]:
@@ -62,6 +75,58 @@ def feature_space(config: PrecomputeConfig, setup: Mapping[str, Any]) -> dict[st
         "mean": tuple(setup["mean"]),
         "std": tuple(setup["std"]),
     }
+
+
+def describe_features(url: str) -> dict[str, Any]:
+    """How a store's features are computed from an image, but for its PCA, as plain values without credentials.
+
+    Returns:
+        ``options``: those of ``featup precompute`` that decide the features, with layer, mean and std as they were
+        resolved; ``setup``: the models' facts, see ``pipeline.compute.models.Setup``, among them the digests of weights
+        and checkpoint; ``weights``, ``checkpoint``: where these files were, ``None`` where there is none;
+        ``weights_kept``: where the store keeps the weights that timm downloaded for it.
+
+    Raises:
+        StoreError: there is no store.
+        IncompleteStoreError: it is not complete.
+    """
+    config, setup = stored_config(url)
+    place = os.path.abspath(storage.local_path(url)) if storage.is_local(url) else url
+    kept = weights_place(replace(config, out=place))
+    resolved = replace(
+        config, layer=setup["layer"], stride=None, mean=tuple(setup["mean"]), std=tuple(setup["std"]), labels=()
+    )
+    values = describe(resolved)
+    metadata = {one.name: one.metadata for one in fields(config)}
+    options = [name for name, of in metadata.items() if of["group"] in _FEATURE_GROUPS and not of["run"]]
+    return {
+        "options": {name: values[name] for name in options},
+        "setup": dict(setup),
+        "weights": values["weights"],
+        "checkpoint": values["checkpoint"],
+        "weights_kept": kept and redact(kept),
+    }
+
+
+def read_features(features: Mapping[str, Any], pca: PCA | None, checkpoint: str | None) -> PrecomputeConfig:
+    """The config that gives an image the features that :func:`describe_features` describes.
+
+    Args:
+        features: from there.
+        pca: the store's; ``None`` where it holds all channels.
+        checkpoint: where the upsampler's is; ``None`` where it has none.
+
+    Raises:
+        StoreFormatError: options that this program does not know.
+    """
+    values = {**features["options"], "checkpoint": checkpoint, "pca": None if pca is None else len(pca.components)}
+    return read_config(PrecomputeConfig, {**values, "shards": ["-"], "out": "-"})
+
+
+def weights_place(config: BackboneConfig) -> str | None:
+    """Where a store keeps the weights that timm downloaded for it; ``None`` where nothing is downloaded."""
+    downloads = config.pretrained and config.weights is None
+    return storage.join(config.out, "plan", "backbone.safetensors") if downloads else None
 
 
 def pca_place(store: str) -> str:

@@ -13,7 +13,8 @@ from pipeline.errors import ConfigError, InputError
 from pipeline.inputs import storage
 from pipeline.loader.dataset import FeatureDataset
 from pipeline.store.layout import list_differences, stored_layout
-from pipeline.store.provenance import feature_space, stored_config
+from pipeline.store.provenance import describe_features, feature_space, stored_config, stored_pca
+from pipeline.training.class_names import read_classes
 from pipeline.training.pixels import PixelDataset
 from pipeline.training.reading import ProbeStatistics, read_batches
 from pipeline.training.tasks import DepthTask, SegmentationTask, Task
@@ -66,6 +67,8 @@ def train_probe(config: ProbeConfig) -> Probe:
         StoreError: there is no store.
         ConfigError: a store does not have what is needed, or the two do not hold the same features.
         GeometryError: less than two images with labels.
+
+    The file holds what :mod:`pipeline.evaluation.predict` needs to apply the probe to other images.
     """
     set_threads(config.threads, 1)
     stored, setup = stored_config(config.store)
@@ -73,9 +76,24 @@ def train_probe(config: ProbeConfig) -> Probe:
     task: Task = SegmentationTask(config.classes, config.ignore_index, fill) if config.classes else DepthTask()
     if config.val_store:
         _check_same_features(config.store, config.val_store)
+    classes = read_classes(config.names, config.classes) if config.names and config.classes else ()
+    pca = stored_pca(config.store)[0] if "pca" in setup["digests"] else None
     probe = fit_store(task, config)
-    backbone = {"name": stored.backbone, "layer": setup["layer"], "digest": setup["digests"]["backbone"]}
-    data = probe_bytes(probe, backbone=backbone, digests=setup["digests"], seed=config.seed, config=describe(config))
+    data = probe_bytes(
+        probe,
+        pca,
+        backbone={
+            "name": stored.backbone,
+            "layer": setup["layer"],
+            "norm": stored.norm,
+            "digest": setup["digests"]["backbone"],
+        },
+        digests=setup["digests"],
+        features=describe_features(config.store),
+        classes=list(classes),
+        seed=config.seed,
+        config=describe(config),
+    )
     storage.write_atomic(config.out, data)
     print(f"{config.out}: {describe_probe(probe)}", flush=True)
     if config.val_store:

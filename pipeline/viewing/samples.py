@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from featup.pictures import class_colours, component_colours, sheet, side_by_side, value_colours
+from featup.pictures import class_colours, class_palette, component_colours, sheet, side_by_side, value_colours
 from featup.projection import PCA, PCAFit
 from pipeline.decode.kinds import label_spec
 from pipeline.errors import ConfigError
@@ -183,7 +183,9 @@ def _panels(beside: FeatureDataset, number: int, features: Pixels, height: int) 
         fill = label_spec("seg", beside.layout.seg_dtype).fill
         ids = sample["seg"].numpy()
         known = ids[ids != fill]
-        panels.append(("seg", fitted(class_colours(ids, int(known.max(initial=-1)) + 1), height, smooth=False)))
+        panels.append(
+            ("seg", fitted(class_colours(ids, class_palette(int(known.max(initial=-1)) + 1)), height, smooth=False))
+        )
     if "depth" in sample:
         depth = sample["depth"].numpy()
         known = depth[np.isfinite(depth)]

@@ -14,7 +14,7 @@ from featup.checkpoints import load_probe, upsampler_bytes
 from featup.evaluation.metrics import class_counts, mean_iou, pixel_accuracy
 from featup.evaluation.probes import cell_shares, fit_segmentation
 from featup.upsamplers import Interpolate, create_trainable
-from jobs import train_probe
+from jobs import predict, train_probe
 from jobs.evaluate import main
 from pipeline.decode.options import DecodeOptions
 from pipeline.decode.sample import prepare_sample
@@ -185,16 +185,23 @@ def test_a_checkpoint_of_another_backbone_is_refused(
     assert "was trained for resnet50, layer 3" in capsys.readouterr().err
 
 
-@pytest.mark.ray
-def test_a_probe_of_a_store_that_precompute_made(
-    shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    store, file = tmp_path / "store", tmp_path / "probe.safetensors"
+@pytest.fixture(scope="module")
+def fitted(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, str]:
+    """A store, a probe of it, and what was printed of the probe."""
+    folder = tmp_path_factory.mktemp("fitted")
+    store, file = folder / "store", folder / "probe.safetensors"
     run("precompute", "--shards", shards / "train.tar", "--out", store, "--labels", "seg", "--upsampler",
                 "bilinear", "--object-store-mb", 100, *BACKBONE)  # fmt: skip
-    command = words("--store", store, "--val-store", store, "--out", file, "--classes", CLASSES, "--workers", 0)
-    assert train_probe.main(command) == 0
-    printed = capsys.readouterr().out.splitlines()[-1]
+    return store, file, run("train_probe", "--store", store, "--val-store", store, "--out", file, "--classes", CLASSES,
+                            "--workers", 0)  # fmt: skip
+
+
+@pytest.mark.ray
+def test_a_probe_of_a_store_that_precompute_made(
+    fitted: tuple[Path, Path, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    store, file, text = fitted
+    printed = text.splitlines()[-1]
     probe = load_probe(file)
     assert (probe.kind, probe.vectors) == ("seg", 12 * 200)
     samples = [FeatureDataset(str(store), ["features", "seg"])[number] for number in range(12)]
@@ -209,3 +216,32 @@ def test_a_probe_of_a_store_that_precompute_made(
     missing = words("--store", store, "--out", tmp_path / "depth.safetensors", "--label", "depth", "--workers", 0)
     assert train_probe.main(missing) == 1
     assert "depth" in capsys.readouterr().err
+
+
+@pytest.mark.ray
+def test_photographs_predicted_by_that_probe(
+    fitted: tuple[Path, Path, str], shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    _, probe, _ = fitted
+    folder, out = tmp_path / "photographs", tmp_path / "out"
+    folder.mkdir()
+    for number in range(100, 104):
+        (folder / f"{number}.jpg").write_bytes(support.encode(support.photograph(number)))
+    (folder / "damaged.jpg").write_bytes(b"\xff\xd8\xff")
+    words_of_files = words("--probe", probe, "--images", folder, "--out", out, "--threads", 1)
+    assert predict.main(words_of_files) == 1
+    printed = capsys.readouterr()
+    assert printed.out.splitlines()[-1] == "input 5 = ok 4 + failed 1"
+    assert "JobFailedError: 1 of 5 images failed (20.00%), more than max_failed_fraction=1.00%" in printed.err
+    assert predict.main([*words_of_files, "--max-failed-fraction", "0.2"]) == 0
+    right = []
+    for number in range(100, 104):
+        with Image.open(out / "seg" / f"{number}.png") as picture:
+            right.append(np.asarray(picture) == support.photograph(number)[..., 0] // 32)
+    run("predict", "--probe", probe, "--shards", shards / "val.tar", "--limit", 4, "--out", tmp_path / "of_shards")
+    found = json.loads((tmp_path / "of_shards" / "predictions.json").read_text())
+    assert found["measures"]["accuracy"] == pytest.approx(100 * np.mean(right))
+    assert np.mean(right) > 0.25, "twice of what chance gives"
+    assert (out / "contact_sheet.png").exists()
+    assert predict.main(words("--probe", probe, "--images", tmp_path / "nowhere", "--out", out)) == 1
+    assert "nowhere: there is no such image or folder" in capsys.readouterr().err

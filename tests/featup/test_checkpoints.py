@@ -331,14 +331,16 @@ def test_a_checkpoint_for_another_backbone_is_refused(tmp_path: Path) -> None:
     backbone = create_backbone("test_vit", stride=16, image_size=(32, 48))
     path = tmp_path / "jbu.safetensors"
     known = {"name": "test_vit", "layer": backbone.layer, "digest": backbone.digest}
-    for fitting in ({"backbone": known}, {"backbone": "vit"}, {}):
+    for fitting in ({"backbone": known}, {"backbone": {**known, "norm": "model"}}, {"backbone": "vit"}, {}):
         save(path, random_jbu(), **fitting)
         check_backbone(path, backbone)
     check_backbone(tmp_path / "official.ckpt", backbone)
-    for other in ({"digest": "0123456789abcdef"}, {"layer": 1}):
+    # A JBU trained with --norm layer was taken under --norm model, with exit status 0.
+    for other in ({"digest": "0123456789abcdef"}, {"layer": 1}, {"norm": "layer"}):
         save(path, random_jbu(), backbone={**known, "name": "resnet", **other})
+        here = "the backbone is test_vit, layer 5, norm model"
         with pytest.raises(
-            WeightsError, match=r"was trained for resnet, layer \d+, with .*; the backbone is test_vit, l"
+            WeightsError, match=rf"was trained for resnet, layer \d+, norm [\w ]+, with .*; {here}, with"
         ):
             check_backbone(path, backbone)
     assert [entry.name for entry in tmp_path.iterdir()] == ["jbu.safetensors"]

@@ -6,7 +6,15 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from featup.pictures import class_colours, component_colours, pca_colours, sheet, side_by_side, value_colours
+from featup.pictures import (
+    class_colours,
+    class_palette,
+    component_colours,
+    pca_colours,
+    sheet,
+    side_by_side,
+    value_colours,
+)
 
 
 def features(*shape: int, seed: int = 0) -> NDArray[np.float32]:
@@ -157,7 +165,7 @@ def test_stored_components_share_one_scale() -> None:
 
 
 def test_classes_have_colours_of_their_own() -> None:
-    picture = class_colours(np.array([[0, 1, 2], [2, 255, -1]]), 3)
+    picture = class_colours(np.array([[0, 1, 2], [2, 255, -1]]), class_palette(3))
     assert len(np.unique(picture.reshape(-1, 3), axis=0)) == 4
     assert np.array_equal(picture[0, 2], picture[1, 0])
     assert not picture[1, 1:].any(), "black where there is no class"

@@ -9,6 +9,7 @@ import pytest
 from pipeline.config.base import InputConfig
 from pipeline.config.evaluate import EvaluateConfig
 from pipeline.config.precompute import PrecomputeConfig
+from pipeline.config.predict import PredictConfig
 from pipeline.config.probe import ProbeConfig
 from pipeline.config.train import TrainConfig
 from pipeline.errors import ConfigError
@@ -18,6 +19,7 @@ NEEDED: dict[type[Checked], dict[str, Any]] = {
     PrecomputeConfig: {"shards": ("a.tar",), "out": "out"},
     TrainConfig: {"shards": ("a.tar",), "out": "out"},
     EvaluateConfig: {"out": "out", "cam_shards": ("a.tar",)},
+    PredictConfig: {"probe": "probe.safetensors", "images": ("a.jpg",), "out": "out"},
     ProbeConfig: {"store": "store", "out": "probe.safetensors", "classes": 3},
 }
 
