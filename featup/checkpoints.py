@@ -189,7 +189,7 @@ def load_upsampler(path: str | Path, name: str) -> Upsampler:
 
 
 def check_backbone(path: str | Path, backbone: "Backbone") -> None:
-    """Refuse a checkpoint that was trained for another backbone; files that name no backbone pass.
+    """Refuse a checkpoint or a PCA that was made for another backbone; files that name no backbone pass.
 
     Raises:
         WeightsError: the weights or the layer differ; the text names both.
@@ -200,13 +200,15 @@ def check_backbone(path: str | Path, backbone: "Backbone") -> None:
     with safe_open(path, framework="pt") as file:
         provenance = json.loads((file.metadata() or {})["featup"]).get("provenance", {})
     trained = provenance.get("backbone")
+    if isinstance(trained, str) and {"layer", "weights"} <= provenance.keys():  # A PCA's.
+        trained = {"name": trained, "layer": provenance["layer"], "digest": provenance["weights"]}
     if not isinstance(trained, dict):
         return
     if (trained["digest"], trained["layer"]) != (backbone.digest, backbone.layer):
         raise WeightsError(
             f"{path} was trained for {trained['name']}, layer {trained['layer']}, with weights "
             f"{trained['digest'][:12]}...; the backbone is {backbone.name}, layer {backbone.layer}, with weights "
-            f"{backbone.digest[:12]}.... Give the backbone it was trained for, or train an upsampler for this one"
+            f"{backbone.digest[:12]}.... Give the backbone it was trained for, or train or fit one for this backbone"
         )
 
 
