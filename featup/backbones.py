@@ -14,7 +14,7 @@ from torch.nn.functional import layer_norm
 from featup._timm import timm
 from featup.aliases import BACKBONE_ALIASES, REFUSED_NAMES, resolve_backbone
 from featup.errors import GeometryError, WeightsError
-from featup.maps import as_size, check_fit, choose_map, finer_layers, list_layers, times
+from featup.maps import as_size, check_fit, choose_map, finer_layers, list_layers, nearest_fit, times
 from featup.weights import load_state_dict, load_strict, state_digest
 
 __all__ = ["Backbone", "Norm", "create_backbone"]
@@ -126,9 +126,10 @@ class Backbone(nn.Module):
             raise GeometryError(f"normalised images must be [B, 3, H, W], got {list(normalised.shape)}")
         intermediate = self._intermediate(normalised)
         if mismatch := self._mismatch(normalised, intermediate):
+            even = nearest_fit((normalised.shape[2], normalised.shape[3]), (2 * self.stride[0], 2 * self.stride[1]))
             raise GeometryError(
-                f"{mismatch}. Likely cause: blocks that need another multiple of the stride; choose another image "
-                "size, such as an even multiple, or a layer of a finer stride"
+                f"{mismatch}. Likely cause: blocks that need another multiple of the stride; give images of an even "
+                f"one, such as {times(even)}, or choose a layer of a finer stride"
             )
         features: Tensor = intermediate.permute(0, 2, 3, 1).float()
         if self.norm == "layer":
