@@ -298,6 +298,8 @@ def _has_maps(module: str) -> bool:
 
     By the classes it defines or imports, because creating more than a thousand models takes minutes.
     """
+    if module not in sys.modules:  # Of models that the user registered; creating them tells.
+        return True
     values = vars(sys.modules[module]).values()
     return any(isinstance(value, type) and hasattr(value, "forward_intermediates") for value in values)
 

@@ -208,6 +208,10 @@ def test_upsamplers_by_name_and_as_modules() -> None:
         small(upsampler="implicit")
 
 
+def featup_test_registered(**_: Any) -> torch.nn.Module:
+    return torch.nn.Conv2d(3, 4, 16, 16)
+
+
 def test_backbones_are_listed_by_pattern() -> None:
     from featup._timm import timm
 
@@ -222,6 +226,13 @@ def test_backbones_are_listed_by_pattern() -> None:
         with torch.device("meta"):
             assert hasattr(timm.create_model(name), "forward_intermediates") == (name in every), name
     assert not _has_maps("timm.models._registry")
+
+
+def test_models_that_the_user_registered_are_listed() -> None:
+    from featup._timm import timm
+
+    timm.models.register_model(featup_test_registered)
+    assert featup.list_backbones("featup_test_registered") == ["featup_test_registered"]
 
 
 def test_torch_hub_offers_the_same() -> None:
