@@ -2,6 +2,11 @@
 
 A backbone maps images to coarse features, and an upsampler maps these and the images to features at any size::
 
+    model = featup.load("dinov2_vits14", upsampler="bilateral")
+    features = model("photo.jpg")  # [H, W, 384]; a batch gives [B, H, W, 384]
+
+and the two parts by themselves::
+
     backbone = featup.create_backbone("vit_small_patch16_224", pretrained=True)
     upsampler = featup.create_upsampler("bilateral", channels=backbone.channels)
     features = upsampler(backbone(images), images, size=(224, 224))  # uint8 [B, H, W, 3] to [B, 224, 224, C]
@@ -15,7 +20,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from featup.backbones import Backbone, create_backbone
     from featup.checkpoints import load_pca, load_probe, load_upsampler
-    from featup.errors import BackendError, FeatupError, GeometryError, WeightsError
+    from featup.errors import BackendError, FeatupError, GeometryError, ImageError, WeightsError
+    from featup.inference import Model, list_backbones, list_upsamplers, load
     from featup.projection import PCA, PCAFit
     from featup.upsamplers import ChannelMap, Upsampler, create_upsampler
 
@@ -28,12 +34,17 @@ __all__ = [
     "ChannelMap",
     "FeatupError",
     "GeometryError",
+    "ImageError",
+    "Model",
     "PCAFit",
     "Upsampler",
     "WeightsError",
     "__version__",
     "create_backbone",
     "create_upsampler",
+    "list_backbones",
+    "list_upsamplers",
+    "load",
     "load_pca",
     "load_probe",
     "load_upsampler",
@@ -42,7 +53,8 @@ __all__ = [
 _MODULES = {
     "featup.backbones": ("Backbone", "create_backbone"),
     "featup.checkpoints": ("load_pca", "load_probe", "load_upsampler"),
-    "featup.errors": ("BackendError", "FeatupError", "GeometryError", "WeightsError"),
+    "featup.errors": ("BackendError", "FeatupError", "GeometryError", "ImageError", "WeightsError"),
+    "featup.inference": ("Model", "list_backbones", "list_upsamplers", "load"),
     "featup.projection": ("PCA", "PCAFit"),
     "featup.upsamplers": ("ChannelMap", "Upsampler", "create_upsampler"),
 }
@@ -55,7 +67,14 @@ def __getattr__(name: str) -> Any:
 
         value: Any = version("featup-datasets")
     elif name in _MODULE_OF:
-        value = getattr(import_module(_MODULE_OF[name]), name)
+        try:
+            value = getattr(import_module(_MODULE_OF[name]), name)
+        except ModuleNotFoundError as error:
+            raise ModuleNotFoundError(
+                f"featup.{name} needs {error.name}, which is not installed. Likely cause: the base install, which only "
+                "reads stores; pip install 'featup-datasets[make]'",
+                name=error.name,
+            ) from error
     else:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     globals()[name] = value

@@ -3,7 +3,6 @@
 import difflib
 import inspect
 from collections.abc import Mapping, Sequence
-from itertools import groupby
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -13,7 +12,9 @@ from torch import Tensor, nn
 from torch.nn.functional import layer_norm
 
 from featup._timm import timm
+from featup.aliases import BACKBONE_ALIASES, REFUSED_NAMES, resolve_backbone
 from featup.errors import GeometryError, WeightsError
+from featup.maps import as_size, check_fit, choose_map, finer_layers, list_layers, nearest_fit, times
 from featup.weights import load_state_dict, load_strict, state_digest
 
 __all__ = ["Backbone", "Norm", "create_backbone"]
@@ -91,7 +92,7 @@ class Backbone(nn.Module):
 
     def extra_repr(self) -> str:
         """Name, layer, stride and channels, in one line."""
-        return f"{self.name}, layer={self.layer}, stride={_times(self.stride)}, channels={self.channels}"
+        return f"{self.name}, layer={self.layer}, stride={times(self.stride)}, channels={self.channels}"
 
     def grid(self, size: tuple[int, int]) -> tuple[int, int]:
         """The (height, width) of the map for images of ``size`` (height, width) in pixels.
@@ -100,10 +101,10 @@ class Backbone(nn.Module):
         """
         if self.fixed_size and tuple(size) != self.fixed_size:
             raise GeometryError(
-                f"{self.name} was created for images of {_times(self.fixed_size)} (height x width) and cannot "
-                f"take {_times(size)}; create it with image_size={tuple(size)}, or resize the images"
+                f"{self.name} was created for images of {times(self.fixed_size)} (height x width) and cannot "
+                f"take {times(size)}; create it with image_size={tuple(size)}, or resize the images"
             )
-        _check_fit(self.name, self.layer, self.stride, size)
+        check_fit(self.name, self.layer, self.stride, size)
         return size[0] // self.stride[0], size[1] // self.stride[1]
 
     def normalise(self, images: Tensor) -> Tensor:
@@ -123,8 +124,22 @@ class Backbone(nn.Module):
         """
         if normalised.ndim != 4 or normalised.shape[1] != 3:
             raise GeometryError(f"normalised images must be [B, 3, H, W], got {list(normalised.shape)}")
-        height, width = normalised.shape[2:]
-        expected = (normalised.shape[0], self.channels, *self.grid((height, width)))
+        intermediate = self._intermediate(normalised)
+        if mismatch := self._mismatch(normalised, intermediate):
+            even = nearest_fit((normalised.shape[2], normalised.shape[3]), (2 * self.stride[0], 2 * self.stride[1]))
+            raise GeometryError(
+                f"{mismatch}. Likely cause: blocks that need another multiple of the stride; give images of an even "
+                f"one, such as {times(even)}, or choose a layer of a finer stride"
+            )
+        features: Tensor = intermediate.permute(0, 2, 3, 1).float()
+        if self.norm == "layer":
+            features = layer_norm(features, (self.channels,))
+        return features.contiguous()
+
+    def _intermediate(self, normalised: Tensor) -> Tensor:
+        """The map as timm gives it, [B, C, h, w]."""
+        self.grid((normalised.shape[2], normalised.shape[3]))
+        intermediate: Tensor
         (intermediate,) = self.model.forward_intermediates(
             normalised,
             indices=[self.layer],
@@ -133,17 +148,18 @@ class Backbone(nn.Module):
             output_fmt="NCHW",
             intermediates_only=True,
         )
-        if tuple(intermediate.shape) != expected:
-            raise GeometryError(
-                f"{self.name}, layer {self.layer}, gives a map of {list(intermediate.shape)} [B, C, h, w] for "
-                f"images of {height}x{width}, where timm says {list(expected)}, by stride "
-                f"{_times(self.stride)}. Likely cause: convolutions without padding, so that features lie "
-                "on no regular grid over the image; choose another layer or model"
-            )
-        features: Tensor = intermediate.permute(0, 2, 3, 1).float()
-        if self.norm == "layer":
-            features = layer_norm(features, (self.channels,))
-        return features.contiguous()
+        return intermediate
+
+    def _mismatch(self, normalised: Tensor, intermediate: Tensor) -> str:
+        """How a map differs from timm's description of it; empty where it does not."""
+        height, width = normalised.shape[2:]
+        expected = (normalised.shape[0], self.channels, *self.grid((height, width)))
+        if tuple(intermediate.shape) == expected:
+            return ""
+        return (
+            f"{self.name}, layer {self.layer}, gives a map of {list(intermediate.shape)} [B, C, h, w] for images of "
+            f"{height}x{width}, where timm says {list(expected)}, by stride {times(self.stride)}"
+        )
 
     def forward(self, images: Tensor) -> Tensor:
         """Images uint8 [B, H, W, 3] -> their map, float32 [B, h, w, C], contiguous; see ``features``."""
@@ -167,7 +183,8 @@ def create_backbone(
     """Create a frozen backbone from timm's model ``name``, on the CPU.
 
     Args:
-        name: of the architecture, with or without timm's tag of its weights.
+        name: timm's name of the architecture, with or without its tag of the weights, or one of
+            ``featup.aliases.BACKBONE_ALIASES`` such as ``dinov2_vits14`` or ``ViT-B/16``.
         weights: a local file (see ``featup.weights``) with timm's key names. It must fit strictly, at the size of the
             model's training, or at ``image_size`` if timm cannot resize the created model. Only the classifier may
             be missing or have another number of classes.
@@ -189,6 +206,7 @@ def create_backbone(
     Raises GeometryError for a model, layer, stride, size or argument that cannot be served, and WeightsError for
     weights that cannot be downloaded or do not fit. A missing file raises FileNotFoundError.
     """
+    name = resolve_backbone(name)
     arguments = dict(kwargs or {})
     if conflicting := [f"{key} (decided by {_DECIDED[key]})" for key in arguments if key in _DECIDED]:
         raise GeometryError(f"kwargs hold {', '.join(conflicting)}; leave that out and use the argument named")
@@ -202,22 +220,22 @@ def create_backbone(
         with torch.device("meta"):
             sketch = _create(name, arguments)
         maps = [(int(stage["reduction"]), int(stage["num_chs"])) for stage in sketch.feature_info]
-        index = _choose(name, maps, layer, stride)
+        index = choose_map(name, maps, layer, stride)
         step = _stride(sketch, maps[index][0])
         data = timm.data.resolve_model_data_config(sketch)
-        native = _size(data["input_size"][1:])
-        size = native if image_size is None else _size(image_size)
+        native = as_size(data["input_size"][1:])
+        size = native if image_size is None else as_size(image_size)
         parameters = {key for cls in type(sketch).__mro__ for key in inspect.signature(cls).parameters}
         fixed = bool(sketch.pretrained_cfg.get("fixed_input_size")) and "dynamic_img_size" not in parameters
         if fixed or image_size is not None:
-            _check_fit(name, index, step, size)
+            check_fit(name, index, step, size, finer_layers(maps, size))
         resize = fixed and size != native
         if "dynamic_img_size" in parameters:
             arguments["dynamic_img_size"] = True
         elif resize and not hasattr(sketch, "set_input_size"):
             if "img_size" not in parameters:
                 raise GeometryError(
-                    f"{name} takes images of {_times(native)} (height x width) only, not of {_times(size)}; "
+                    f"{name} takes images of {times(native)} (height x width) only, not of {times(size)}; "
                     "resize the images to that, or choose another model"
                 )
             arguments["img_size"] = size
@@ -237,7 +255,7 @@ def create_backbone(
         try:
             model.set_input_size(img_size=size)
         except (AssertionError, RuntimeError, ValueError) as error:
-            raise GeometryError(_refusal(name, size, error)) from error
+            raise GeometryError(_refusal(name, size, native, error)) from error
 
     backbone = Backbone(
         model,
@@ -255,17 +273,13 @@ def create_backbone(
     )
     # A free size is not square, so that swapped axes show, and small, so that it costs little.
     coarsest = max(reduction for reduction, _ in maps)
-    _verify(backbone, size if fixed else (3 * coarsest, 6 * coarsest))
+    _verify(backbone, maps, native, size if fixed else (3 * coarsest, 6 * coarsest))
     return backbone
 
 
 def _create(name: str, arguments: Mapping[str, Any]) -> Any:
     if not timm.is_model(name):
-        near = difflib.get_close_matches(name.split(".")[0], timm.list_models(), n=5)
-        raise GeometryError(
-            f"timm {timm.__version__} has no model {name!r}; "
-            + (f"the nearest names are {', '.join(near)}" if near else "timm.list_models() lists its names")
-        )
+        raise GeometryError(_unknown(name))
     try:
         model = timm.create_model(name, **arguments)
     except (AssertionError, RuntimeError, TypeError, ValueError) as error:
@@ -294,25 +308,6 @@ def _download(name: str, arguments: Mapping[str, Any]) -> Any:
         ) from error
 
 
-def _choose(name: str, maps: Sequence[tuple[int, int]], layer: int, stride: int | None) -> int:
-    """The index of the map of ``layer`` or ``stride``, among ``maps`` of (stride, channels)."""
-    runs = [(list(run), geometry) for geometry, run in groupby(range(len(maps)), maps.__getitem__)]
-    table = ", ".join(
-        f"{run[0] if len(run) == 1 else f'{run[0]}-{run[-1]}'} (stride {reduction}, {channels} channels)"
-        for run, (reduction, channels) in runs
-    )
-    if stride is None:
-        if not -len(maps) <= layer < len(maps):
-            raise GeometryError(f"{name} has no layer {layer}; its layers are {table}")
-        return layer % len(maps)
-    if layer != -1:
-        raise GeometryError(f"layer={layer} and stride={stride} both choose a map; give one of them")
-    matching = [index for index, (reduction, _) in enumerate(maps) if reduction == stride]
-    if not matching:
-        raise GeometryError(f"{name} has no layer of stride {stride}; its layers are {table}")
-    return matching[-1]
-
-
 def _stride(model: Any, reduction: int) -> tuple[int, int]:
     # timm gives one number for both axes: the longer side, if a patch is not square.
     patch = getattr(getattr(model, "patch_embed", None), "patch_size", None)
@@ -326,51 +321,65 @@ def _classifier(model: Any) -> tuple[str, ...]:
     return (names,) if isinstance(names, str) else tuple(names)
 
 
-def _verify(backbone: Backbone, size: tuple[int, int]) -> None:
+def _unknown(name: str) -> str:
+    """The text for a name that is neither timm's nor an alias, with the nearest names that are."""
+    if advice := REFUSED_NAMES.get(name.lower()):
+        return f"{name!r} names no single timm model: {advice}"
+    # Aliases by their lower case, because they are resolved in any case.
+    names = {alias.lower(): alias for alias in BACKBONE_ALIASES} | {model: model for model in timm.list_models()}
+    near = difflib.get_close_matches(name.split(".")[0].lower(), names, n=5)
+    return f"timm {timm.__version__} has no model {name!r}; " + (
+        f"the nearest names are {', '.join(names[key] for key in near)}"
+        if near
+        else "featup.list_backbones() lists all names"
+    )
+
+
+def _verify(
+    backbone: Backbone, maps: Sequence[tuple[int, int]], native: tuple[int, int], size: tuple[int, int]
+) -> None:
     """Compute a map for images of ``size``, to refuse a model whose map differs from timm's description of it."""
+    images = torch.zeros(1, 3, *size)
     try:
         with torch.inference_mode():
-            backbone.features(torch.zeros(1, 3, *size))
+            if mismatch := backbone._mismatch(images, backbone._intermediate(images)):
+                raise GeometryError(f"{mismatch}. Likely cause: {_fitting(backbone, maps, images)}")
     except GeometryError:
         raise
     except (AssertionError, RuntimeError, ValueError) as error:
         if not (backbone.final_norm and isinstance(error, AssertionError)):
-            raise GeometryError(_refusal(backbone.name, size, error)) from error
+            raise GeometryError(_refusal(backbone.name, size, native, error)) from error
         # Models that cannot apply their norm to maps assert that it is not asked for.
         backbone.final_norm = False
-        _verify(backbone, size)
+        _verify(backbone, maps, native, size)
 
 
-def _refusal(name: str, size: Sequence[int], error: Exception) -> str:
+def _fitting(backbone: Backbone, maps: Sequence[tuple[int, int]], images: Tensor) -> str:
+    """Why the chosen map is not as timm describes it, and what to give: options whose maps are."""
+    intermediates = backbone.model.forward_intermediates(images, norm=False, output_fmt="NCHW", intermediates_only=True)
+    fitting = []
+    for index, (intermediate, (reduction, channels)) in enumerate(zip(intermediates, maps, strict=True)):
+        step = _stride(backbone.model, reduction)
+        grid = (images.shape[2] // step[0], images.shape[3] // step[1])
+        if tuple(intermediate.shape[1:]) == (channels, *grid):
+            fitting.append(index)
+    if backbone.final_norm and backbone.layer in fitting:
+        return "its own final norm, which changes the map's channels; give norm='none'"
+    cause = "convolutions without padding or blocks that resize, so that features lie on no regular grid over the image"
+    if fitting:
+        return f"{cause}; give layer={fitting[-1]}, or another that fits: {list_layers(maps, fitting)}"
+    return f"{cause}; none of its layers fits, choose another model"
+
+
+def _refusal(name: str, size: Sequence[int], native: Sequence[int], error: Exception) -> str:
     return (
-        f"{name} fails on images of {_times(size)} (height x width): {error}. Likely cause: windows or "
-        "pooling that need other multiples; choose another image_size, such as that of its training"
+        f"{name} fails on images of {times(size)} (height x width): {error}. Likely cause: windows, pooling or "
+        f"position embeddings that need another size; give another image_size, such as {times(native)}, that of its "
+        "training"
     )
-
-
-def _check_fit(name: str, layer: int, stride: tuple[int, int], size: Sequence[int]) -> None:
-    sides = list(zip(size, stride, strict=True))
-    if any(side < step or side % step for side, step in sides):
-        down = [max(side // step, 1) * step for side, step in sides]
-        up = [max(-(-side // step), 1) * step for side, step in sides]
-        nearest = " or ".join(dict.fromkeys((_times(down), _times(up))))
-        raise GeometryError(
-            f"images of {_times(size)} (height x width) do not fit the stride {_times(stride)} of {name}, "
-            f"layer {layer}; crop, pad or resize them to {nearest}, or choose a layer of a finer stride"
-        )
-
-
-def _size(values: Sequence[int]) -> tuple[int, int]:
-    if len(values) != 2:
-        raise GeometryError(f"a size must be (height, width), got {tuple(values)}")
-    return int(values[0]), int(values[1])
 
 
 def _rgb(what: str, values: Sequence[float]) -> tuple[float, float, float]:
     if len(values) != 3 or (what == "std" and min(values) <= 0):
         raise GeometryError(f"{what} must be 3 numbers, and std above 0; got {tuple(values)}")
     return float(values[0]), float(values[1]), float(values[2])
-
-
-def _times(size: Sequence[int]) -> str:
-    return "x".join(map(str, size))

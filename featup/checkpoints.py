@@ -233,7 +233,7 @@ def load_upsampler(path: str | Path, name: str) -> Upsampler:
 
 
 def check_backbone(path: str | Path, backbone: "Backbone") -> None:
-    """Refuse a checkpoint that was trained for other features; files that name no backbone pass.
+    """Refuse a checkpoint or a PCA that was made for other features; files that name no backbone pass.
 
     Raises:
         WeightsError: the weights, the layer or, where the file records it, the norm differ; the text names both.
@@ -244,6 +244,8 @@ def check_backbone(path: str | Path, backbone: "Backbone") -> None:
     with safe_open(path, framework="pt") as file:
         provenance = json.loads((file.metadata() or {})["featup"]).get("provenance", {})
     trained = provenance.get("backbone")
+    if isinstance(trained, str) and {"layer", "weights"} <= provenance.keys():  # A PCA's.
+        trained = {"name": trained, "layer": provenance["layer"], "digest": provenance["weights"]}
     if not isinstance(trained, dict):
         return
     norm = trained.get("norm")
@@ -251,10 +253,10 @@ def check_backbone(path: str | Path, backbone: "Backbone") -> None:
     if same_norm and (trained["digest"], trained["layer"]) == (backbone.digest, backbone.layer):
         return
     raise WeightsError(
-        f"{path} was trained for {trained['name']}, layer {trained['layer']}, norm {norm or 'not recorded'}, with "
+        f"{path} was made for {trained['name']}, layer {trained['layer']}, norm {norm or 'not recorded'}, with "
         f"weights {trained['digest'][:12]}...; the backbone is {backbone.name}, layer {backbone.layer}, norm "
-        f"{backbone.norm}, with weights {backbone.digest[:12]}.... Give the backbone, layer and norm it was trained "
-        "for, or train an upsampler for these"
+        f"{backbone.norm}, with weights {backbone.digest[:12]}.... Give the backbone, layer and norm it was made "
+        "for, or train or fit one for these"
     )
 
 

@@ -2,11 +2,12 @@
 
 FeatupError
 ├── GeometryError   (ValueError)    a size, stride, layer or option that cannot be served
+├── ImageError      (ValueError)    an image that cannot be read, or whose layout or range is not clear
 ├── WeightsError    (ValueError)    a checkpoint that cannot be read or does not fit the model
 └── BackendError    (RuntimeError)  a kernel backend that cannot run on this machine or tensor
 """
 
-__all__ = ["BackendError", "FeatupError", "GeometryError", "WeightsError"]
+__all__ = ["BackendError", "FeatupError", "GeometryError", "ImageError", "WeightsError"]
 
 
 class FeatupError(Exception):
@@ -15,6 +16,10 @@ class FeatupError(Exception):
 
 class GeometryError(FeatupError, ValueError):
     """A size, stride, layer or option that cannot be served; the text names the values and the values that fit."""
+
+
+class ImageError(FeatupError, ValueError):
+    """An image that cannot be read, or whose layout or range is not clear; the text says how to give it."""
 
 
 class WeightsError(FeatupError, ValueError):

@@ -75,6 +75,13 @@ def run_in(base: Path, code: str, *args: str) -> subprocess.CompletedProcess[str
     )  # fmt: skip
 
 
+def test_what_the_base_install_lacks_is_named_with_the_extra_that_brings_it(base: Path) -> None:
+    process = run_in(base, "import featup\nfeatup.load")
+    assert process.returncode != 0
+    assert "featup.load needs timm, which is not installed" in process.stderr, process.stderr[-2000:]
+    assert "pip install 'featup-datasets[make]'" in process.stderr
+
+
 def test_a_store_is_read_with_the_base_dependencies_alone(base: Path, tmp_path: Path) -> None:
     url = str(tmp_path)
     create_store(url, LAYOUT, IDENTITY)

@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, dataclass, fields, replace
 from typing import Any, Literal, Self, TypeVar, get_args, get_type_hints
 
+from featup.aliases import resolve_backbone
 from pipeline.decode.kinds import LABELS
 from pipeline.decode.options import ImageOptions
 from pipeline.errors import ConfigError, StoreFormatError
@@ -38,7 +39,11 @@ class BackboneConfig(ImageOptions):
         at_least=1,
         at_most=16384,
     )
-    backbone: str = option("vit_small_patch14_dinov2.lvd142m", "name of a timm model", group="backbone")
+    backbone: str = option(
+        "vit_small_patch14_dinov2.lvd142m",
+        "name of a timm model, or another name of it, such as dinov2_vits14, ViT-B/16 or facebook/dinov2-small",
+        group="backbone",
+    )
     weights: str | None = option(
         None, "local .safetensors or .pth file with the backbone's weights", group="backbone", run=True, path=True
     )
@@ -79,6 +84,12 @@ class BackboneConfig(ImageOptions):
     max_failed_fraction: float = option(
         0.01, "a larger fraction of failed samples fails the job", group="run", run=True, at_least=0, at_most=1
     )
+
+    def __post_init__(self) -> None:
+        # Before anything is compared or stored: every spelling of a backbone makes the same store.
+        if isinstance(self.backbone, str):
+            object.__setattr__(self, "backbone", resolve_backbone(self.backbone))
+        super().__post_init__()
 
     def _checks(self) -> Sequence[tuple[bool, str]]:
         return [

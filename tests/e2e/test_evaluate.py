@@ -182,7 +182,7 @@ def test_a_checkpoint_of_another_backbone_is_refused(
     status = main([*words("--train", shards / "train.tar", "--val", shards / "val.tar", "--out", tmp_path / "out"),
                    *words(*OPTIONS, "--rows", f"jbu={other}")])  # fmt: skip
     assert status == 1
-    assert "was trained for resnet50, layer 3" in capsys.readouterr().err
+    assert "was made for resnet50, layer 3" in capsys.readouterr().err
 
 
 @pytest.fixture(scope="module")

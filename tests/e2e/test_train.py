@@ -254,5 +254,5 @@ def test_what_is_trained_is_for_precompute(whole: tuple[Path, str], shards: Path
     # Another backbone of as many channels.
     other = ("--backbone", "test_vit", "--pretrained", "false", "--layer", 2, "--size", "32x48")
     text = run("precompute", *command, "--out", tmp_path / "other", *other, status=1)
-    assert "was trained for test_vit, layer 5, with weights" in text
-    assert "the backbone is test_vit, layer 2, with weights" in text
+    assert "was made for test_vit, layer 5, norm model, with weights" in text
+    assert "the backbone is test_vit, layer 2, norm model, with weights" in text

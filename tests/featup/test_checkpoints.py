@@ -340,7 +340,7 @@ def test_a_checkpoint_for_another_backbone_is_refused(tmp_path: Path) -> None:
         save(path, random_jbu(), backbone={**known, "name": "resnet", **other})
         here = "the backbone is test_vit, layer 5, norm model"
         with pytest.raises(
-            WeightsError, match=rf"was trained for resnet, layer \d+, norm [\w ]+, with .*; {here}, with"
+            WeightsError, match=rf"was made for resnet, layer \d+, norm [\w ]+, with .*; {here}, with"
         ):
             check_backbone(path, backbone)
     assert [entry.name for entry in tmp_path.iterdir()] == ["jbu.safetensors"]

@@ -375,3 +375,15 @@ def test_options_of_a_newer_program_are_refused_by_name() -> None:
 def test_reading_checks_again() -> None:
     with pytest.raises(ConfigError, match="limit=-1"):
         read_config(PrecomputeConfig, {**describe(config()), "limit": -1})
+
+
+def test_every_spelling_of_a_backbone_is_one_store() -> None:
+    one, other = (
+        PrecomputeConfig(shards=("a.tar",), out="out", backbone=name)
+        for name in ("facebook/dinov2-small", "vit_small_patch14_dinov2.lvd142m")
+    )
+    assert one == other
+    assert one.identity() == other.identity()
+    assert describe(one)["backbone"] == "vit_small_patch14_dinov2.lvd142m"
+    from_command_line, _ = parse_args(PrecomputeConfig, [*NEEDED, "--backbone", "dinov2_vits14"], description="")
+    assert from_command_line.identity() == one.identity()
