@@ -130,7 +130,7 @@ def test_a_pca_of_these_images_of_a_file_and_of_a_store(model: Model, tmp_path: 
         torch.testing.assert_close(model(image, pca=place), model(image, pca=pca), rtol=1e-4, atol=1e-5)
 
     other = small(layer=2)
-    with pytest.raises(WeightsError, match=r"trained for test_vit, layer 5, .* the backbone is test_vit, layer 2"):
+    with pytest.raises(WeightsError, match=r"made for test_vit, layer 5, .* the backbone is test_vit, layer 2"):
         other(image, pca=path)
     with pytest.raises(GeometryError, match="a projection of 64 channels cannot take features of 96"):
         small("test_resnet")(image, pca=pca)
@@ -177,7 +177,7 @@ def test_trained_upsamplers_are_loaded_and_held_to_their_backbone(tmp_path: Path
     torch.testing.assert_close(model(image), expected, rtol=1e-4, atol=1e-5)
     assert small(upsampler="jbu", checkpoint=jbu).upsampler.name == "jbu"
     assert small(upsampler="carafe", checkpoint=tmp_path / "carafe.safetensors").upsampler.name == "carafe"
-    with pytest.raises(WeightsError, match=r"trained for test_vit, layer 5, .* is test_vit, layer 3"):
+    with pytest.raises(WeightsError, match=r"made for test_vit, layer 5, .* is test_vit, layer 3"):
         small(upsampler=None, jbu=jbu, layer=3)
     with pytest.raises(GeometryError, match="with upsampler='bilinear' and checkpoint=None: jbu= names"):
         small(jbu=jbu)
