@@ -12,6 +12,7 @@ from pipeline.decode.members import check_bytes
 from pipeline.decode.options import DecodeOptions, LabelKind
 from pipeline.errors import EnvironmentFault, InputError, Reason, SampleError
 from pipeline.inputs import storage
+from pipeline.inputs.images import list_images
 from pipeline.inputs.plan import Plan, make_plan
 from pipeline.inputs.read import Sample
 from pipeline.inputs.tar import describe_ignored
@@ -86,63 +87,25 @@ def _of_shards(config: PredictConfig, options: DecodeOptions) -> Photographs:
 
 
 def _of_files(config: PredictConfig, options: DecodeOptions) -> Photographs:
-    files: dict[str, str] = {}
-    ignored: Counter[str] = Counter()
-    extensions = _NOT_READ.union(options.image_exts)
-    for path in config.images:
-        names = _names_below(path)
-        if names is None:
-            files.setdefault(path, os.path.splitext(path.rstrip("/").rpartition("/")[2])[0])
-            continue
-        for name in names:
-            place = storage.join(path, name)
-            rule = _ignored_by(name, extensions, inside=_is_below(place, config.out))
-            if rule:
-                ignored[rule] += 1
-            else:
-                files.setdefault(place, os.path.splitext(name)[0])
-    remarks = (f"ignored, no image: {describe_ignored(tuple(ignored.most_common()))}",) if ignored else ()
-    if not files:
-        raise InputError(f"not one image in {list(config.images)}" + "".join(f"; {remark}" for remark in remarks))
+    listed = list_images(config.images, (*options.image_exts, *sorted(_NOT_READ)), {}, {})
+    images = {sample.members[0].url: sample.key for sample in listed.samples}
+    own = {url for url in images if _is_below(url, config.out)}
+    ignored = listed.ignored + Counter({"output of this job": len(own)})
+    remarks = (f"ignored: {describe_ignored(tuple(ignored.most_common()))}",) if ignored else ()
+    if len(own) == len(images):
+        raise InputError(f"not one image in {list(config.images)} that is no output of this job; look at --images")
 
-    def read(path: str) -> Sample:
+    def read(url: str) -> Sample:
         try:
-            check_bytes([(redact(path), storage.stat(path).size)], options.max_bytes)
-            return {options.image_exts[0]: storage.read_bytes(path)}
+            check_bytes([(url, storage.stat(url).size)], options.max_bytes)
+            return {options.image_exts[0]: storage.read_bytes(url)}
         except (OSError, EnvironmentFault) as error:
             raise SampleError(Reason.IMAGE_MISSING, f"it cannot be read: {error}") from error
 
-    chosen = list(files.items())[: config.limit]
+    chosen = [(url, key) for url, key in images.items() if url not in own][: config.limit]
     unique = _UniqueNames()
-    each = (Photograph(unique(name), redact(path), partial(read, path)) for path, name in chosen)
+    each = (Photograph(unique(key), url, partial(read, url)) for url, key in chosen)
     return Photographs(len(chosen), each, remarks)
-
-
-def _names_below(path: str) -> list[str] | None:
-    """The files of a folder, relative to it; ``None`` for a file.
-
-    Raises:
-        InputError: there is neither.
-    """
-    is_folder = storage.is_local(path) and os.path.isdir(storage.local_path(path))
-    # A remote folder is what has files below it.
-    names = storage.list_files(path) if is_folder or not storage.is_local(path) else []
-    if names or is_folder:
-        return names
-    if not storage.exists(path):
-        raise InputError(f"{redact(path)}: there is no such image or folder; look at --images")
-    return None
-
-
-def _ignored_by(name: str, extensions: frozenset[str], inside: bool) -> str:
-    """The rule by which a file of a folder is ignored; empty where it is an image."""
-    parts = name.split("/")
-    if inside:
-        return "output of this job"
-    if any(part.startswith(".") or part == "__MACOSX" for part in parts):
-        return "hidden or system file"
-    suffix = os.path.splitext(name)[1].lower()
-    return "" if suffix[1:] in extensions else suffix or "no extension"
 
 
 def _is_below(place: str, folder: str) -> bool:

@@ -2,6 +2,7 @@
 
 import csv
 import io
+import os
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -61,8 +62,9 @@ def list_images(
     used: set[str] = set()
     for place in places:
         for image, members in _images_of(place, image_exts, label_exts, listed.ignored):
-            ext = image.name.rpartition(".")[2].lower()
-            stem = image.name.rpartition(".")[0]
+            stem, ext = _split(image.name)
+            if ext not in image_exts:
+                ext = image_exts[0]
             own = [Member(ext, 0, image.size, 0, image.url, image.stamp), *members]
             for files in labels:
                 if (label := files.get(stem)) and label.ext not in {member.ext for member in members}:
@@ -88,22 +90,22 @@ def _images_of(
 ) -> Iterator[tuple[FoundFile, list[Member]]]:
     """The images of one place, each with the labels that a list gives it."""
     if place.lower().endswith(_LIST_ENDINGS):
-        yield from _listed(place, image_exts, label_exts, ignored)
+        yield from _listed(place, label_exts)
         return
-    if place.rpartition(".")[2].lower() in image_exts:
+    # A file that is named is taken for an image whatever its own name: the content decides.
+    is_file = storage.is_local(place) and os.path.isfile(storage.local_path(place))
+    if is_file or place.rpartition(".")[2].lower() in image_exts:
         yield look_up(place, _folder_of(place)), []
         return
     for file in list_folder(place):
-        ext = file.name.rpartition(".")[2].lower() if "." in file.name.rpartition("/")[2] else ""
+        ext = _split(file.name)[1]
         if ext in image_exts:
             yield file, []
         else:
             ignored[f"no image (.{ext})" if ext else "no image (no extension)"] += 1
 
 
-def _listed(
-    place: str, image_exts: Sequence[str], label_exts: Mapping[str, Sequence[str]], ignored: Counter[str]
-) -> Iterator[tuple[FoundFile, list[Member]]]:
+def _listed(place: str, label_exts: Mapping[str, Sequence[str]]) -> Iterator[tuple[FoundFile, list[Member]]]:
     folder = _folder_of(place)
     seen: set[str] = set()
     for row in _rows(place, label_exts):
@@ -111,9 +113,6 @@ def _listed(
         if image.url in seen:
             raise InputError(f"{place} names {image.url} twice; every image may be read once")
         seen.add(image.url)
-        if image.name.rpartition(".")[2].lower() not in image_exts:
-            ignored[f"no image (.{image.name.rpartition('.')[2].lower()})"] += 1
-            continue
         members = []
         for kind, text in row.items():
             if kind == "image" or not text:
@@ -124,6 +123,12 @@ def _listed(
             file = look_up(text, folder)
             members.append(_label_member(kind, file, label_exts))
         yield image, members
+
+
+def _split(name: str) -> tuple[str, str]:
+    """A path without its extension, and the extension in lower case; '' where there is none."""
+    stem, dot, ext = name.rpartition(".")
+    return (stem, ext.lower()) if dot and "/" not in ext else (name, "")
 
 
 def _folder_of(place: str) -> str:

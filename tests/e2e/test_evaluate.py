@@ -244,4 +244,4 @@ def test_photographs_predicted_by_that_probe(
     assert np.mean(right) > 0.25, "twice of what chance gives"
     assert (out / "contact_sheet.png").exists()
     assert predict.main(words("--probe", probe, "--images", tmp_path / "nowhere", "--out", out)) == 1
-    assert "nowhere: there is no such image or folder" in capsys.readouterr().err
+    assert "there is no folder of images at " in capsys.readouterr().err

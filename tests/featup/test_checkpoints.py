@@ -339,8 +339,6 @@ def test_a_checkpoint_for_another_backbone_is_refused(tmp_path: Path) -> None:
     for other in ({"digest": "0123456789abcdef"}, {"layer": 1}, {"norm": "layer"}):
         save(path, random_jbu(), backbone={**known, "name": "resnet", **other})
         here = "the backbone is test_vit, layer 5, norm model"
-        with pytest.raises(
-            WeightsError, match=rf"was made for resnet, layer \d+, norm [\w ]+, with .*; {here}, with"
-        ):
+        with pytest.raises(WeightsError, match=rf"was made for resnet, layer \d+, norm [\w ]+, with .*; {here}, with"):
             check_backbone(path, backbone)
     assert [entry.name for entry in tmp_path.iterdir()] == ["jbu.safetensors"]

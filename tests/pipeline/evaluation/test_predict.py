@@ -163,10 +163,10 @@ def test_files_pictures_and_account(fitted: Fitted, tmp_path: Path, capsys: pyte
         predict(config)
     printed = capsys.readouterr().out
     assert printed.splitlines()[-1] == "input 6 = ok 4 + failed 2"
-    assert "ignored, no image: 1 hidden or system file, 1 .txt" in printed
+    assert "ignored: 1 no image (.txt)" in printed
     assert f"failed: {folder}/more/broken.jpg: truncated: jpeg cannot be decoded" in printed
     assert f"failed: {folder}/photo.heic: unsupported_format: heic is not read here" in printed
-    names = ["a", "a_2", "more/b", "single"]
+    names = ["a", "a.png", "more/b", "single"]
     maps = [read(out / "seg" / f"{name}.png") for name in names]
     assert [(one.mode, one.size) for one in maps] == [
         ("P", (31, 90)), ("P", (70, 45)), ("P", (80, 60)), ("P", (80, 60)),
@@ -304,7 +304,7 @@ def test_probes_photographs_and_names_that_do_not_fit(fitted: Fitted, tmp_path: 
     (tmp_path / "empty").mkdir()
     with pytest.raises(InputError, match="not one image in"):
         predict(config_of(fitted, tmp_path / "out", images=(str(tmp_path / "empty"),)))
-    with pytest.raises(InputError, match=r"nothing\.jpg: there is no such image or folder"):
+    with pytest.raises(InputError, match=r"there is no file .*nothing\.jpg, which is named as an image"):
         predict(config_of(fitted, tmp_path / "out", images=(str(tmp_path / "nothing.jpg"),)))
     for options in ({}, {"images": ("a",), "shards": ("b",)}):
         with pytest.raises(ConfigError, match="give one of them"):

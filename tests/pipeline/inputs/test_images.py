@@ -99,6 +99,14 @@ def test_a_list_names_images_and_labels(tmp_path: Path) -> None:
     assert read_samples(index, 0, 1) == [{"jpg": b"in/a.jpg", "cls": b"3"}]
 
 
+def test_a_file_that_is_named_is_an_image_whatever_its_name(tmp_path: Path) -> None:
+    write(tmp_path, "download", "x.bin", "y.jpg")
+    images = listed(tmp_path / "download", tmp_path / "x.bin", tmp_path / "y.jpg")
+    assert [(sample.key, sample.members[0].ext) for sample in images.samples] == [
+        ("download", "jpg"), ("x", "jpg"), ("y", "jpg")
+    ]  # fmt: skip
+
+
 @pytest.mark.parametrize(
     ("name", "content", "text"),
     [
