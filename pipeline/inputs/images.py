@@ -58,10 +58,17 @@ def list_images(
     """
     listed = ImageList()
     keys: set[str] = set()
+    seen: set[str] = set()
     labels = [_labels_below(kind, folder, label_exts) for kind, folder in label_dirs.items()]
     used: set[str] = set()
     for place in places:
         for image, members in _images_of(place, image_exts, label_exts, listed.ignored):
+            if image.url in seen:
+                raise InputError(
+                    f"{redact(image.url)} comes twice; every image may be read once: a list names it twice, or "
+                    "two of the places overlap"
+                )
+            seen.add(image.url)
             stem, ext = _split(image.name)
             if ext not in image_exts:
                 ext = image_exts[0]
@@ -107,12 +114,8 @@ def _images_of(
 
 def _listed(place: str, label_exts: Mapping[str, Sequence[str]]) -> Iterator[tuple[FoundFile, list[Member]]]:
     folder = _folder_of(place)
-    seen: set[str] = set()
     for row in _rows(place, label_exts):
         image = look_up(row["image"], folder)
-        if image.url in seen:
-            raise InputError(f"{place} names {image.url} twice; every image may be read once")
-        seen.add(image.url)
         members = []
         for kind, text in row.items():
             if kind == "image" or not text:

@@ -50,6 +50,13 @@ def test_a_folder_gives_its_images_and_counts_the_rest(tmp_path: Path) -> None:
     assert images.ignored == {"no image (.txt)": 1, "no image (no extension)": 1}
 
 
+def test_places_that_overlap_are_refused(tmp_path: Path) -> None:
+    write(tmp_path, "a/x.jpg", "y.jpg")
+    with pytest.raises(InputError, match=r"x\.jpg comes twice; .* two of the places overlap"):
+        listed(tmp_path, tmp_path / "a")
+    assert keys(listed(tmp_path / "a", tmp_path / "y.jpg")) == ["x", "y"]
+
+
 def test_images_of_one_stem_are_two_samples(tmp_path: Path) -> None:
     """IMG_1.png beside IMG_1.jpeg was dropped without a word."""
     write(tmp_path, "IMG_1.jpeg", "IMG_1.png", "IMG_2.png")
@@ -111,7 +118,7 @@ def test_a_file_that_is_named_is_an_image_whatever_its_name(tmp_path: Path) -> N
     ("name", "content", "text"),
     [
         ("l.txt", "gone.jpg", "there is no file .*gone.jpg, which is named as an image"),
-        ("l.txt", "a.jpg\na.jpg", "names .*a.jpg twice"),
+        ("l.txt", "a.jpg\na.jpg", "a.jpg comes twice; every image may be read once"),
         ("l.csv", "file,cls\na.jpg,1", r"has columns \['file', 'cls'\]; name that of the paths image or path"),
         ("l.csv", "image,seg\na.jpg,a.jpg", r"named as a label of kind seg, which ends in \.png"),
         ("l.txt", "https://host/a.jpg?X-Amz-Signature=abc", "https://host/a.jpg: a URL with a query may be signed"),

@@ -10,7 +10,10 @@ import pytest
 
 from pipeline.errors import EnvironmentFault, InputChangedError
 from pipeline.inputs import patterns, storage
+from pipeline.inputs.images import list_images, update_manifests
+from pipeline.inputs.manifest import load_manifest
 from pipeline.inputs.plan import plan_shard
+from pipeline.inputs.read import read_samples
 from tests.pipeline.inputs.conftest import CONTENT
 from tests.pipeline.inputs.tars import index_bytes, tar_bytes, three
 
@@ -53,6 +56,24 @@ def test_a_tar_in_a_bucket_is_planned_as_on_disk(s3: str, tmp_path: Path) -> Non
     shard = plan_shard(storage.join(s3, "a.tar"), storage.join(s3, "index"))
     assert shard.digest == index_bytes(tmp_path, data).digest
     assert shard.stamp
+
+
+def test_images_in_a_bucket_are_listed_and_read_as_on_disk(s3: str) -> None:
+    for name in ("photos/b.jpg", "photos/a/x.png", "photos/.hidden.jpg", "photos/notes.txt", "masks/a/x.png"):
+        storage.write_atomic(storage.join(s3, name), name.encode())
+    listed = list_images(
+        [storage.join(s3, "photos")], ("jpg", "png"), {"seg": ("seg.png",)}, {"seg": storage.join(s3, "masks")}
+    )
+    (manifest,) = update_manifests(storage.join(s3, "plan"), listed, keep=False)
+    index = load_manifest(manifest)
+    assert [sample.key for sample in index.samples] == ["a/x", "b"]
+    assert read_samples(index, 0, 2) == [
+        {"png": b"photos/a/x.png", "seg.png": b"masks/a/x.png"},
+        {"jpg": b"photos/b.jpg"},
+    ]
+    storage.write_atomic(storage.join(s3, "photos/b.jpg"), b"photos/B.jpg")
+    with pytest.raises(InputChangedError, match=r"b\.jpg changed since it was listed"):
+        read_samples(index, 1, 2)
 
 
 def test_no_bucket_is_created_by_a_typo(s3: str) -> None:
