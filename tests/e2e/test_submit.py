@@ -30,6 +30,8 @@ def dashboard(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     port, dashboard_port = _free_port(), _free_port()
     folder = tmp_path_factory.mktemp("cluster")
     command = ["ray", "start", "--head", "--block", f"--port={port}", f"--dashboard-port={dashboard_port}"]
+    # Of two Rays on a machine one gets the agent's usual port, and to the other no job can be submitted.
+    command += [f"--dashboard-agent-listen-port={_free_port()}", f"--dashboard-agent-grpc-port={_free_port()}"]
     command += ["--num-cpus=2", "--object-store-memory=100000000", "--disable-usage-stats", "--include-dashboard=true"]
     with (folder / "log").open("wb") as log:
         head = subprocess.Popen(
