@@ -33,6 +33,7 @@ from pipeline.compute.models import Setup
 from pipeline.compute.outcome import failed_unit
 from pipeline.compute.prepare import (
     as_stored,
+    check_members,
     check_options,
     complete_plan,
     create_or_grow,
@@ -156,6 +157,8 @@ def _run(config: PrecomputeConfig, lease: Lease, state: _State, on_cluster: bool
         lambda: recheck_input(config, old, update, ledger, lambda text: print(text, flush=True)),
     )
     lease.check()
+    if old is None:
+        check_members(config, update.shards)
     if alone:
         with threads_restored():
             setup = prepare(config, update.shards)

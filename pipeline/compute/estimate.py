@@ -12,7 +12,7 @@ from featup.projection import PCA
 from pipeline.compute.device import set_threads
 from pipeline.compute.load import decode_options, load_sample
 from pipeline.compute.models import Extractor, fit_pca, take_pca
-from pipeline.compute.prepare import as_stored, complete_plan, layout_of, plan_input
+from pipeline.compute.prepare import as_stored, check_members, complete_plan, layout_of, plan_input
 from pipeline.config.precompute import PrecomputeConfig
 from pipeline.console import human_bytes, human_seconds
 from pipeline.errors import InputError, Reason, SampleError
@@ -42,6 +42,7 @@ def estimate(config: PrecomputeConfig, index_all: IndexAll | None = None) -> str
     notes: list[str] = []
     config = as_stored(config.absolute(on_cluster=False), notes.append)
     shards = plan_input(config, index_all)
+    check_members(config, shards)
     extractor = Extractor(config)
     threads = set_threads(config.threads, config.actors)
     taken = take_pca(config.pca_from, config, extractor.setup())[0] if config.pca_from else None

@@ -2,6 +2,7 @@
 
 import hashlib
 import sys
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from importlib.metadata import version
@@ -16,13 +17,14 @@ from pipeline.compute.device import set_threads
 from pipeline.compute.models import Extractor, Setup, fit_pca, keep_weights, take_pca, weights_place
 from pipeline.config.base import InputConfig, describe, options_since
 from pipeline.config.precompute import PrecomputeConfig
-from pipeline.decode.kinds import LABELS
+from pipeline.decode.kinds import LABELS, label_spec
 from pipeline.errors import ConfigError, Reason, StoreMismatchError
 from pipeline.inputs import storage
 from pipeline.inputs.images import list_images, update_manifests
 from pipeline.inputs.patterns import expand
 from pipeline.inputs.plan import IndexAll, Plan, PlannedShard, rows_of
 from pipeline.inputs.plan_update import PlanUpdate, update_plan
+from pipeline.redaction import redact
 from pipeline.store.create import create_store, grow_store, withdraw_complete
 from pipeline.store.index import read_index
 from pipeline.store.layout import Layout, finished_attributes, list_differences, tile_of
@@ -31,6 +33,7 @@ from pipeline.store.provenance import pca_place
 
 __all__ = [
     "as_stored",
+    "check_members",
     "check_options",
     "complete_plan",
     "create_or_grow",
@@ -66,6 +69,30 @@ def _urls(config: InputConfig, keep: bool) -> list[str]:
     label_exts = {kind: spec.extensions for kind, spec in LABELS.items()}
     listed = list_images(config.images, config.image_exts, label_exts, label_dirs)
     return update_manifests(storage.join(config.out, "plan", "images"), listed, keep)
+
+
+def check_members(config: PrecomputeConfig, shards: tuple[PlannedShard, ...]) -> None:
+    """Refuse input whose samples have no image, or not one label of a kind, before anything is computed.
+
+    The first input shard that holds samples is looked at.
+
+    Raises:
+        ConfigError: the text says which members the samples have.
+    """
+    plan = Plan(shards, 1, _index_dir(config.out))
+    samples = plan.index(plan.sample(0)[0]).samples
+    present = Counter(member.ext for sample in samples for member in sample.members)
+    wanted = {"image": config.image_exts} | {
+        f"{kind} label": label_spec(kind, config.seg_dtype).extensions for kind in config.labels
+    }
+    for what, extensions in wanted.items():
+        if not any(present[ext] for ext in extensions):
+            there = ", ".join(f"{count} .{ext}" for ext, count in present.most_common(5))
+            raise ConfigError(
+                f"not one of the {len(samples)} samples of {redact(shards[plan.sample(0)[0]].url)} has a {what} "
+                f"({', '.join(extensions)}); they have {there}. Leave the label out, or name the files as members of "
+                "their sample (KEY.seg.png); with --images give --label-dir"
+            )
 
 
 def prepare(config: PrecomputeConfig, shards: tuple[PlannedShard, ...]) -> Setup:

@@ -65,6 +65,11 @@ class LabelOptions(DepthOptions):
     labels: tuple[LabelKind, ...] = option(
         (), "labels every sample must have, stored beside the features: seg, depth, cls", group="decoding"
     )
+    missing_label: Literal["fail", "keep"] = option(
+        "fail",
+        "a sample without one of its labels fails, or is kept with the label's unknown value and a flag (no_seg ...)",
+        group="decoding",
+    )
     seg_dtype: SegDtype = option(
         "uint8", "type of the stored class ids; its largest value means no label", group="decoding"
     )

@@ -123,7 +123,8 @@ def prepare_sample(members: Mapping[str, bytes], options: DecodeOptions) -> Prep
         options: output sizes, kinds of labels and limits.
 
     Raises:
-        SampleError: the image or a label is missing, too large, cannot be decoded, or does not fit.
+        SampleError: the image or a label is missing, too large, cannot be decoded, or does not fit; with
+            ``options.missing_label="keep"`` a label that is missing is left out and flagged ``no_KIND``.
     """
     selected = select_members(members, options)
     check_bytes(((ext, len(members[ext])) for ext in selected.values()), options.max_bytes)
@@ -135,6 +136,9 @@ def prepare_sample(members: Mapping[str, bytes], options: DecodeOptions) -> Prep
     labels: dict[str, npt.NDArray[Any]] = {}
     for kind in options.labels:
         spec = label_spec(kind, options.seg_dtype)
+        if kind not in selected and options.missing_label == "keep":
+            flags.add(f"no_{kind}")
+            continue
         ext = _required(kind, selected, options)
         label = decode_label(
             kind,

@@ -153,3 +153,13 @@ def test_packed_as_shards_the_same_photographs_have_the_same_features(
     command = ("--shards", tmp_path / "p-000000.tar", "--out", tmp_path / "out", *OPTIONS)
     run("precompute", *command, "--max-failed-fraction", 0.2)
     assert support.array_files(tmp_path / "out") == support.array_files(store)
+
+
+def test_labels_that_no_image_has_are_refused_before_anything_is_computed(photographs: Path, tmp_path: Path) -> None:
+    command = ("--images", photographs, "--out", tmp_path / "out", *OPTIONS, "--labels", "seg")
+    for more in ((), ("--dry-run",)):
+        text = run("precompute", *command, *more, status=1)
+        assert "not one of the 16 samples of" in text
+        assert "has a seg label (seg.png); they have 7 .jpg" in text
+        assert "with --images give --label-dir" in text
+    assert not (tmp_path / "out" / "features.zarr").exists()

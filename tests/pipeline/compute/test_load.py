@@ -173,3 +173,13 @@ def test_loading_imports_neither_torch_nor_ray() -> None:
     script = "import sys, pipeline.compute.load; print(*sys.modules)"
     done = subprocess.run([sys.executable, "-c", script], stdout=subprocess.PIPE, timeout=60, check=True)
     assert set(done.stdout.decode().split()).isdisjoint({"torch", "ray", "timm"})
+
+
+def test_a_label_that_is_missing_is_its_unknown_value_where_it_may_be(make_plan: MakePlan) -> None:
+    plan = make_plan(sample(), {"jpg": FILES["jpeg"]})
+    loaded = load_unit(plan, plan.unit(0), replace(OPTIONS, missing_label="keep"))
+    assert [record.status for record in loaded.records] == ["ok", "ok"]
+    assert {"no_seg", "no_cls"} <= set(loaded.records[1].flags)
+    assert not loaded.records[0].flags
+    assert (loaded.blocks["seg"][1] == 255).all()
+    assert loaded.blocks["cls"].tolist()[:2] == [3, -1]

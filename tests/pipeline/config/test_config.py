@@ -33,6 +33,7 @@ OTHER: dict[str, Any] = {
     "max_pixels": 1000,
     "max_bytes": 2000,
     "decode_timeout": 1.5,
+    "missing_label": "keep",
     "seg_dtype": "uint16",
     "label_orientation": "stored",
     "depth_png_scale": 0.25,

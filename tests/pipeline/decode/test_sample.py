@@ -142,3 +142,17 @@ def test_seg_as_uint16() -> None:
     assert set(np.unique(seg)) == {300, 65535}
     eight_bit = prepare_sample(sample(), options).labels["seg"]
     assert eight_bit.dtype == np.uint16
+
+
+def test_a_sample_without_a_label_is_kept_and_flagged_where_that_is_asked_for() -> None:
+    options = DecodeOptions((8, 8), labels=("seg", "cls"), missing_label="keep")
+    whole = prepare_sample(sample(), options)
+    assert "no_seg" not in whole.flags
+    members = {ext: data for ext, data in sample().items() if ext != "seg.png"}
+    kept = prepare_sample(members, options)
+    assert kept.labels.keys() == {"cls"}
+    assert "no_seg" in kept.flags
+    assert np.array_equal(kept.image, whole.image)
+    # A label that is there and damaged still fails its sample.
+    with pytest.raises(SampleError):
+        prepare_sample(members | {"seg.png": b"no label"}, options)
