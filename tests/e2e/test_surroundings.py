@@ -131,8 +131,9 @@ def test_of_two_commands_started_at_once_one_makes_the_store_and_the_other_is_re
     winner, loser = logs if statuses[0] == 0 else logs[::-1]
     assert "input 16 = ok 16 + failed 0" in winner
     line = one_line(loser, "precompute")
-    assert "LeaseError" in line
-    assert str(jobs[statuses.index(0)].pid) in line
+    # The later one may come when the other is at work, or when its store is there already.
+    held = "LeaseError" in line and str(jobs[statuses.index(0)].pid) in line
+    assert held or ("StoreMismatchError" in line and "pca: the store has" in line), line
     assert "clean" in run("verify", out)
 
 
