@@ -38,6 +38,10 @@ def _run(images: list[str], shards: str, label_dirs: list[str], shard_mb: int) -
     from pipeline.inputs.tar import describe_ignored
 
     folders = dict(text.partition("=")[::2] for text in label_dirs)
+    if len(folders) != len(label_dirs):
+        raise ConfigError(
+            f"--label-dir {' '.join(label_dirs)}: one kind is given two folders; put its labels below one"
+        )
     if wrong := [kind for kind, folder in folders.items() if kind not in LABELS or not folder]:
         raise ConfigError(f"--label-dir {wrong[0]!r} must be KIND=FOLDER, with a KIND of {', '.join(LABELS)}")
     label_exts = {kind: spec.extensions for kind, spec in LABELS.items()}

@@ -39,9 +39,16 @@ def estimate(config: PrecomputeConfig, index_all: IndexAll | None = None) -> str
         InputError: no sample can be found, or none of those tried can be decoded.
         FeatupError: a model, layer, size or checkpoint that does not fit.
     """
+    # Lists of images go to a folder of their own: a store that is there keeps those it was made from.
+    with tempfile.TemporaryDirectory(prefix="featup-") as folder:
+        return _estimate(config, index_all, folder)
+
+
+def _estimate(config: PrecomputeConfig, index_all: IndexAll | None, folder: str) -> str:
     notes: list[str] = []
     config = as_stored(config.absolute(on_cluster=False), notes.append)
-    shards = plan_input(config, index_all)
+    # A list is its own index, and only this machine sees it.
+    shards = plan_input(config, None if config.images else index_all, folder)
     check_members(config, shards)
     extractor = Extractor(config)
     threads = set_threads(config.threads, config.actors)

@@ -3,7 +3,7 @@
 import hashlib
 import sys
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from importlib.metadata import version
 from typing import Any
@@ -21,6 +21,7 @@ from pipeline.decode.kinds import LABELS, label_spec
 from pipeline.errors import ConfigError, Reason, StoreMismatchError
 from pipeline.inputs import storage
 from pipeline.inputs.images import list_images, update_manifests
+from pipeline.inputs.manifest import FOLDER, is_manifest
 from pipeline.inputs.patterns import expand
 from pipeline.inputs.plan import IndexAll, Plan, PlannedShard, rows_of
 from pipeline.inputs.plan_update import PlanUpdate, update_plan
@@ -46,9 +47,18 @@ __all__ = [
 ]
 
 
-def plan_input(config: InputConfig, index_all: IndexAll | None = None) -> tuple[PlannedShard, ...]:
-    """Index the input shards; the indices are kept in ``OUT/plan/index``."""
-    return update_plan(None, _urls(config, keep=False), _index_dir(config.out), config.limit, index_all).shards
+def plan_input(
+    config: InputConfig, index_all: IndexAll | None = None, folder: str | None = None
+) -> tuple[PlannedShard, ...]:
+    """Index the input shards; the indices are kept in ``OUT/plan/index``.
+
+    Args:
+        config: names them.
+        index_all: indexes many shards at once.
+        folder: where lists of images are written; by default beside the indices, which is for who holds the lease.
+    """
+    urls = _urls(config, folder or storage.join(config.out, "plan", FOLDER))
+    return update_plan(None, urls, _index_dir(config.out), config.limit, index_all).shards
 
 
 def plan_store(config: PrecomputeConfig, old: Plan | None, index_all: IndexAll | None = None) -> PlanUpdate:
@@ -58,17 +68,19 @@ def plan_store(config: PrecomputeConfig, old: Plan | None, index_all: IndexAll |
         InputChangedError: a shard has other content than the store was made from.
         InputError: nothing matches, no shard holds a sample, or one that the store was made from is gone.
     """
-    return update_plan(old, _urls(config, keep=old is not None), _index_dir(config.out), config.limit, index_all)
+    kept = [shard.url.rpartition("/")[2] for shard in old.shards if is_manifest(shard.url)] if old else []
+    urls = _urls(config, storage.join(config.out, "plan", FOLDER), kept)
+    return update_plan(old, urls, _index_dir(config.out), config.limit, index_all)
 
 
-def _urls(config: InputConfig, keep: bool) -> list[str]:
-    """The shards; of images the manifests beside the plan, which a store was made from (``keep``) or are made anew."""
+def _urls(config: InputConfig, folder: str, kept: Sequence[str] = ()) -> list[str]:
+    """The shards; of images the manifests in ``folder``, of which a store was made from those that are ``kept``."""
     if not config.images:
         return expand(config.shards)
     label_dirs = dict(text.split("=", 1) for text in getattr(config, "label_dir", ()))
     label_exts = {kind: spec.extensions for kind, spec in LABELS.items()}
     listed = list_images(config.images, config.image_exts, label_exts, label_dirs)
-    return update_manifests(storage.join(config.out, "plan", "images"), listed, keep)
+    return update_manifests(folder, listed, kept)
 
 
 def check_members(config: PrecomputeConfig, shards: tuple[PlannedShard, ...]) -> None:

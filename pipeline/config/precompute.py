@@ -171,6 +171,10 @@ class PrecomputeConfig(LabelOptions, InputConfig):
                 for kind, _, folder in [text.partition("=")]
             ),
             (
+                len({text.partition("=")[0] for text in self.label_dir}) != len(self.label_dir),
+                f"label_dir={self.label_dir}: one kind is given two folders; put its labels below one",
+            ),
+            (
                 bool(self.label_dir) and not self.images,
                 f"label_dir={self.label_dir} goes with --images; in tars labels lie beside their image",
             ),

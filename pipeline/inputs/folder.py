@@ -1,7 +1,6 @@
 """Files below a folder, local or remote, with size and stamp."""
 
 import os
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -11,6 +10,7 @@ from pipeline.inputs.file_stat import stat_of
 from pipeline.inputs.remote import filesystem
 from pipeline.inputs.retry import retried
 from pipeline.inputs.tar import is_system_file
+from pipeline.redaction import redact
 
 __all__ = ["FoundFile", "list_folder", "look_up"]
 
@@ -32,6 +32,7 @@ def list_folder(folder: str) -> list[FoundFile]:
         InputError: there is no such folder.
         EnvironmentFault: it may not be read.
     """
+    _check_plain(folder)
     if storage.is_local(folder):
         root = os.path.abspath(storage.local_path(folder))
         if not os.path.isdir(root):
@@ -50,6 +51,15 @@ def list_folder(folder: str) -> list[FoundFile]:
         if not files:
             raise InputError(f"there is no file below {folder}; check the URL")
     return sorted((file for file in files if not _is_hidden(file.name)), key=lambda file: file.name)
+
+
+def _check_plain(url: str) -> None:
+    """Refuse a URL with a password or a signature, as the places of images are stored."""
+    if not storage.is_local(url) and redact(url) != url:
+        raise InputError(
+            f"{redact(url)}: a URL with a user or a query may hold a password or a signature, and the places of images "
+            "are stored; give plain URLs, with credentials where fsspec looks for them, or tars"
+        )
 
 
 def _walk(root: str) -> Iterator[FoundFile]:
@@ -91,11 +101,7 @@ def look_up(place: str, folder: str) -> FoundFile:
     Raises:
         InputError: there is none, or its URL has a query, which could not be stored.
     """
-    if re.match(r"https?://[^?]*\?", place):
-        raise InputError(
-            f"{place.partition('?')[0]}: a URL with a query may be signed, and lists of images are stored; give plain "
-            "URLs, or tars"
-        )
+    _check_plain(place)
     url = (
         place
         if not storage.is_local(place) or os.path.isabs(storage.local_path(place))
@@ -105,6 +111,8 @@ def look_up(place: str, folder: str) -> FoundFile:
         url = os.path.abspath(storage.local_path(url))
     try:
         state = storage.stat(url)
+        if storage.is_local(url) and not os.path.isfile(storage.local_path(url)):
+            raise InputError(f"{url} is named as an image or label, and is no file; check the path")
     except FileNotFoundError as error:
         raise InputError(f"there is no file {url}, which is named as an image or label; check the path") from error
     base = os.path.abspath(storage.local_path(folder)) if storage.is_local(folder) else folder.rstrip("/")

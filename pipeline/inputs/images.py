@@ -3,6 +3,7 @@
 import csv
 import io
 import os
+import re
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -13,7 +14,7 @@ import pyarrow.parquet as pq
 from pipeline.errors import InputChangedError, InputError
 from pipeline.inputs import storage
 from pipeline.inputs.folder import FoundFile, list_folder, look_up
-from pipeline.inputs.manifest import manifest_bytes, manifest_name, manifest_samples
+from pipeline.inputs.manifest import is_manifest, manifest_bytes, manifest_name, manifest_samples
 from pipeline.inputs.read import INLINE
 from pipeline.inputs.tar import IndexedSample, Member
 from pipeline.redaction import redact
@@ -60,7 +61,8 @@ def list_images(
     keys: set[str] = set()
     seen: set[str] = set()
     labels = [_labels_below(kind, folder, label_exts) for kind, folder in label_dirs.items()]
-    used: set[str] = set()
+    used: dict[str, str] = {}
+    label_urls = {label.url for files in labels for label in files.values()}
     for place in places:
         for image, members in _images_of(place, image_exts, label_exts, listed.ignored):
             if image.url in seen:
@@ -69,14 +71,21 @@ def list_images(
                     "two of the places overlap"
                 )
             seen.add(image.url)
+            if image.url in label_urls:
+                continue
             stem, ext = _split(image.name)
             if ext not in image_exts:
                 ext = image_exts[0]
             own = [Member(ext, 0, image.size, 0, image.url, image.stamp), *members]
             for files in labels:
                 if (label := files.get(stem)) and label.ext not in {member.ext for member in members}:
+                    if label.url in used:
+                        raise InputError(
+                            f"{label.url} would be the label of two images, {used[label.url]} and {image.url}, as both "
+                            f"are called {stem} in their folder; label them by a list, or one folder at a time"
+                        )
                     own.append(label)
-                    used.add(label.url)
+                    used[label.url] = image.url
             key = next(name for name in (stem, image.name, redact(image.url)) if name not in keys)
             keys.add(key)
             listed.samples.append(IndexedSample(key, tuple(own)))
@@ -104,9 +113,13 @@ def _images_of(
     if is_file or place.rpartition(".")[2].lower() in image_exts:
         yield look_up(place, _folder_of(place)), []
         return
+    dotted = [ext for extensions in label_exts.values() for ext in extensions if "." in ext and ext != "cls.txt"]
     for file in list_folder(place):
         ext = _split(file.name)[1]
-        if ext in image_exts:
+        label = next((one for one in dotted if file.name.lower().endswith(f".{one}")), None)
+        if label:
+            ignored[f"label beside its image (.{label})"] += 1
+        elif ext in image_exts:
             yield file, []
         else:
             ignored[f"no image (.{ext})" if ext else "no image (no extension)"] += 1
@@ -145,7 +158,7 @@ def _rows(place: str, kinds: Collection[str]) -> Iterator[dict[str, str]]:
     except FileNotFoundError as error:
         raise InputError(f"there is no list of images at {place}; check the path") from error
     if place.lower().endswith(".txt"):
-        for line in data.decode().splitlines():
+        for line in _text(data, place).splitlines():
             if line.strip():
                 yield {"image": line.strip()}
         return
@@ -157,15 +170,32 @@ def _rows(place: str, kinds: Collection[str]) -> Iterator[dict[str, str]]:
             raise InputError(f"{place} is no parquet file that can be read: {error}") from error
         columns, rows = table.column_names, iter(table.to_pylist())
     else:
-        reader = csv.DictReader(io.StringIO(data.decode()), delimiter="\t" if place.lower().endswith(".tsv") else ",")
+        reader = csv.DictReader(
+            io.StringIO(_text(data, place)), delimiter="\t" if place.lower().endswith(".tsv") else ","
+        )
         columns, rows = list(reader.fieldnames or ()), iter(reader)
     name = next((one for one in _IMAGE_COLUMNS if one in columns), None)
     if name is None:
         raise InputError(f"{place} has columns {columns}; name that of the paths {' or '.join(_IMAGE_COLUMNS)}")
-    for row in rows:
-        yield {"image": str(row[name])} | {
-            kind: str(row[kind]) for kind in kinds if kind in columns and row[kind] not in (None, "")
-        }
+    for number, row in enumerate(rows):
+        if not row[name]:
+            raise InputError(f"{place}: row {number} names no image; fill the column {name!r}, or leave the row out")
+        yield {"image": str(row[name])} | {kind: _cell(row[kind]) for kind in kinds if kind in columns}
+
+
+def _text(data: bytes, place: str) -> str:
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise InputError(f"{place} is no UTF-8 text ({error}); save it as UTF-8") from error
+
+
+def _cell(value: object) -> str:
+    """A label in a table as text: whole numbers without a point, as a column with gaps has them; '' for none."""
+    if value is None or value != value:  # NaN
+        return ""
+    text = str(value)
+    return text[:-2] if re.fullmatch(r"-?\d+\.0", text) else "" if text.lower() == "nan" else text
 
 
 def _labels_below(kind: str, folder: str, label_exts: Mapping[str, Sequence[str]]) -> dict[str, Member]:
@@ -191,64 +221,92 @@ def _label_member(kind: str, file: FoundFile, label_exts: Mapping[str, Sequence[
     return Member(ext, 0, file.size, 0, file.url, file.stamp)
 
 
-def update_manifests(folder: str, listed: ImageList, keep: bool) -> list[str]:
+def update_manifests(folder: str, listed: ImageList, kept: Sequence[str] = ()) -> list[str]:
     """Write the manifests of images, and return their places.
 
     Images that are in a manifest stay there with their key, so that the rows of a store stay; new ones come in new
-    manifests behind them.
+    manifests behind them. Nothing is written before everything was compared.
 
     Args:
         folder: where the manifests are kept.
         listed: the images as they are now.
-        keep: whether the manifests that are there are those of a store; otherwise they are made anew.
+        kept: names of the manifests that a store was made from, in its order; any others there are made anew.
 
     Raises:
         InputChangedError: an image that the store was made from is gone, or has another size or other labels.
+        InputError: a manifest of the store is gone or damaged.
     """
-    names = [name for name in storage.list_files(folder) if "/" not in name]
-    if not keep:
-        for name in names:
-            storage.remove(storage.join(folder, name))
-        names = []
     remaining = {sample.members[0].url: sample for sample in listed.samples}
+    by_key = {sample.key: sample.members[0].url for sample in listed.samples}
     taken: set[str] = set()
-    urls = []
     ignored_then: Counter[str] = Counter()
-    for name in names:
+    rewritten: dict[str, bytes] = {}
+    for name in kept:
         place = storage.join(folder, name)
-        data = storage.read_bytes(place)
-        old, ignored = manifest_samples(data, place)
+        old, ignored = _stored(place)
         ignored_then.update(ignored)
-        gone = [sample.members[0].url for sample in old if sample.members[0].url not in remaining]
+        own = {sample.members[0].url for sample in old}
+        moved = {key: url for key, url in by_key.items() if url not in own}
+        urls = [_place_of(sample, remaining, moved) for sample in old]
+        gone = [url for url in urls if url not in remaining]
         if gone:
             raise InputChangedError(
                 f"{len(gone)} images that the store was made from are gone, first {gone[0]}; put them back (a store "
                 "keeps the images it was made from; new ones may be added), or start a new store with another --out"
             )
-        now = [replace(remaining.pop(sample.members[0].url), key=sample.key) for sample in old]
+        now = [replace(remaining.pop(url), key=sample.key) for url, sample in zip(urls, old, strict=True)]
         for before, after in zip(old, now, strict=True):
             _check_same(before, after)
         taken.update(sample.key for sample in now)
         if tuple(now) != old:
-            # Another time stamp: the bytes of what is finished are compared before anything is added.
-            storage.write_atomic(place, manifest_bytes(now, ignored))
-        urls.append(place)
+            rewritten[place] = manifest_bytes(now, ignored)
     new = [_renamed(sample, taken) for sample in remaining.values()]
+    places = [storage.join(folder, name) for name in kept]
     ignored_since = listed.ignored - ignored_then
     for start in range(0, len(new), _SAMPLES_PER_MANIFEST):
-        place = storage.join(folder, manifest_name(len(urls)))
+        place = storage.join(folder, manifest_name(len(places)))
         samples = new[start : start + _SAMPLES_PER_MANIFEST]
-        storage.write_atomic(place, manifest_bytes(samples, {} if start else ignored_since))
-        urls.append(place)
-    return urls
+        rewritten[place] = manifest_bytes(samples, {} if start else ignored_since)
+        places.append(place)
+    for name in storage.list_files(folder):
+        if storage.join(folder, name) not in places and is_manifest(name):
+            storage.remove(storage.join(folder, name))
+    for place, data in rewritten.items():
+        storage.write_atomic(place, data)
+    return places
+
+
+def _place_of(sample: IndexedSample, remaining: Mapping[str, IndexedSample], by_key: Mapping[str, str]) -> str:
+    """Where an image of the store is now: at its place, or as the image of its key, extension and size elsewhere."""
+    image = sample.members[0]
+    url = by_key.get(sample.key, image.url)
+    if image.url in remaining or url not in remaining:
+        return image.url
+    other = remaining[url].members[0]
+    # What moved is compared byte by byte before anything is added.
+    return url if (other.ext, other.size) == (image.ext, image.size) else image.url
+
+
+def _stored(place: str) -> tuple[tuple[IndexedSample, ...], dict[str, int]]:
+    try:
+        return manifest_samples(storage.read_bytes(place), place)
+    except FileNotFoundError as error:
+        raise InputError(
+            f"{place} is gone, which lists images that the store was made from; put it back from a copy, or start a "
+            "new store with another --out"
+        ) from error
 
 
 def _check_same(before: IndexedSample, after: IndexedSample) -> None:
-    was, now = ({member.ext: (member.url, member.size) for member in one.members} for one in (before, after))
+    was, now = ({member.ext: member for member in one.members} for one in (before, after))
     for ext in sorted(was.keys() | now.keys()):
-        if was.get(ext) != now.get(ext):
-            then, today = (f"{of[ext][1]} bytes" if ext in of else "absent" for of in (was, now))
-            place = redact((now.get(ext) or was[ext])[0])
+        old, new = was.get(ext), now.get(ext)
+        inline = any(member is not None and member.url.startswith(INLINE) for member in (old, new))
+        if old is None or new is None or old.size != new.size or (inline and old.url != new.url):
+            then, today = (f"{member.size} bytes" if member else "absent" for member in (old, new))
+            place = next(member.url for member in (new, old) if member is not None)
+            if inline:
+                place, then, today = after.members[0].url, str(old and old.url), str(new and new.url)
             raise InputChangedError(
                 f"{place} is not what the store was made from: {today} now, {then} then. Put the old one back, or "
                 "start a new store with another --out"

@@ -13,9 +13,21 @@ import pyarrow.parquet as pq
 from pipeline.errors import InputError
 from pipeline.inputs import storage
 from pipeline.inputs.tar import IndexedSample, Member, ShardIndex
+from pipeline.redaction import redact
 
-__all__ = ["is_manifest", "load_manifest", "manifest_bytes", "manifest_name", "manifest_samples"]
+__all__ = [
+    "FOLDER",
+    "is_manifest",
+    "load_manifest",
+    "manifest_bytes",
+    "manifest_name",
+    "manifest_place",
+    "manifest_samples",
+    "shard_name",
+]
 
+FOLDER = "images"
+"""The folder of a store's manifests, below its plan."""
 _ENDING = ".images.parquet"
 _FORMAT = b"1"
 _SCHEMA = pa.schema(
@@ -32,6 +44,18 @@ _SCHEMA = pa.schema(
 def is_manifest(url: str) -> bool:
     """Whether a shard is a manifest, by its name."""
     return url.endswith(_ENDING)
+
+
+def manifest_place(url: str, index_dir: str) -> str:
+    """Where a shard of a store lies: of a manifest, beside the store's indices wherever these are now."""
+    if not is_manifest(url):
+        return url
+    return storage.join(index_dir.rstrip("/").rpartition("/")[0], FOLDER, url.rpartition("/")[2])
+
+
+def shard_name(url: str) -> str:
+    """What a shard is called in the index: its URL without credentials; of a manifest its place within the store."""
+    return f"plan/{FOLDER}/{url.rpartition('/')[2]}" if is_manifest(url) else redact(url)
 
 
 def manifest_name(number: int) -> str:
@@ -66,8 +90,8 @@ def manifest_samples(data: bytes, url: str) -> tuple[tuple[IndexedSample, ...], 
         ignored: dict[str, int] = json.loads(metadata[b"ignored"])
     except (pa.ArrowException, OSError, ValueError, KeyError) as error:
         raise InputError(
-            f"{url} is no list of images that can be read ({error}); remove it and run the same command again, which "
-            "lists the images anew"
+            f"{url} is no list of images that can be read ({error}): it is damaged; put it back from a copy, or start "
+            "a new store with another --out"
         ) from error
     return tuple(
         IndexedSample(

@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from pipeline.console import human_bytes
 from pipeline.errors import ConfigError, InputChangedError, InputError
 from pipeline.inputs import storage
+from pipeline.inputs.manifest import is_manifest, manifest_place
 from pipeline.inputs.patterns import expand
 from pipeline.inputs.tar import IndexedSample, ShardIndex
 from pipeline.inputs.tar_index import cached_index, saved_index
@@ -178,6 +179,8 @@ class Plan:
             PlannedShard(
                 **shard
                 | {
+                    # A store that was moved takes its manifests with it.
+                    "url": manifest_place(shard["url"], index_dir),
                     "faults": tuple(shard["faults"]),
                     "ignored": tuple((rule, count) for rule, count in shard["ignored"]),
                 }
@@ -208,6 +211,9 @@ def _remembered_index(shard: PlannedShard, index_dir: str) -> ShardIndex:
 
 
 def _differs(index: ShardIndex, shard: PlannedShard) -> bool:
+    if is_manifest(shard.url):
+        # Its own bytes change with the time stamps of the images that it lists.
+        return (len(index.samples), index.digest) != (shard.samples, shard.digest)
     return (index.size, len(index.samples), index.digest) != (shard.size, shard.samples, shard.digest)
 
 

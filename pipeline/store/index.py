@@ -13,6 +13,7 @@ import pyarrow as pa
 from pipeline.console import human_bytes
 from pipeline.errors import StoreError
 from pipeline.inputs import storage
+from pipeline.inputs.manifest import shard_name
 from pipeline.inputs.plan import Plan, UnitKey
 from pipeline.inputs.tar import describe_ignored
 from pipeline.redaction import redact
@@ -154,7 +155,7 @@ def plan_digest(plan: Plan, number: int) -> str:
     units = segment_units(number)
     first, last = plan.unit(units.start), plan.unit(min(units.stop, plan.units) - 1)
     shards = plan.shards[first.shard : last.shard + 1]
-    content = [plan.rows_per_shard, first.start, last.stop, [[one.digest, redact(one.url)] for one in shards]]
+    content = [plan.rows_per_shard, first.start, last.stop, [[one.digest, shard_name(one.url)] for one in shards]]
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
 
@@ -226,7 +227,7 @@ def index_table(receipts: Sequence[Receipt], plan: Plan) -> pa.Table:
     """The rows of the index that follow from receipts, without the flags that compare images with each other."""
     records = [record for receipt in receipts for record in receipt.samples]
     counts = [len(receipt.samples) for receipt in receipts]
-    urls = [redact(plan.shards[receipt.unit.shard].url) for receipt in receipts]
+    urls = [shard_name(plan.shards[receipt.unit.shard].url) for receipt in receipts]
     names = sorted(set(urls))
     codes = np.repeat(np.array([names.index(url) for url in urls], np.int32), counts)
     columns = {

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from pipeline.errors import DamagedReceiptError, StoreError
 from pipeline.inputs import storage
-from pipeline.redaction import redact
+from pipeline.inputs.manifest import shard_name
 from pipeline.store.layout import Layout
 from pipeline.store.parquet import read_columns
 from pipeline.store.partitions import partition_place
@@ -163,4 +163,4 @@ class SampleKeys:
 
     def _shard(self, number: int) -> str:
         plan = json.loads(storage.read_bytes(storage.join(self._out, "plan", "plan.json")))
-        return redact(plan["shards"][number]["url"])
+        return shard_name(plan["shards"][number]["url"])

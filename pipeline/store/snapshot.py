@@ -10,8 +10,8 @@ import numpy as np
 
 from pipeline.errors import StoreError
 from pipeline.inputs import storage
+from pipeline.inputs.manifest import shard_name
 from pipeline.inputs.plan import Plan
-from pipeline.redaction import redact
 from pipeline.store.layout import FAILED, OK, read_attributes
 from pipeline.store.lease import holder
 from pipeline.store.ledger import Ledger
@@ -238,7 +238,7 @@ class StoreSnapshot:
             yield from sorted(found, key=lambda sample: sample.row)
 
     def _failures(self, receipt: Receipt) -> Iterator[FailedSample]:
-        shard = redact(self._plan().shards[receipt.unit.shard].url)
+        shard = shard_name(self._plan().shards[receipt.unit.shard].url)
         for record in receipt.samples:
             if record.status != "ok":
                 yield FailedSample(record.key, shard, receipt.unit.unit, record.row, record.reason, record.detail)

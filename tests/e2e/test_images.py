@@ -119,6 +119,13 @@ def test_the_same_command_finds_nothing_to_do_and_new_photographs_are_appended(
     before, after = _features(store), _features(out)
     assert after.keys() - before.keys() == {"a new one"}
     assert all(np.array_equal(after[key], features) for key, features in before.items())
+    # A dry run leaves a store's lists of images alone, and a store that was moved takes them along.
+    assert "17 samples" in run("precompute", *command, "--dry-run")
+    assert " 0 to do" in run("precompute", *command)
+    out = out.rename(tmp_path / "moved")
+    assert "clean: " in run("verify", out)
+    command = ("--images", folder, "--out", out, *OPTIONS, "--max-failed-fraction", 0.2)
+    assert " 0 to do" in run("precompute", *command)
     (folder / "UPPER.JPG").write_bytes(encode(photograph(31)))
     text = run("precompute", *command, status=1)
     assert "UPPER.JPG is not what the store was made from" in text

@@ -17,6 +17,7 @@ from pipeline.inputs.read import read_samples
 from pipeline.inputs.tar import ShardIndex
 
 EXTS = ("jpg", "jpeg", "png")
+KEPT = ["000000.images.parquet"]
 LABELS = {"seg": ("seg.png",), "depth": ("depth.png", "depth.npy"), "cls": ("cls", "cls.txt")}
 
 
@@ -73,14 +74,13 @@ def test_links_to_folders_are_followed_once(tmp_path: Path) -> None:
 
 
 def test_labels_come_from_parallel_folders(tmp_path: Path) -> None:
-    write(tmp_path / "photos", "a/x.jpg", "a/x.png", "y.jpg")
+    write(tmp_path / "photos", "a/x.jpg", "y.jpg")
     write(tmp_path / "masks", "a/x.png", "y.PNG", "z.png", "notes.txt")
     write(tmp_path / "depth", "a/x.npy")
     images = listed(tmp_path / "photos", label_dirs={"seg": str(tmp_path / "masks"), "depth": str(tmp_path / "depth")})
     members = {sample.key: [member.ext for member in sample.members] for sample in images.samples}
     assert members == {
         "a/x": ["jpg", "seg.png", "depth.npy"],
-        "a/x.png": ["png", "seg.png", "depth.npy"],
         "y": ["jpg", "seg.png"],
     }
     assert images.ignored == {"label without an image": 1}
@@ -95,14 +95,14 @@ def test_a_list_names_images_and_labels(tmp_path: Path) -> None:
     assert keys(images)[2].endswith("far/c")
     table = tmp_path / "list.csv"
     table.write_text("image,cls,seg\nin/a.jpg,17,m/a.png\nin/b.jpg,,\n")
-    update = update_manifests(str(tmp_path / "out"), listed(table), keep=False)
+    update = update_manifests(str(tmp_path / "out"), listed(table))
     (index,) = indices(update)
     assert read_samples(index, 0, 2) == [
         {"jpg": b"in/a.jpg", "cls": b"17", "seg.png": b"m/a.png"},
         {"jpg": b"in/b.jpg"},
     ]
     pq.write_table(pa.table({"path": ["in/a.jpg"], "cls": [3]}), tmp_path / "list.parquet")
-    (index,) = indices(update_manifests(str(tmp_path / "out"), listed(tmp_path / "list.parquet"), keep=False))
+    (index,) = indices(update_manifests(str(tmp_path / "out"), listed(tmp_path / "list.parquet")))
     assert read_samples(index, 0, 1) == [{"jpg": b"in/a.jpg", "cls": b"3"}]
 
 
@@ -121,7 +121,11 @@ def test_a_file_that_is_named_is_an_image_whatever_its_name(tmp_path: Path) -> N
         ("l.txt", "a.jpg\na.jpg", "a.jpg comes twice; every image may be read once"),
         ("l.csv", "file,cls\na.jpg,1", r"has columns \['file', 'cls'\]; name that of the paths image or path"),
         ("l.csv", "image,seg\na.jpg,a.jpg", r"named as a label of kind seg, which ends in \.png"),
-        ("l.txt", "https://host/a.jpg?X-Amz-Signature=abc", "https://host/a.jpg: a URL with a query may be signed"),
+        (
+            "l.txt",
+            "https://host/a.jpg?X-Amz-Signature=abc",
+            "https://host/a.jpg: a URL with a user or a query may",
+        ),
         ("l.parquet", "no parquet", "is no parquet file that can be read"),
     ],
 )
@@ -143,23 +147,23 @@ def test_no_image_at_all_says_what_there_is(tmp_path: Path) -> None:
 def test_new_images_come_behind_those_of_a_store_and_keys_stay(tmp_path: Path) -> None:
     photos, folder = tmp_path / "photos", str(tmp_path / "plan")
     write(photos, "b.png", "c.jpg")
-    first = update_manifests(folder, listed(photos), keep=False)
-    assert update_manifests(folder, listed(photos), keep=True) == first
+    first = update_manifests(folder, listed(photos))
+    assert update_manifests(folder, listed(photos), KEPT) == first
     write(photos, "a.jpg", "b.jpg", "x.txt")
-    urls = update_manifests(folder, listed(photos), keep=True)
+    urls = update_manifests(folder, listed(photos), KEPT)
     assert [[sample.key for sample in index.samples] for index in indices(urls)] == [["b", "c"], ["a", "b.jpg"]]
     assert [dict(index.ignored) for index in indices(urls)] == [{}, {"no image (.txt)": 1}]
     assert urls[0] == first[0]
     os.remove(photos / "b.png")
     with pytest.raises(InputChangedError, match=r"1 images that the store was made from are gone, first .*b\.png"):
-        update_manifests(folder, listed(photos), keep=True)
-    assert [len(index.samples) for index in indices(update_manifests(folder, listed(photos), keep=False))] == [3]
+        update_manifests(folder, listed(photos), KEPT)
+    assert [len(index.samples) for index in indices(update_manifests(folder, listed(photos)))] == [3]
 
 
 def test_an_image_that_changes_is_told_before_it_is_mixed_in(tmp_path: Path) -> None:
     photos, folder, cache = tmp_path / "photos", str(tmp_path / "plan"), str(tmp_path / "index")
     write(photos, "a.jpg", "b.jpg")
-    urls = update_manifests(folder, listed(photos), keep=False)
+    urls = update_manifests(folder, listed(photos))
     plan = Plan(update_plan(None, urls, cache).shards, 2, cache)
     assert read_samples(plan.index(0), 0, 1) == [{"jpg": b"a.jpg"}]
     # Of the same size, while a job runs.
@@ -167,13 +171,94 @@ def test_an_image_that_changes_is_told_before_it_is_mixed_in(tmp_path: Path) -> 
     with pytest.raises(InputChangedError, match=r"b\.jpg changed since it was listed"):
         read_samples(plan.index(0), 1, 2)
     # In the next run the digest, of names and sizes, is the same: bytes of finished samples are to be compared.
-    update = update_plan(plan, update_manifests(folder, listed(photos), keep=True), cache)
+    update = update_plan(plan, update_manifests(folder, listed(photos), KEPT), cache)
     assert update.to_recheck == (0,)
     (photos / "b.jpg").write_bytes(b"another size")
     with pytest.raises(
         InputChangedError, match=r"b\.jpg is not what the store was made from: 12 bytes now, 5 bytes th"
     ):
-        update_manifests(folder, listed(photos), keep=True)
+        update_manifests(folder, listed(photos), KEPT)
     os.remove(photos / "a.jpg")
     with pytest.raises(InputChangedError, match=r"a\.jpg is gone"):
         read_samples(plan.index(0), 0, 1)
+
+
+def test_one_label_is_not_that_of_two_images(tmp_path: Path) -> None:
+    """Two cameras' frames of one name got the first camera's labels."""
+    write(tmp_path, "cam0/1.jpg", "cam1/1.jpg", "masks/1.png")
+    with pytest.raises(InputError, match=r"masks/1\.png would be the label of two images, .*cam0/1\.jpg and .*cam1/1"):
+        listed(tmp_path / "cam0", tmp_path / "cam1", label_dirs={"seg": str(tmp_path / "masks")})
+
+
+def test_labels_among_the_images_are_no_images(tmp_path: Path) -> None:
+    write(tmp_path, "a.jpg", "a.seg.png", "a.depth.npy", "masks/a.png")
+    images = listed(tmp_path, label_dirs={"seg": str(tmp_path / "masks")})
+    assert keys(images) == ["a"]
+    assert images.ignored["label beside its image (.seg.png)"] == 1
+
+
+@pytest.mark.parametrize("place", ["https://user:secret@host/photos", "sftp://user:secret@host/photos/a.jpg"])
+def test_places_with_a_password_are_refused_and_do_not_show_it(place: str) -> None:
+    with pytest.raises(InputError, match="may hold a password or a signature") as caught:
+        listed(place)
+    assert "secret" not in str(caught.value)
+
+
+def test_tables_as_other_programs_write_them(tmp_path: Path) -> None:
+    write(tmp_path, "a.jpg", "b.jpg")
+    (tmp_path / "excel.csv").write_bytes("image,cls\na.jpg,3\n".encode("utf-8-sig"))
+    (index,) = indices(update_manifests(str(tmp_path / "out"), listed(tmp_path / "excel.csv")))
+    assert read_samples(index, 0, 1) == [{"jpg": b"a.jpg", "cls": b"3"}]
+    pq.write_table(pa.table({"image": ["a.jpg", "b.jpg"], "cls": [5.0, float("nan")]}), tmp_path / "pandas.parquet")
+    (index,) = indices(update_manifests(str(tmp_path / "out"), listed(tmp_path / "pandas.parquet")))
+    assert read_samples(index, 0, 2) == [{"jpg": b"a.jpg", "cls": b"5"}, {"jpg": b"b.jpg"}]
+    (tmp_path / "latin.csv").write_bytes("image\nfrühling.jpg\n".encode("latin-1"))
+    with pytest.raises(InputError, match="is no UTF-8 text"):
+        listed(tmp_path / "latin.csv")
+    (tmp_path / "gap.csv").write_text("image,cls\na.jpg,1\n,2\n")
+    with pytest.raises(InputError, match=r"gap\.csv: row 1 names no image"):
+        listed(tmp_path / "gap.csv")
+    (tmp_path / "folder.jpg").mkdir()
+    (tmp_path / "list.txt").write_text("folder.jpg\n")
+    with pytest.raises(InputError, match=r"folder\.jpg is named as an image or label, and is no file"):
+        listed(tmp_path / "list.txt")
+
+
+def test_images_that_moved_are_known_by_their_keys(tmp_path: Path) -> None:
+    photos, folder, cache = tmp_path / "photos", str(tmp_path / "plan"), str(tmp_path / "index")
+    write(photos, "a.jpg", "b.jpg")
+    urls = update_manifests(folder, listed(photos))
+    plan = Plan(update_plan(None, urls, cache).shards, 2, cache)
+    photos.rename(tmp_path / "moved")
+    update = update_plan(plan, update_manifests(folder, listed(tmp_path / "moved"), KEPT), cache)
+    assert update.to_recheck == (0,), "the bytes of what is finished are to be compared"
+    assert read_samples(Plan(update.shards, 2, cache).index(0), 0, 1) == [{"jpg": b"a.jpg"}]
+
+
+def test_nothing_is_written_where_an_image_is_refused(tmp_path: Path) -> None:
+    photos, folder = tmp_path / "photos", str(tmp_path / "plan")
+    write(photos, "a.jpg", "b.jpg")
+    (manifest,) = update_manifests(folder, listed(photos))
+    before = Path(manifest).read_bytes()
+    os.utime(photos / "a.jpg", (0, 0))
+    (photos / "b.jpg").write_bytes(b"another size")
+    write(photos, "c.jpg")
+    with pytest.raises(InputChangedError):
+        update_manifests(folder, listed(photos), KEPT)
+    assert Path(manifest).read_bytes() == before
+    assert os.listdir(folder) == KEPT
+    os.remove(manifest)
+    with pytest.raises(InputError, match="is gone, which lists images that the store was made from"):
+        update_manifests(folder, listed(photos), KEPT)
+
+
+def test_manifests_of_a_run_that_made_no_store_bind_nobody(tmp_path: Path) -> None:
+    photos, folder = tmp_path / "photos", str(tmp_path / "plan")
+    write(photos, "a.jpg")
+    update_manifests(folder, listed(photos))
+    write(photos, "b.jpg")
+    update_manifests(folder, listed(photos), KEPT)
+    # The run ended before its store had grown, and the new image is gone again.
+    os.remove(photos / "b.jpg")
+    assert [len(index.samples) for index in indices(update_manifests(folder, listed(photos), KEPT))] == [1]
+    assert os.listdir(folder) == KEPT

@@ -64,7 +64,7 @@ def test_images_in_a_bucket_are_listed_and_read_as_on_disk(s3: str) -> None:
     listed = list_images(
         [storage.join(s3, "photos")], ("jpg", "png"), {"seg": ("seg.png",)}, {"seg": storage.join(s3, "masks")}
     )
-    (manifest,) = update_manifests(storage.join(s3, "plan"), listed, keep=False)
+    (manifest,) = update_manifests(storage.join(s3, "plan"), listed)
     index = load_manifest(manifest)
     assert [sample.key for sample in index.samples] == ["a/x", "b"]
     assert read_samples(index, 0, 2) == [
