@@ -31,7 +31,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _run(images: list[str], shards: str, label_dirs: list[str], shard_mb: int) -> bool:
-    from pipeline.decode.kinds import IMAGE_EXTS, LABELS
+    from pipeline.decode.kinds import IMAGE_EXTS, LABEL_EXTENSIONS
     from pipeline.errors import ConfigError
     from pipeline.inputs.images import list_images
     from pipeline.inputs.pack import pack
@@ -42,10 +42,9 @@ def _run(images: list[str], shards: str, label_dirs: list[str], shard_mb: int) -
         raise ConfigError(
             f"--label-dir {' '.join(label_dirs)}: one kind is given two folders; put its labels below one"
         )
-    if wrong := [kind for kind, folder in folders.items() if kind not in LABELS or not folder]:
-        raise ConfigError(f"--label-dir {wrong[0]!r} must be KIND=FOLDER, with a KIND of {', '.join(LABELS)}")
-    label_exts = {kind: spec.extensions for kind, spec in LABELS.items()}
-    listed = list_images(images, IMAGE_EXTS, label_exts, folders)
+    if wrong := [kind for kind, folder in folders.items() if kind not in LABEL_EXTENSIONS or not folder]:
+        raise ConfigError(f"--label-dir {wrong[0]!r} must be KIND=FOLDER, with a KIND of {', '.join(LABEL_EXTENSIONS)}")
+    listed = list_images(images, IMAGE_EXTS, LABEL_EXTENSIONS, folders)
     tars = pack(listed, shards, shard_mb << 20)
     ignored = f"; ignored: {describe_ignored(tuple(listed.ignored.items()))}" if listed.ignored else ""
     print(f"{len(listed.samples)} samples in {len(tars)} shards{ignored}")

@@ -23,7 +23,7 @@ from pipeline.cluster.connect import connect
 from pipeline.cluster.faults import ray_errors_in_one_line
 from pipeline.cluster.featurizer import Featurizer
 from pipeline.cluster.planning import index_on_ray
-from pipeline.cluster.preflight import check_cores, fill_in, reserve
+from pipeline.cluster.preflight import check_cores, start_ray
 from pipeline.cluster.progress import Progress
 from pipeline.cluster.resources import Allotment
 from pipeline.cluster.rows import number_rows, read_rows
@@ -138,9 +138,7 @@ def _run(config: PrecomputeConfig, lease: Lease, state: _State, on_cluster: bool
     if alone:
         check_cores(config)
     else:
-        connect(config.object_store_mb)
-        allotment = reserve(config, on_cluster)
-        config = fill_in(config, allotment)
+        config, allotment = start_ray(config, on_cluster)
     ledger = Ledger(storage.join(config.out, "ledger"))
     if read_attributes(config.out) is None and storage.list_files(ledger.url):
         raise StoreError(
@@ -195,9 +193,7 @@ def _run(config: PrecomputeConfig, lease: Lease, state: _State, on_cluster: bool
     )
     if len(todo):
         if alone:
-            connect(config.object_store_mb)
-            allotment = reserve(config, on_cluster)
-            config = fill_in(config, allotment)
+            config, allotment = start_ray(config, on_cluster)
         withdraw_complete(config.out)
         _set_patience(config, plan)
         whole = plan.units // UNITS_PER_SEGMENT

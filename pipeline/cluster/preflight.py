@@ -4,10 +4,11 @@ import os
 from collections.abc import Mapping
 from dataclasses import replace
 
+from pipeline.cluster.connect import connect
 from pipeline.cluster.resources import Allotment, allot, await_resources, cluster_resources
 from pipeline.config.precompute import PrecomputeConfig
 
-__all__ = ["check_cores", "fill_in", "reserve"]
+__all__ = ["check_cores", "start_ray"]
 
 
 def check_cores(config: PrecomputeConfig) -> None:
@@ -31,22 +32,17 @@ def _allotment(config: PrecomputeConfig, has: Mapping[str, float], nodes: int) -
     )
 
 
-def fill_in(config: PrecomputeConfig, allotment: Allotment) -> PrecomputeConfig:
-    """The options with what the allotment fills in."""
-    return replace(
-        config,
-        cpus_per_actor=allotment.cpus_per_actor,
-        loader_cpus=allotment.loader_cpus,
-        gpus_per_actor=allotment.gpus_per_actor,
-    )
+def start_ray(config: PrecomputeConfig, on_cluster: bool) -> tuple[PrecomputeConfig, Allotment]:
+    """Join the cluster or start Ray here, and wait for the machines that are to join a cluster.
 
-
-def reserve(config: PrecomputeConfig, on_cluster: bool) -> Allotment:
-    """What each process gets; on a cluster, machines that are to join are waited for.
+    Returns:
+        The options with CPUs and GPUs filled in, and what each process gets.
 
     Raises:
         ConfigError: the job would wait for ever.
+        EnvironmentFault: Ray cannot be started here.
     """
+    connect(config.object_store_mb)
     resources, nodes = cluster_resources()
     allotment = _allotment(config, resources, nodes)
     if allotment.hint:
@@ -57,4 +53,10 @@ def reserve(config: PrecomputeConfig, on_cluster: bool) -> Allotment:
         seconds=config.resource_timeout if on_cluster else 0.0,
         report=lambda text: print(text, flush=True),
     )
-    return allotment
+    filled = replace(
+        config,
+        cpus_per_actor=allotment.cpus_per_actor,
+        loader_cpus=allotment.loader_cpus,
+        gpus_per_actor=allotment.gpus_per_actor,
+    )
+    return filled, allotment

@@ -17,7 +17,7 @@ from pipeline.compute.device import set_threads
 from pipeline.compute.models import Extractor, Setup, fit_pca, keep_weights, take_pca, weights_place
 from pipeline.config.base import InputConfig, describe, options_since
 from pipeline.config.precompute import PrecomputeConfig
-from pipeline.decode.kinds import LABELS, label_spec
+from pipeline.decode.kinds import LABEL_EXTENSIONS, label_spec
 from pipeline.errors import ConfigError, Reason, StoreMismatchError
 from pipeline.inputs import storage
 from pipeline.inputs.images import list_images, update_manifests
@@ -78,8 +78,7 @@ def _urls(config: InputConfig, folder: str, kept: Sequence[str] = ()) -> list[st
     if not config.images:
         return expand(config.shards)
     label_dirs = dict(text.split("=", 1) for text in getattr(config, "label_dir", ()))
-    label_exts = {kind: spec.extensions for kind, spec in LABELS.items()}
-    listed = list_images(config.images, config.image_exts, label_exts, label_dirs)
+    listed = list_images(config.images, config.image_exts, LABEL_EXTENSIONS, label_dirs)
     return update_manifests(folder, listed, kept)
 
 

@@ -7,7 +7,7 @@ from typing import Literal
 
 from pipeline.errors import ConfigError
 
-__all__ = ["IMAGE_EXTS", "LABELS", "LabelSpec", "label_spec"]
+__all__ = ["IMAGE_EXTS", "LABELS", "LABEL_EXTENSIONS", "LabelSpec", "label_spec"]
 
 
 IMAGE_EXTS = ("jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff", "ppm", "pgm", "jfif", "avif", "jp2")
@@ -38,6 +38,11 @@ LABELS: Mapping[str, LabelSpec] = MappingProxyType(
         "depth": LabelSpec("depth", ("depth.png", "depth.npy"), "float32", True, float("nan")),
         "cls": LabelSpec("cls", ("cls", "cls.txt"), "int64", False, -1),
     }
+)
+
+
+LABEL_EXTENSIONS: Mapping[str, tuple[str, ...]] = MappingProxyType(
+    {kind: spec.extensions for kind, spec in LABELS.items()}
 )
 
 

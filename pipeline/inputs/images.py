@@ -203,13 +203,13 @@ def _labels_below(kind: str, folder: str, label_exts: Mapping[str, Sequence[str]
     found: dict[str, Member] = {}
     for file in list_folder(folder):
         if _label_ext(file.name, label_exts[kind]):
-            found.setdefault(file.name.rpartition(".")[0], _label_member(kind, file, label_exts))
+            found.setdefault(_split(file.name)[0], _label_member(kind, file, label_exts))
     return found
 
 
 def _label_ext(name: str, extensions: Sequence[str]) -> str:
     """The WebDataset extension of a label file; empty where a kind has no such files."""
-    ending = name.rpartition(".")[2].lower()
+    ending = _split(name)[1]
     return next((ext for ext in extensions if ext.rpartition(".")[2] == ending), "")
 
 
