@@ -90,8 +90,6 @@ def test_a_store_is_read_with_the_base_dependencies_alone(base: Path, tmp_path: 
         StoreWriter(url, LAYOUT).write(KEYS[number], unit_blocks(LAYOUT, status, number))
     finish_store(url, statuses)
     done = run_in(base, READ, url)
-    fast = run_in(base, READ.replace('["features", "seg"]', '["features"], codecs="zarrs"'), url)
-    assert "pip install 'featup-datasets[make]', or read with codecs='zarr'" in fast.stderr
     assert done.returncode == 0, done.stderr
     height, width, channels = LAYOUT.height, LAYOUT.width, LAYOUT.channels
     assert json.loads(done.stdout) == [5, [2, height, width, channels], [2, 2, channels], "torch.int64"]

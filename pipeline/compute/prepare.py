@@ -140,20 +140,22 @@ def prepare(config: PrecomputeConfig, shards: tuple[PlannedShard, ...]) -> Setup
 
 
 def layout_of(config: PrecomputeConfig, rows_per_shard: int, channels: int, units: int) -> Layout:
-    """The store's layout."""
+    """The store's layout. The tiles of one that is there stay, where the run does not ask for others."""
     size = config.target_size
+    stored = finished_attributes(config.out) if config.tile is None else None
     return Layout(
         rows=units * rows_per_shard,
         rows_per_shard=rows_per_shard,
         height=size.height,
         width=size.width,
         channels=channels,
-        tile=tile_of(size, channels, config.tile),
+        tile=Layout.from_dict(stored["layout"]).tile if stored else tile_of(size, channels, config.tile),
         labels=config.labels,
         seg_dtype=config.seg_dtype,
         valid_mask=config.geometry == "pad",
         compression_level=config.compression_level,
         image=config.store_image,
+        codec=config.codec,
     )
 
 

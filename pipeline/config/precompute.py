@@ -96,8 +96,8 @@ class PrecomputeConfig(LabelOptions, InputConfig):
     )
     tile: int | None = option(
         None,
-        "side of a chunk in pixels, at most the longer side of the output; by default as large as keeps a chunk below "
-        "4 MiB",
+        "side of a chunk in pixels, at most the longer side of the output; by default a quarter of its side, in "
+        "chunks of 64 to 640 KiB",
         group="store",
         at_least=1,
     )
@@ -107,6 +107,13 @@ class PrecomputeConfig(LabelOptions, InputConfig):
         group="store",
         at_least=1,
         at_most=65536,
+    )
+    codec: Literal["lz4", "zstd", "none"] = option(
+        "lz4",
+        "compression, after bit-shuffling: lz4 is the faster one both ways; none is read faster still and stores about "
+        "a seventh more",
+        group="store",
+        before="zstd",
     )
     compression_level: int = option(1, "of zstd", group="store", at_least=1, at_most=9)
 
@@ -197,6 +204,11 @@ class PrecomputeConfig(LabelOptions, InputConfig):
                 self.tile is not None and self.tile > max(self.target_size),
                 f"tile={self.tile} is larger than the stored features, {self.target_size} (HEIGHTxWIDTH); give at most "
                 f"{max(self.target_size)}",
+            ),
+            (
+                self.codec != "zstd" and self.compression_level != 1,
+                f"compression_level={self.compression_level} is of zstd, and codec={self.codec!r} has one level; give "
+                "--codec zstd with it",
             ),
             whole_gpus("gpus_per_actor", self.gpus_per_actor),
             (

@@ -1,5 +1,6 @@
 """PyTorch datasets over a store. Needs neither Ray nor timm."""
 
-from pipeline.loader.dataset import Codecs, FeatureDataset, Window
+from pipeline.loader.dataset import FeatureDataset
+from pipeline.store.shard_reader import Window
 
-__all__ = ["Codecs", "FeatureDataset", "Window"]
+__all__ = ["FeatureDataset", "Window"]

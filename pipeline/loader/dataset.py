@@ -1,37 +1,28 @@
 """PyTorch datasets over a store.
 
 Only paths travel to a worker; the store is opened there, at the first read. Under ``spawn`` and ``forkserver`` that is
-always safe. Under ``fork`` a worker inherits locks whose threads it does not have: a reader with threads of its own
-(the zarrs codecs, remote file systems), once used in the parent, would wait for them for ever, and is refused.
+always safe. Under ``fork`` a worker inherits locks whose threads it does not have: a remote file system that was used
+in the parent would wait for them for ever, and is refused.
 """
 
 import os
 from collections.abc import Callable, Sequence
-from typing import Any, Literal
+from typing import Any, cast
 
-import numpy as np
 import torch
-from torch import Tensor
 from torch.utils.data import Dataset
 
-from pipeline.errors import ConfigError, ForkError, SampleKeyError
-from pipeline.inputs import storage
+from pipeline.errors import ConfigError, SampleKeyError
+from pipeline.loader.batches import Batch
+from pipeline.loader.memory import BatchMemory
+from pipeline.loader.readers import Readers
 from pipeline.redaction import redact
 from pipeline.store.keys import SampleKeys
-from pipeline.store.layout import AnyArray, Layout, open_arrays, store_attributes
+from pipeline.store.layout import ArraySpec, Layout, store_attributes
 from pipeline.store.rows import good_rows
+from pipeline.store.shard_reader import Window
 
-__all__ = ["Codecs", "FeatureDataset"]
-
-
-Codecs = Literal["zarr", "zarrs"]
-Window = tuple[int, int, int, int]
-# Which process first used a reader with threads of its own; a child made by fork finds its parent's number here.
-_threaded_in: int | None = None
-
-
-def _inherited() -> bool:
-    return _threaded_in is not None and _threaded_in != os.getpid()
+__all__ = ["FeatureDataset"]
 
 
 class FeatureDataset(Dataset[dict[str, Any]]):
@@ -40,8 +31,9 @@ class FeatureDataset(Dataset[dict[str, Any]]):
     ``dataset[i]`` is a dictionary with, for each array asked for, ``features`` float ``[H, W, C]``, ``seg`` int64
     ``[H, W]``, ``depth`` float32 ``[H, W]`` in metres with NaN where unknown, ``cls`` int64 ``[]``, ``valid`` bool
     ``[H, W]``, ``image`` uint8 ``[H, W, 3]``; ``row``, int64 ``[]``, the row in the store; and ``key``, the sample's
-    name in its input shard. With a window, ``H`` and ``W`` are the window's. ``dataset["img_0007"]`` is the sample of
-    that key.
+    name in its input shard. With a window or a crop, ``H`` and ``W`` are its. With a crop or flips, ``window``, int64
+    ``[4]``, is (top, left, height, width) of what was read, and ``mirrored``, bool ``[]``, whether it was mirrored.
+    ``dataset["img_0007"]`` is the sample of that key.
     """
 
     def __init__(
@@ -50,10 +42,11 @@ class FeatureDataset(Dataset[dict[str, Any]]):
         arrays: Sequence[str] = ("features",),
         *,
         window: Window | None = None,
+        crop: tuple[int, int] | None = None,
+        flip: float = 0.0,
         dtype: torch.dtype = torch.float32,
         transform: Callable[[dict[str, Any]], dict[str, Any]] | None = None,
         keys: bool = True,
-        codecs: Codecs = "zarr",
         partial: bool = False,
     ) -> None:
         """
@@ -61,26 +54,30 @@ class FeatureDataset(Dataset[dict[str, Any]]):
             path: the folder or URL that was ``--out``.
             arrays: which arrays to read; ``features``, ``image`` and the labels that were stored.
             window: (top, left, height, width) in pixels of the stored features; only the tiles it touches are read.
+            crop: (height, width) in pixels of a window at another place each time a sample is read, the same for all of
+                its arrays. torch's generator chooses it: ``torch.manual_seed`` in the process that makes the DataLoader
+                decides all of them.
+            flip: probability from 0 to 1 that a sample is mirrored left to right, all of its arrays together.
             dtype: of the features.
             transform: called with each sample.
             keys: whether samples carry their keys. A process reads them from the index, a thousand units at a time, and
                 remembers 64 MiB of them, about two million. In random order over a larger store a key takes some
                 milliseconds: leave them out where that counts.
-            codecs: ``zarr`` checks every chunk against its checksum; ``zarrs`` decodes in Rust, faster, and does not
-                check chunks that are read alone (zarrs 0.2.3), so it is for stores that ``jobs.verify`` found clean.
             partial: serve a store whose job has not ended as well, with the samples that are in it now.
 
         Raises:
             StoreError: there is no store.
             IncompleteStoreError: its job has not ended.
-            ConfigError: an array it does not have, or a window outside of the image.
+            StoreFormatError: a newer or another program wrote it.
+            ConfigError: an array it does not have, a window outside of the image, or a probability that is none.
         """
         self.path = path
         self.arrays = tuple(arrays)
         self.window = window
+        self.crop = crop
+        self.flip = flip
         self.dtype = dtype
         self.transform = transform
-        self.codecs: Codecs = codecs
         attributes = store_attributes(path)
         layout = Layout.from_dict(attributes["layout"])
         self.layout = layout
@@ -88,22 +85,16 @@ class FeatureDataset(Dataset[dict[str, Any]]):
         missing = [name for name in self.arrays if name not in known]
         if missing:
             raise ConfigError(f"{path} has no arrays {missing}; it has {known}")
-        if window is not None:
-            top, left, height, width = window
-            if (
-                min(top, left) < 0
-                or min(height, width) < 1
-                or top + height > layout.height
-                or left + width > layout.width
-            ):
-                raise ConfigError(
-                    f"window (top, left, height, width) = {window} is not inside the features' "
-                    f"{layout.height}x{layout.width} (height x width)"
-                )
+        if crop is not None and window is not None:
+            raise ConfigError(f"window={window} is one place and crop={crop} another one each time; give one of them")
+        _check_window(window or (0, 0, *(crop or (1, 1))), "crop" if crop else "window", layout)
+        if not 0 <= flip <= 1:
+            raise ConfigError(f"flip={flip} is a probability, from 0 to 1")
         self.keys = keys
         self.complete = bool(attributes.get("complete"))
         self._keys = SampleKeys(path, attributes)
-        self._open: tuple[int, dict[str, AnyArray]] | None = None
+        self._open: Readers | None = None
+        self._memory = BatchMemory()
         # Read here without threads that stay behind, so that a fork is possible afterwards.
         self.rows = good_rows(path, attributes, partial)
 
@@ -117,6 +108,10 @@ class FeatureDataset(Dataset[dict[str, Any]]):
         said = [f"{len(self):,} samples", *map(self._described, self.arrays)]
         if self.window is not None:
             said.append(f"window (top, left, height, width) = {self.window}")
+        if self.crop is not None:
+            said.append(f"crops of (height, width) = {self.crop}")
+        if self.flip:
+            said.append(f"mirrored with probability {self.flip}")
         if not self.complete:
             said.append("partial: its job has not ended")
         return f"FeatureDataset({redact(self.path)}: {'; '.join(said)})"
@@ -131,7 +126,7 @@ class FeatureDataset(Dataset[dict[str, Any]]):
         Raises:
             SampleKeyError: no good sample has this key, or several have.
         """
-        self._arrays()
+        self._readers()
         found = [one for one in self._keys.find(key) if shard is None or f"/{one.shard}".endswith(f"/{shard}")]
         good = [one for one in found if one.status == "ok"]
         if len(good) == 1:
@@ -149,56 +144,86 @@ class FeatureDataset(Dataset[dict[str, Any]]):
             f"{self.path} has no sample {where}; keys are the names in the input shards, without their extensions"
         )
 
+    def __getitems__(self, indices: Sequence[int]) -> list[dict[str, Any]]:
+        """Several samples, read into one tensor for each array; a DataLoader calls this."""
+        batch = self._read([int(self.rows[index]) for index in indices])
+        # A batch that is left as it is needs no more copies.
+        return cast(list[dict[str, Any]], batch) if self.transform is None else [*map(self.transform, batch)]
+
     def _sample(self, row: int) -> dict[str, Any]:
-        arrays = self._arrays()
-        sample: dict[str, Any] = {name: self._read(name, arrays[name], row) for name in self.arrays}
-        sample["row"] = torch.tensor(row)
-        if self.keys:
-            sample["key"] = self._keys.key(row)
+        (sample,) = self._read([row])
         return sample if self.transform is None else self.transform(sample)
+
+    def _read(self, rows: list[int]) -> Batch:
+        windows = [self._window() for _ in rows]
+        mirrored = [self.flip > 0 and float(torch.rand(())) < self.flip for _ in rows]
+        readers = self._readers()
+        specs = {spec.name: spec for spec in self.layout.arrays}
+        whole: dict[str, Any] = {
+            name: self._memory.take((len(rows), *self._shape(specs[name])), self._type(specs[name]))
+            for name in self.arrays
+        }
+
+        def fill(number: int) -> None:
+            for name, reader in readers.here().items():
+                per_pixel = len(reader.spec.row_shape) >= 2
+                window = windows[number] if per_pixel else None
+                reader.read(rows[number], whole[name][number], window, mirrored[number] and per_pixel)
+
+        readers.each(fill, len(rows))
+        whole["row"] = torch.tensor(rows)
+        if self.crop is not None or self.flip:
+            size = (self.layout.height, self.layout.width)
+            whole["window"] = torch.tensor([window or (0, 0, *size) for window in windows])
+            whole["mirrored"] = torch.tensor(mirrored)
+        if self.keys:
+            whole["key"] = [self._keys.key(row) for row in rows]
+        return Batch(whole, len(rows))
+
+    def _window(self) -> Window | None:
+        if self.crop is None:
+            return self.window
+        height, width = self.crop
+        top = int(torch.randint(self.layout.height - height + 1, ()))
+        left = int(torch.randint(self.layout.width - width + 1, ()))
+        return top, left, height, width
+
+    def _shape(self, spec: ArraySpec) -> tuple[int, ...]:
+        """Shape of an array in a sample."""
+        if len(spec.row_shape) < 2:
+            return spec.row_shape
+        size = self.crop or (self.window and self.window[2:]) or spec.row_shape[:2]
+        return (*size, *spec.row_shape[2:])
 
     def _described(self, name: str) -> str:
         """Name, type and shape of an array as samples have it."""
         (spec,) = [spec for spec in self.layout.arrays if spec.name == name]
-        shape = spec.row_shape
-        if self.window is not None and shape:
-            shape = (*self.window[2:], *shape[2:])
-        return f"{name} {str(self._type(name, spec.dtype)).removeprefix('torch.')} {list(shape)}"
+        return f"{name} {str(self._type(spec)).removeprefix('torch.')} {list(self._shape(spec))}"
 
-    def _type(self, name: str, stored: str) -> torch.dtype:
-        if name == "features":
+    def _type(self, spec: ArraySpec) -> torch.dtype:
+        if spec.name == "features":
             return self.dtype
-        if name == "valid":
+        if spec.name == "valid":
             return torch.bool
-        return torch.uint8 if name == "image" else torch.float32 if stored.startswith("float") else torch.int64
+        return torch.uint8 if spec.name == "image" else torch.float32 if spec.dtype.startswith("float") else torch.int64
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_open": None}
 
-    def _read(self, name: str, array: AnyArray, row: int) -> Tensor:
-        if self.window is None or array.ndim == 1:
-            data = np.asarray(array[row])
-        else:
-            top, left, height, width = self.window
-            data = np.asarray(array[row, top : top + height, left : left + width])
-        if data.dtype == np.uint16:
-            data = data.astype(np.int64)  # torch computes with few of numpy's unsigned types
-        return torch.from_numpy(data).to(self._type(name, data.dtype.name))
+    def _readers(self) -> Readers:
+        if self._open is None or self._open.process != os.getpid():
+            self._open = Readers(self.path, self.arrays, self.layout)
+        return self._open
 
-    def _arrays(self) -> dict[str, AnyArray]:
-        global _threaded_in
-        if self._open is not None and self._open[0] == os.getpid():
-            return self._open[1]
-        local = storage.is_local(self.path)
-        threaded = self.codecs == "zarrs" or not local
-        if threaded and _inherited():
-            raise ForkError(
-                f"{self.path}: process {os.getpid()} was forked from {_threaded_in}, which had read a store through "
-                f"{'zarrs' if local else 'a remote file system'}: its threads did not come along, and the first read "
-                "would wait for them for ever. Give the DataLoader multiprocessing_context='spawn' (or 'forkserver')"
-                + (", or codecs='zarr'" if local else "")
-            )
-        if threaded:
-            _threaded_in = os.getpid()
-        self._open = (os.getpid(), open_arrays(self.path, self.arrays, self.codecs))
-        return self._open[1]
+
+def _check_window(window: Window, what: str, layout: Layout) -> None:
+    """Refuse a window or a crop that is not inside the image."""
+    top, left, height, width = window
+    inside = top + height <= layout.height and left + width <= layout.width
+    if min(top, left) < 0 or min(height, width) < 1 or not inside:
+        given = (
+            f"crop (height, width) = {window[2:]}"
+            if what == "crop"
+            else f"{what} (top, left, height, width) = {window}"
+        )
+        raise ConfigError(f"{given} is not inside the features' {layout.height}x{layout.width} (height x width)")

@@ -84,6 +84,7 @@ def create_store(
             "file, remove the folder yourself, or give another --out"
         )
     store = zarr_store(url, read_only=False)
+    codec, level = layout.blosc
     root = zarr.create_group(store, overwrite=True, attributes=_CREATING)
     for spec in layout.arrays:
         # Rows of one number each are chunked by the shard: thousands of one-byte chunks would help nobody.
@@ -97,8 +98,8 @@ def create_store(
             compressors=[
                 BloscCodec(
                     typesize=np.dtype(spec.dtype).itemsize,
-                    cname="zstd",
-                    clevel=layout.compression_level,
+                    cname=codec,
+                    clevel=level,
                     shuffle="bitshuffle",
                 ),
                 Crc32cCodec(),

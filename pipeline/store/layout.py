@@ -25,6 +25,7 @@ __all__ = [
     "OLDEST_FORMAT_VERSION",
     "AnyArray",
     "ArraySpec",
+    "Codec",
     "Layout",
     "finished_attributes",
     "list_differences",
@@ -46,7 +47,13 @@ _FIRST_FORMAT = "featup-datasets/1"
 
 AnyArray = zarr.Array[Any]
 NOTHING, OK, FAILED = 0, 1, 2
-_CHUNK_BYTES = 4 << 20
+Codec = Literal["lz4", "zstd", "none"]
+# blosc's level for lz4: its highest speed beyond which chunks only get larger (benchmarks/README.md, "Compression").
+_LZ4_LEVEL = 5
+# A window of half the image's sides, or less, must not make a reader decode all of it; and a chunk of a few kilobytes
+# takes longer to find than to decode.
+_CHUNK_BYTES, _SMALL_CHUNK_BYTES = 640 << 10, 64 << 10
+_TILES_PER_SIDE = 4
 
 
 @dataclass(frozen=True)
@@ -90,6 +97,7 @@ class Layout:
     valid_mask: bool
     compression_level: int
     image: bool = False
+    codec: Codec = "zstd"
 
     @staticmethod
     def from_dict(values: Mapping[str, Any]) -> "Layout":
@@ -127,16 +135,39 @@ class Layout:
         return (*specs, ArraySpec("status", "uint8", (), (), NOTHING))
 
     @property
+    def blosc(self) -> tuple[Literal["lz4", "zstd"], int]:
+        """Name and level of what blosc compresses with; at level 0 it copies."""
+        if self.codec == "zstd":
+            return "zstd", self.compression_level
+        return "lz4", _LZ4_LEVEL if self.codec == "lz4" else 0
+
+    @property
     def sample_bytes(self) -> int:
         """Bytes of one sample in all arrays, before compression."""
         return sum(spec.row_bytes for spec in self.arrays)
 
 
 def tile_of(size: tuple[int, int], channels: int, wanted: int | None) -> tuple[int, int]:
-    """(height, width) of a chunk: tiles that divide the image evenly, of at most 4 MiB or ``wanted`` pixels a side."""
-    if wanted is None:
-        wanted = max(1, int((_CHUNK_BYTES / (2 * channels)) ** 0.5))
-    return cast(tuple[int, int], tuple(-(-side // -(-side // wanted)) for side in size))
+    """(height, width) of a chunk, of tiles that are as good as equal.
+
+    Args:
+        size: (height, width) of an image of the store.
+        channels: of its features, float16.
+        wanted: pixels that a side has at most. By default a quarter of the image's side, in chunks of 64 to 640 KiB,
+            rather of a length that divides the side.
+    """
+
+    def fitted(side: int) -> int:
+        if wanted is not None:
+            return -(-side // -(-side // wanted))
+        least, most = (int((size / (2 * channels)) ** 0.5) for size in (_SMALL_CHUNK_BYTES, _CHUNK_BYTES))
+        most = min(side, max(1, least, min(most, -(-side // _TILES_PER_SIDE))))
+        # What does not divide the side is filled up at the border, and read in vain.
+        even = max(length for length in range(1, most + 1) if side % length == 0)
+        return even if 2 * even >= most else -(-side // -(-side // most))
+
+    height, width = size
+    return fitted(height), fitted(width)
 
 
 def zarr_store(url: str, *, read_only: bool) -> ZarrStore:

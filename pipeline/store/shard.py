@@ -22,21 +22,24 @@ __all__ = ["encode_chunk", "encode_shard"]
 _MISSING = 2**64 - 1  # in the index, for a chunk that holds nothing but fill values
 
 
-def encode_shard(block: NDArray[Any], chunk: tuple[int, ...], fill: float, level: int, pool: Executor) -> list[bytes]:
-    """The bytes of a shard, in parts: chunks through blosc (zstd, bit-shuffled) and crc32c, index at the end.
+def encode_shard(
+    block: NDArray[Any], chunk: tuple[int, ...], fill: float, codec: str, level: int, pool: Executor
+) -> list[bytes]:
+    """The bytes of a shard, in parts: chunks through blosc (bit-shuffled) and crc32c, index at the end.
 
     Args:
         block: ``[rows, ...]``, all rows of the shard. Sides that are no multiple of the chunk's are filled up.
         chunk: shape of a chunk within a row; a chunk holds one row.
         fill: the array's fill value; chunks of nothing else are left out.
-        level: of zstd.
+        codec: blosc's name of it.
+        level: blosc's.
         pool: threads that encode chunks.
 
     Returns:
         The shard's parts in order, none where every chunk is left out and there is no object to write. They are not
         joined: with other threads waiting for Python's lock, copying a shard once more is dear.
     """
-    encoded = list(pool.map(lambda part: encode_chunk(part, fill, level), _chunks(block, chunk, fill)))
+    encoded = list(pool.map(lambda part: encode_chunk(part, fill, codec, level), _chunks(block, chunk, fill)))
     lengths = np.array([sum(map(len, parts)) for parts in encoded], dtype=np.uint64)
     if not lengths.any():
         return []
@@ -61,8 +64,8 @@ def _chunks(block: NDArray[Any], chunk: tuple[int, ...], fill: float) -> Iterato
             yield part
 
 
-def encode_chunk(part: NDArray[Any], fill: float, level: int) -> list[bytes]:
-    """One chunk through blosc (zstd, bit-shuffled) and crc32c, in parts; none where it holds fill values alone."""
+def encode_chunk(part: NDArray[Any], fill: float, codec: str, level: int) -> list[bytes]:
+    """One chunk through blosc (bit-shuffled) and crc32c, in parts; none where it holds fill values alone."""
     # Most chunks differ in their first value already, and are then not looked through.
     first = part.flat[0]
     if (first == fill or (first != first and fill != fill)) and _is_fill(part, fill):
@@ -70,7 +73,7 @@ def encode_chunk(part: NDArray[Any], fill: float, level: int) -> list[bytes]:
     # torch copies without holding Python's lock, numpy holds it; it has no type for uint16, which int16 stands in for.
     same = part.view(np.int16) if part.dtype == np.uint16 else part
     packed = torch.from_numpy(same).contiguous().numpy()
-    data: bytes = blosc.compress(packed, b"zstd", level, blosc.BITSHUFFLE)
+    data: bytes = blosc.compress(packed, codec.encode(), level, blosc.BITSHUFFLE)
     return [data, _crc(data)]
 
 

@@ -86,15 +86,15 @@ class StoreWriter:
                     f"{key}: {spec.name} is {block.dtype} {block.shape}, the store takes {spec.dtype} "
                     f"{(rows, *spec.row_shape)}"
                 )
-        stored = 0
+        stored, (codec, level) = 0, self.layout.blosc
         for spec in self.layout.arrays:
             block, array = blocks[spec.name], self._arrays[spec.name]
             place = storage.join(self.url, "features.zarr", spec.name, chunk_key(array, key.row // rows))
             # Rows of one number each are one chunk, which is encoded like a chunk of a shard and stands alone.
             if spec.row_shape:
-                parts = encode_shard(block, spec.chunk, spec.fill, self.layout.compression_level, self._pool)
+                parts = encode_shard(block, spec.chunk, spec.fill, codec, level, self._pool)
             else:
-                parts = encode_chunk(block, spec.fill, self.layout.compression_level)
+                parts = encode_chunk(block, spec.fill, codec, level)
             if parts:
                 storage.write_atomic(place, *parts)
                 stored += sum(map(len, parts))

@@ -1,5 +1,6 @@
 """The labelled pixels a probe is fitted on: how many of which images, and their features in a store."""
 
+import os
 import random
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -11,9 +12,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from pipeline.errors import InputError, StoreError
+from pipeline.errors import InputError
 from pipeline.loader import FeatureDataset, Window
-from pipeline.store.layout import AnyArray, open_arrays
+from pipeline.loader.readers import Readers
 from pipeline.training.tasks import Task
 
 __all__ = ["PixelDataset", "PixelSampling", "tile_windows"]
@@ -85,7 +86,7 @@ class PixelDataset(Dataset[dict[str, Tensor]]):
         counts = self.sampling.counts()
         self.images = np.array(list(counts), np.int64)
         self.counts = np.array(list(counts.values()), np.int64)
-        self._features: AnyArray | None = None
+        self._features: Readers | None = None
 
     def __len__(self) -> int:
         return len(self.images)
@@ -107,21 +108,17 @@ class PixelDataset(Dataset[dict[str, Tensor]]):
 
     def _read(self, row: int, pixels: tuple[NDArray[np.intp], ...]) -> NDArray[np.float32]:
         """Features of pixels (y, x) of a row of the store: float32 ``[P, C]``."""
-        if self._features is None:
-            self._features = open_arrays(self.store, ["features"])["features"]
-        array = self._features
+        layout = self.labels.layout
+        if self._features is None or self._features.process != os.getpid():
+            self._features = Readers(self.store, ["features"], layout)
+        reader = self._features.here()["features"]
         y, x = pixels
-        features = np.empty((len(y), array.shape[-1]), np.float32)
-        for top, left, height, width in tile_windows(y, x, (array.chunks[1], array.chunks[2])):
+        features = np.empty((len(y), layout.channels), np.float32)
+        for top, left, height, width in tile_windows(y, x, layout.tile):
             inside = (y >= top) & (y < top + height) & (x >= left) & (x < left + width)
-            try:
-                window = np.asarray(array[row, top : top + height, left : left + width])
-            except (ValueError, RuntimeError) as error:  # by which Zarr and its codecs say that a chunk is damaged
-                raise StoreError(
-                    f"{self.store}, row {row}: features from {top}, {left} (y, x) on cannot be read ({error}): the "
-                    f"store is damaged; featup verify {self.store} --repair, then run the job that made it again"
-                ) from error
-            features[inside] = window[y[inside] - top, x[inside] - left]
+            window = torch.empty((height, width, layout.channels), dtype=torch.float16)
+            reader.read(row, window, (top, left, height, width))
+            features[inside] = window.numpy()[y[inside] - top, x[inside] - left]
         return features
 
 

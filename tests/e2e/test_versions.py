@@ -48,7 +48,9 @@ def forget(out: Path) -> None:
     for part in ("config", "identity"):
         attributes[part].pop("label_orientation")
         attributes[part].pop("store_image")
+        attributes[part].pop("codec")
     attributes["layout"].pop("image")
+    attributes["layout"].pop("codec")
     attributes["config"].pop("recheck_share")
     place.write_text(json.dumps(group))
     for receipt in support.receipts(out):
@@ -65,7 +67,7 @@ def half(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     for tar in range(2):
         members = [m for n in range(4) for m in good_sample(f"k{tar}{n}", 10 * tar + n)]
         write_tar(folder / f"v-{tar}.tar", members)
-    options = (*support.TINY, "--labels", "seg", "--rows-per-shard", 2, "--store-image", "false")
+    options = (*support.TINY, "--labels", "seg", "--rows-per-shard", 2, "--store-image", "false", "--codec", "zstd")
     run("precompute", "--shards", folder / "v-0.tar", "--out", folder / "out", *options)
     run("precompute", "--shards", folder / "v-*.tar", "--out", folder / "whole", *options)
     forget(folder / "out")
@@ -80,6 +82,7 @@ def test_a_later_program_opens_verifies_and_finishes_a_store_of_this_format(half
     text = run_later(COMMAND, "precompute", "--shards", folder / "v-*.tar", "--out", out, *options)
     assert "2 units done before, 2 to do" in text
     assert "was made before there was the option store_image, and goes on as it is: store_image=False" in text
+    assert "was made before there was the option codec, and goes on as it is: codec=zstd" in text
     assert array_files(out) == array_files(folder / "whole")
     # Once it was finished by the later program, this one refuses it in one line.
     text = support.run("verify", out, status=1)

@@ -95,26 +95,43 @@ def test_growth_and_interruption_give_the_same_image(folder: Path) -> None:
     assert any(name.startswith("image/c/") for name in array_files(folder / "out"))
 
 
+OPTIONS = ("store_image", "codec")
+
+
 def forget(out: Path) -> None:
-    """What a program wrote that did not know the option."""
+    """What a program wrote that did not know the options, and had larger tiles by default."""
     place = out / "features.zarr" / "zarr.json"
     group = json.loads(place.read_text())
     attributes = group["attributes"]
-    del attributes["layout"]["image"], attributes["config"]["store_image"], attributes["identity"]["store_image"]
+    for part, names in {"layout": ("image", "codec"), "config": OPTIONS, "identity": OPTIONS}.items():
+        for name in names:
+            del attributes[part][name]
+    place.write_text(json.dumps(group))
+
+
+def forget_tile(out: Path) -> None:
+    """The tile was the default one of a program before."""
+    place = out / "features.zarr" / "zarr.json"
+    group = json.loads(place.read_text())
+    for part in ("config", "identity"):
+        group["attributes"][part]["tile"] = None
     place.write_text(json.dumps(group))
 
 
 def test_a_store_of_before_the_option_is_finished_without_an_image(folder: Path) -> None:
-    begin(folder, store_image=False).run(units=1)
+    begin(folder, store_image=False, codec="zstd", tile=32).run(units=1)
     forget(folder / "out")
+    forget_tile(folder / "out")
     resumed = begin(folder)
     assert resumed.lines == [
-        f"{folder}/out was made before there was the option store_image, and goes on as it is: store_image=False"
+        f"{folder}/out was made before there was the option {option}, and goes on as it is: {option}={value}"
+        for option, value in (("store_image", False), ("codec", "zstd"))
     ]
+    assert (resumed.layout.tile, resumed.layout.codec) == ((32, 32), "zstd")
     assert (resumed.config.store_image, resumed.layout.image) == (False, False)
     assert resumed.run().ok == 5
     assert not (folder / "out" / "features.zarr" / "image").exists()
-    begin(folder, "whole", store_image=False).run()
+    begin(folder, "whole", store_image=False, codec="zstd", tile=32).run()
     assert array_files(folder / "out") == array_files(folder / "whole")
     config, _ = stored_config(resumed.config.out)
     assert not config.store_image
@@ -123,7 +140,7 @@ def test_a_store_of_before_the_option_is_finished_without_an_image(folder: Path)
     # It grows as well, and says no where it was asked for no image.
     write_tar(folder / "b.tar", [member for n in range(2) for member in good_sample(f"b{n}", 20 + n)])
     assert begin(folder).run().ok == 7
-    assert begin(folder, store_image=False).lines == []
+    assert begin(folder, store_image=False, codec="zstd").lines == []
 
 
 def test_the_dry_run_counts_the_image(folder: Path) -> None:

@@ -65,6 +65,7 @@ OTHER: dict[str, Any] = {
     "mantissa_bits": 6,
     "tile": 44,
     "rows_per_shard": 4,
+    "codec": "zstd",
     "compression_level": 3,
     "actors": 2,
     "gpus_per_actor": 0.5,
@@ -288,7 +289,7 @@ def test_identity_is_what_decides_the_content() -> None:
     base = describe(PrecomputeConfig(**OTHER))
     for name, value in OTHER.items():
         # These cannot change alone.
-        if name in ("shards", "labels", "label_dir", "upsampler", "checkpoint", "stride", "pca_from"):
+        if name in ("shards", "labels", "label_dir", "upsampler", "checkpoint", "stride", "pca_from", "codec"):
             continue
         default = FIELDS[name].default if FIELDS[name].default is not dataclasses.MISSING else {}
         if name in ("images", "out"):

@@ -309,18 +309,26 @@ def test_the_checksum_of_a_row_is_that_of_its_bytes() -> None:
 @given(st.tuples(st.integers(1, 3000), st.integers(1, 3000)), st.integers(1, 4096), st.none() | st.integers(1, 500))
 def test_tiles_are_even_and_as_large_as_allowed(size: tuple[int, int], channels: int, wanted: int | None) -> None:
     tile = tile_of(size, channels, wanted)
-    most = wanted or int(np.sqrt(2**22 / (2 * channels)))
     for side, piece in zip(size, tile, strict=True):
+        small, large = (int(np.sqrt(size * 1024 / (2 * channels))) for size in (64, 640))
+        most = wanted or min(side, max(1, small, min(-(-side // 4), large)))
         count = -(-side // piece)
-        assert 1 <= piece <= max(1, most)
-        assert count == -(-side // max(1, most)), "not more tiles than needed"
+        assert 1 <= piece <= most
+        if wanted is not None:
+            assert count == -(-side // most), "not more tiles than needed"
+        assert count <= max(2, 2 * -(-side // most)), "at most twice as many as needed, where these divide the side"
         assert piece * count - side < count, "they differ from each other by less than a pixel a tile"
-    if wanted is None and channels <= 2**21:
-        assert 2 * channels * tile[0] * tile[1] <= 2**22
+    if wanted is None and channels <= 320 * 1024:
+        assert 2 * channels * tile[0] * tile[1] <= 640 * 1024
 
 
 def test_known_tiles() -> None:
-    assert tile_of((224, 224), 384, None) == (56, 56)
-    assert tile_of((224, 224), 64, None) == (112, 112)
+    assert tile_of((224, 224), 384, None) == (28, 28)
+    assert tile_of((224, 224), 64, None) == (56, 56)
+    assert tile_of((224, 224), 32, None) == (56, 56), "a quarter of the side"
+    assert tile_of((96, 64), 32, None) == (32, 32), "not smaller than 64 KiB"
+    assert tile_of((32, 48), 8, None) == (32, 48)
+    assert tile_of((227, 229), 64, None) == (57, 58), "nothing divides them"
+    assert tile_of((448, 1024), 384, None) == (28, 16)
     assert tile_of((352, 480), 384, 60) == (59, 60)
     assert tile_of((7, 7), 8, 100) == (7, 7)

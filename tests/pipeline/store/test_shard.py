@@ -37,7 +37,7 @@ def _put(url: str, shard: int, data: bytes) -> None:
 
 def _encode(block: NDArray[np.float16], tile: tuple[int, int]) -> bytes:
     with ThreadPoolExecutor(2) as pool:
-        return b"".join(encode_shard(block, (*tile, block.shape[-1]), float("nan"), 1, pool))
+        return b"".join(encode_shard(block, (*tile, block.shape[-1]), float("nan"), "zstd", 1, pool))
 
 
 @pytest.mark.parametrize("name", SHAPES)

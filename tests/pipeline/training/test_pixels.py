@@ -123,7 +123,7 @@ def test_tiles_without_sampled_pixels_are_not_read(tmp_path: Path) -> None:
         assert torch.equal(item["features"], before["features"])
     data[int(index[2, 4, 0]) + 40] ^= 255
     file.write_bytes(data)
-    with pytest.raises(StoreError, match=r"row 2: features .* damaged; featup verify .* --repair") as caught:
+    with pytest.raises(StoreError, match=r"row 2: a chunk is not .* damaged; featup verify .* --repair") as caught:
         PixelDataset(store, SegmentationTask(3), 20, 1000, seed=0)[2]
     assert "\n" not in str(caught.value)
 
