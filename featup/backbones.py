@@ -1,21 +1,21 @@
 """Coarse features of images, from any timm model with intermediate maps."""
 
-import difflib
 import inspect
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-import safetensors
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import layer_norm
 
 from featup._timm import timm
-from featup.aliases import BACKBONE_ALIASES, REFUSED_NAMES, resolve_backbone
+from featup.aliases import resolve_backbone
+from featup.conversion import create_for_weights, load_backbone_weights
 from featup.errors import GeometryError, WeightsError
 from featup.maps import as_size, check_fit, choose_map, finer_layers, list_layers, nearest_fit, times
-from featup.weights import load_state_dict, load_strict, state_digest
+from featup.models import classifier_names, create_model, download_model, unused_names
+from featup.weights import state_digest
 
 __all__ = ["Backbone", "Norm", "create_backbone"]
 
@@ -48,7 +48,8 @@ class Backbone(nn.Module):
         mean, std: per channel, for images in [0, 1].
         input_size: (height, width) given to ``create_backbone``, by default that of the model's training.
         fixed_size: the only (height, width) that is served; None if every multiple of the stride is served.
-        digest: SHA-256 over all weights but the classifier's, before any resampling.
+        digest: SHA-256 over all weights but the classifier's, and those that a file lacks because the map does not
+            depend on them; before any resampling to ``input_size``.
     """
 
     def __init__(
@@ -185,9 +186,8 @@ def create_backbone(
     Args:
         name: timm's name of the architecture, with or without its tag of the weights, or one of
             ``featup.aliases.BACKBONE_ALIASES`` such as ``dinov2_vits14`` or ``ViT-B/16``.
-        weights: a local file (see ``featup.weights``) with timm's key names. It must fit strictly, at the size of the
-            model's training, or at ``image_size`` if timm cannot resize the created model. Only the classifier may
-            be missing or have another number of classes.
+        weights: a local file with timm's names, or the authors' published checkpoint where timm converts it; see
+            :func:`featup.conversion.load_backbone_weights`. All that the map depends on must be there, and fit.
         pretrained: whether timm downloads the weights instead. Without either the weights are random, by ``seed``.
         layer: index of the map: the block of a ViT, the stage of a CNN; negative counts from the last.
         stride: instead of ``layer``: the deepest map with this many pixels per feature.
@@ -218,7 +218,7 @@ def create_backbone(
     with torch.random.fork_rng(devices=[]):
         # On the meta device a model costs neither memory nor weights, and its geometry can be checked first.
         with torch.device("meta"):
-            sketch = _create(name, arguments)
+            sketch = create_model(name, arguments)
         maps = [(int(stage["reduction"]), int(stage["num_chs"])) for stage in sketch.feature_info]
         index = choose_map(name, maps, layer, stride)
         step = _stride(sketch, maps[index][0])
@@ -244,12 +244,23 @@ def create_backbone(
         # Only the CPU's generator is restored afterwards, so only this generator is seeded.
         torch.default_generator.manual_seed(seed)
         with torch.device("cpu"):
-            model = _download(name, arguments) if pretrained else _create(name, arguments)
+            if weights is not None:
+                model, convert = create_for_weights(lambda: create_model(name, arguments, pretrained=True))
+            else:
+                model = download_model(name, arguments) if pretrained else create_model(name, arguments)
 
-    classifier = _classifier(model)
+    final_norm = norm != "none" and index == len(maps) - 1
+    not_of_file = classifier_names(model)
     if weights is not None:
-        load_strict(model, load_state_dict(weights), str(weights), ignore=classifier)
-    digest = state_digest(model.state_dict(), ignore=classifier)
+        not_of_file = load_backbone_weights(
+            model,
+            weights,
+            convert=convert,
+            classifier=not_of_file,
+            unused=unused_names(sketch, index, final_norm),
+            patch_size_given="patch_size" in arguments,
+        )
+    digest = state_digest(model.state_dict(), ignore=not_of_file)
     if resize:
         # After loading, so that trained position embeddings are resampled instead of refused.
         try:
@@ -264,7 +275,7 @@ def create_backbone(
         stride=step,
         channels=maps[index][1],
         norm=norm,
-        final_norm=norm != "none" and index == len(maps) - 1,
+        final_norm=final_norm,
         mean=data["mean"] if mean is None else mean,
         std=data["std"] if std is None else std,
         input_size=size,
@@ -277,62 +288,12 @@ def create_backbone(
     return backbone
 
 
-def _create(name: str, arguments: Mapping[str, Any]) -> Any:
-    if not timm.is_model(name):
-        raise GeometryError(_unknown(name))
-    try:
-        model = timm.create_model(name, **arguments)
-    except (AssertionError, RuntimeError, TypeError, ValueError) as error:
-        raise GeometryError(
-            f"timm cannot create {name} with arguments {dict(arguments)}: {str(error).rstrip('.')}. Likely "
-            "cause: an argument or size this model does not take, or a tag it does not have; correct or omit it"
-        ) from error
-    if not hasattr(model, "forward_intermediates"):
-        raise GeometryError(
-            f"{name} ({type(model).__name__}) has no intermediate maps in timm {timm.__version__}: it lacks "
-            "forward_intermediates; choose another model, or a newer timm"
-        )
-    return model
-
-
-def _download(name: str, arguments: Mapping[str, Any]) -> Any:
-    try:
-        return timm.create_model(name, pretrained=True, **arguments)
-    except (OSError, RuntimeError, safetensors.SafetensorError) as error:
-        cfg = timm.get_pretrained_cfg(name)
-        source = (cfg and (cfg.hf_hub_id or cfg.url or cfg.file)) or "none known to timm"
-        raise WeightsError(
-            f"timm could not get pretrained weights of {name} (source: {source}): "
-            f"{' '.join(str(error).split())[:300]}. Likely cause: no network here, or no such weights for "
-            "these arguments. Fetch the file where there is a network, and give weights=FILE instead"
-        ) from error
-
-
 def _stride(model: Any, reduction: int) -> tuple[int, int]:
     # timm gives one number for both axes: the longer side, if a patch is not square.
     patch = getattr(getattr(model, "patch_embed", None), "patch_size", None)
     if isinstance(patch, tuple) and max(patch) == reduction:
         return patch[0], patch[1]
     return reduction, reduction
-
-
-def _classifier(model: Any) -> tuple[str, ...]:
-    names = model.pretrained_cfg.get("classifier") or ()
-    return (names,) if isinstance(names, str) else tuple(names)
-
-
-def _unknown(name: str) -> str:
-    """The text for a name that is neither timm's nor an alias, with the nearest names that are."""
-    if advice := REFUSED_NAMES.get(name.lower()):
-        return f"{name!r} names no single timm model: {advice}"
-    # Aliases by their lower case, because they are resolved in any case.
-    names = {alias.lower(): alias for alias in BACKBONE_ALIASES} | {model: model for model in timm.list_models()}
-    near = difflib.get_close_matches(name.split(".")[0].lower(), names, n=5)
-    return f"timm {timm.__version__} has no model {name!r}; " + (
-        f"the nearest names are {', '.join(names[key] for key in near)}"
-        if near
-        else "featup.list_backbones() lists all names"
-    )
 
 
 def _verify(

@@ -45,7 +45,11 @@ class BackboneConfig(ImageOptions):
         group="backbone",
     )
     weights: str | None = option(
-        None, "local .safetensors or .pth file with the backbone's weights", group="backbone", run=True, path=True
+        None,
+        "local .safetensors, .pth or .npz file with the backbone's weights: timm's names or the authors' own",
+        group="backbone",
+        run=True,
+        path=True,
     )
     pretrained: bool = option(
         True, "without a file: download timm's weights (false: random weights, for speed only)", group="backbone"

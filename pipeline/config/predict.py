@@ -30,7 +30,7 @@ class PredictConfig(Checked):
 
     weights: str | None = option(
         None,
-        "the backbone's weights, a .safetensors or .pth file; by default where they were when the probe was fitted",
+        "the backbone's weights (.safetensors, .pth, .npz); by default where they were when the probe was fitted",
         group="probe",
         path=True,
     )

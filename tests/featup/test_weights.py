@@ -1,3 +1,4 @@
+import argparse
 import hashlib
 import pickle
 from collections import OrderedDict
@@ -62,10 +63,13 @@ ZEROS = {key: torch.zeros_like(value) for key, value in STATE.items()}
         {"state_dict": STATE, "epoch": 3},
         {"model": {"state_dict": WRAPPED}},
         {"state_dict": ZEROS, "state_dict_ema": STATE},
-        {"model": ZEROS, "model_ema": WRAPPED, "args": {"lr": 0.1}},
+        {"model": ZEROS, "model_ema": WRAPPED, "args": argparse.Namespace(lr=0.1)},
+        {"student": ZEROS, "teacher": WRAPPED, "epoch": 3},
+        {"module": STATE, "lr": 0.1},
+        {"encoder": WRAPPED, "target_encoder": ZEROS},
         WRAPPED,
     ],
-    ids=["state_dict", "nested twice", "averaged first", "model_ema", "prefixes"],
+    ids=["state_dict", "nested twice", "averaged first", "model_ema", "teacher", "module", "encoder", "prefixes"],
 )
 def test_nesting_and_prefixes_are_taken_off(tmp_path: Path, content: dict[str, Any]) -> None:
     torch.save(content, tmp_path / "w.pth")
@@ -107,9 +111,16 @@ def test_a_pickle_with_code_is_refused_and_not_run(tmp_path: Path) -> None:
     (tmp_path / "w.pth").write_bytes(pickle.dumps({"a": Payload(tmp_path / "run")}, protocol=2))
     torch.save({"a": Payload(tmp_path / "run")}, tmp_path / "zip.pth")
     for name in ("w.pth", "zip.pth"):
-        with pytest.raises(WeightsError, match="weights_only=True"):
+        with pytest.raises(WeightsError, match=r"pickled objects of .*getattr.*weights_only=False"):
             load_state_dict(tmp_path / name)
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+def test_a_program_with_weights_is_refused_with_the_command_that_saves_its_weights(tmp_path: Path) -> None:
+    torch.jit.script(nn.Linear(2, 2)).save(tmp_path / "ViT-B-16.pt")
+    with pytest.raises(WeightsError, match=r"TorchScript archive.*torch\.jit\.load\('ViT-B-16\.pt'"):
+        load_state_dict(tmp_path / "ViT-B-16.pt")
 
 
 @pytest.mark.parametrize(

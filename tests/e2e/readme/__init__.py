@@ -1,0 +1,1 @@
+"""README's fenced blocks, a folder in which they run as they stand, and its listings of files."""
