@@ -23,10 +23,10 @@ from pipeline.cluster.connect import connect
 from pipeline.cluster.faults import ray_errors_in_one_line
 from pipeline.cluster.featurizer import Featurizer
 from pipeline.cluster.planning import index_on_ray
-from pipeline.cluster.preflight import check_cores, start_ray
+from pipeline.cluster.preflight import allot_work, check_cores, start_ray
 from pipeline.cluster.progress import Progress
-from pipeline.cluster.resources import Allotment
 from pipeline.cluster.rows import number_rows, read_rows
+from pipeline.compute.allotment import Allotment, Work, actor_bytes, peak_bytes
 from pipeline.compute.device import threads_restored
 from pipeline.compute.load import decode_options, load_row
 from pipeline.compute.models import Setup
@@ -159,10 +159,10 @@ def _run(config: PrecomputeConfig, lease: Lease, state: _State, on_cluster: bool
         check_members(config, update.shards)
     if alone:
         with threads_restored():
-            setup = prepare(config, update.shards)
+            setup, peak = prepare(config, update.shards), peak_bytes()
     else:
         remote = _prepare_remotely.options(num_cpus=min(1.0, allotment.cpus), num_gpus=allotment.gpus_per_actor)
-        setup = ray.get(remote.remote(config, update.shards))
+        setup, peak = ray.get(remote.remote(config, update.shards))
     plan = complete_plan(config, update.shards, setup.channels)
     layout = layout_of(config, plan.rows_per_shard, setup.channels, plan.units)
     lease.check()
@@ -193,7 +193,9 @@ def _run(config: PrecomputeConfig, lease: Lease, state: _State, on_cluster: bool
     )
     if len(todo):
         if alone:
-            config, allotment = start_ray(config, on_cluster)
+            config, _ = start_ray(config, on_cluster)
+        work = Work(len(todo), actor_bytes(config, layout, peak), fits=config.upsampler == "implicit")
+        config, allotment = allot_work(config, work)
         withdraw_complete(config.out)
         _set_patience(config, plan)
         whole = plan.units // UNITS_PER_SEGMENT
@@ -329,8 +331,8 @@ def _judge(config: PrecomputeConfig, summary: Summary) -> None:
 
 # One call a process: an idle one would keep its GPU memory beside the actors.
 @ray.remote(max_retries=2, max_calls=1)  # type: ignore[untyped-decorator]
-def _prepare_remotely(config: PrecomputeConfig, shards: tuple[PlannedShard, ...]) -> Setup:
-    return prepare(config, shards)
+def _prepare_remotely(config: PrecomputeConfig, shards: tuple[PlannedShard, ...]) -> tuple[Setup, int]:
+    return prepare(config, shards), peak_bytes()
 
 
 def stages(

@@ -74,7 +74,7 @@ def _run(config: TrainConfig, lease: Lease, on_cluster: bool) -> None:
     """Record the run, let the workers train, and write the picture and the summary."""
     gpus = default_gpus(config.gpus_per_worker)
     await_resources(
-        lambda: _missing(config, gpus, cluster_resources()[0]),
+        lambda: _missing(config, gpus, cluster_resources()),
         seconds=config.resource_timeout if on_cluster else 0.0,
         report=lambda text: print(text, flush=True),
     )

@@ -113,7 +113,8 @@ def prepare(config: PrecomputeConfig, shards: tuple[PlannedShard, ...]) -> Setup
         ConfigError: the PCA of ``pca_from`` is of other features.
         StoreError: there is no store at ``pca_from``, or it has no PCA.
     """
-    set_threads(config.threads, config.actors)
+    # Nothing else runs yet.
+    set_threads(config.threads, 1)
     extractor = Extractor(config, weights=keep_weights(config))
     setup = extractor.setup()
     if config.pca is not None and config.pca > setup.channels:

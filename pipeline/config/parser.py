@@ -84,14 +84,17 @@ def _plain(message: str) -> str:
     types = [_TYPES.get(kind, kind) for kind in re.findall(r"Expected a <class '(\w+)'>", text) if kind != "NoneType"]
     if not (name and value and (literals or types)):
         return re.sub(r'Parser key "([\w.]+)"', r"\1", text)
-    expected = f"one of {', '.join(literals)}".replace("'", "") if literals else " or ".join(types)
+    words = ", ".join(literals).replace("'", "")
+    expected = (
+        " or ".join([*types, words]) if types and literals else f"one of {words}" if literals else " or ".join(types)
+    )
     return f"{name[1]}={value[1]} must be {expected}"
 
 
 def _metavar(one: Field[Any], hint: Any) -> dict[str, str]:
     """How the help calls the option's value; choices name themselves."""
     kinds = {kind for part in (hint, *get_args(hint)) for kind in (part, get_origin(part), *get_args(part))}
-    if any(get_origin(kind) is Literal for kind in kinds):
+    if any(get_origin(kind) is Literal for kind in kinds) and not {int, float} & kinds:
         return {}
     names = {Size: "HEIGHTxWIDTH", dict: "JSON", bool: "", int: "N", float: "X"}
     name = next((name for kind, name in names.items() if kind in kinds), "PATH" if one.metadata["path"] else "TEXT")

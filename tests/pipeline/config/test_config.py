@@ -248,6 +248,7 @@ def test_beginnings_of_names_are_refused() -> None:
         ((*NEEDED, "--labels", "seg", "--label-dir", "seg=masks"), "goes with --images; in tars labels lie beside"),
         (("--out", "o", "--images", "p", "--label-dir", "seg=masks"), "must be KIND=FOLDER, KIND one of --labels"),
         ((*NEEDED, "--batch-size", "many"), "batch_size=many must be a whole number"),
+        ((*NEEDED, "--actors", "all"), "actors=all must be a whole number or auto"),
         ((*NEEDED, "--limit", "1.5"), "limit=1.5 must be a whole number"),
         ((*NEEDED, "--geometry", "stretch"), "geometry=stretch must be one of squash, center_crop, pad"),
         ((*NEEDED, "--labels", "seg", "boxes"), "labels"),
