@@ -85,6 +85,9 @@ def _run(config: TrainConfig, lease: Lease, on_cluster: bool) -> None:
     backbone = describe_backbone(config, make_backbone(config))
     identity = config.identity() | {"backbone digest": backbone["digest"]}
     identity |= {"input shards": len(shards), "input samples": plan.samples, "input digest": plan.digest}
+    if any(shard.spread for shard in shards):
+        # The first samples were taken once: such a run is another one.
+        identity["samples within the limit"] = "spread evenly over the input"
     check_run(config.out, identity)
     provenance = {"identity": identity, "config": describe(config), "backbone": backbone, "versions": versions()}
     record_run(config.out, provenance)

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from pipeline.errors import InputError
+from pipeline.inputs.spread import spread_place
 from pipeline.training.permutation import KeyedPermutation
 
 __all__ = ["SampleOrder"]
@@ -53,4 +54,4 @@ class SampleOrder:
             yield rank + skipped
 
     def _held_out(self, place: int) -> int:
-        return (2 * place + 1) * self.samples // (2 * self.holdout)
+        return spread_place(place, self.holdout, self.samples)
