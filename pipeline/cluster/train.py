@@ -37,9 +37,9 @@ from pipeline.errors import JobFailedError, PipelineError
 from pipeline.inputs import storage
 from pipeline.inputs.plan import Plan
 from pipeline.store.lease import Lease
-from pipeline.training.log import plot_log, read_log, recorded_steps
+from pipeline.training.log import plot_log, read_log, recorded_steps, warn_of_bilinear
 from pipeline.training.loop import describe_backbone
-from pipeline.training.order import SampleOrder
+from pipeline.training.order import SampleOrder, count_held_out
 from pipeline.training.run import check_run, record_run
 
 __all__ = ["failure_of", "train"]
@@ -80,7 +80,7 @@ def _run(config: TrainConfig, lease: Lease, on_cluster: bool) -> None:
     )
     shards = plan_input(config, index_all=index_on_ray)
     plan = Plan(shards, 1, storage.join(config.out, "plan", "index"))
-    order = SampleOrder(plan.samples, config.holdout, config.seed)
+    order = SampleOrder(plan.samples, count_held_out(config.holdout, plan.samples), config.seed)
     # Options that do not fit the backbone are refused here, before any worker starts.
     backbone = describe_backbone(config, make_backbone(config))
     identity = config.identity() | {"backbone digest": backbone["digest"]}
@@ -97,7 +97,7 @@ def _run(config: TrainConfig, lease: Lease, on_cluster: bool) -> None:
     for fault in plan.faults:
         print(f"input fault: {fault}", flush=True)
     print(
-        f"{config.out}: {len(order)} samples to train on and {config.holdout} held out; {config.upsampler} for "
+        f"{config.out}: {len(order)} samples to train on and {order.holdout} held out; {config.upsampler} for "
         f"{config.backbone}, {backbone['grid'][0]}x{backbone['grid'][1]} to {config.size}, {backbone['channels']} "
         f"channels; {config.steps} steps of {config.batch_size} images, workers: {config.workers}",
         flush=True,
@@ -197,6 +197,8 @@ def _conclude(
         f"{storage.join(config.out, 'best.safetensors')}",
         flush=True,
     )
+    if warning := warn_of_bilinear(config, lines, metrics["best"]):
+        print(warning, flush=True)
     if replaced > config.max_failed_fraction * sampled:
         raise JobFailedError(
             f"{replaced} of {sampled} sampled images could not be decoded ({replaced / sampled:.2%}), more than "
