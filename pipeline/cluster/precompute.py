@@ -200,6 +200,14 @@ def _run(config: PrecomputeConfig, lease: Lease, state: _State, on_cluster: bool
         _set_patience(config, plan)
         whole = plan.units // UNITS_PER_SEGMENT
         left_of = Counter(unit // UNITS_PER_SEGMENT for unit in todo.tolist() if unit // UNITS_PER_SEGMENT < whole)
+        # Ray Data gives its actors two objects of its own, which the driver keeps until they end, and Ray warns of that
+        # in a line that cannot be told from that of a fault.
+        print(
+            "should Ray print a line about constructor arguments in the object store now: they are Ray Data's own, are "
+            "kept as long as this job runs, and do no harm",
+            file=sys.stderr,
+            flush=True,
+        )
         with read_rows(stages(config, plan, layout, setup, todo, allotment)) as rows:
             _follow(rows, Progress(len(todo), left), left_of, config.out, ledger, lease, state)
         remove_leftovers(config.out)

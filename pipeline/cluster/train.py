@@ -13,9 +13,11 @@ A run leaves in ``OUT``::
 """
 
 import os
+import sys
 import threading
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, wait
+from contextlib import ExitStack
 from typing import Any
 
 import ray
@@ -28,7 +30,7 @@ from featup.errors import FeatupError
 from pipeline.cluster.connect import connect
 from pipeline.cluster.planning import index_on_ray
 from pipeline.cluster.resources import await_resources, cluster_resources, default_gpus
-from pipeline.cluster.train_worker import CHECKPOINTS, mend_snapshot, train_worker
+from pipeline.cluster.train_worker import CHECKPOINTS, StepBoard, mend_snapshot, train_worker
 from pipeline.compute.models import make_backbone
 from pipeline.compute.prepare import plan_input, versions
 from pipeline.config.base import describe
@@ -36,6 +38,7 @@ from pipeline.config.train import TrainConfig
 from pipeline.errors import JobFailedError, PipelineError
 from pipeline.inputs import storage
 from pipeline.inputs.plan import Plan
+from pipeline.progress import CountProgress, is_live
 from pipeline.store.lease import Lease
 from pipeline.training.log import plot_log, read_log, recorded_steps, warn_of_bilinear
 from pipeline.training.loop import describe_backbone
@@ -103,9 +106,10 @@ def _run(config: TrainConfig, lease: Lease, on_cluster: bool) -> None:
         flush=True,
     )
     mend_snapshot(config)
+    board = ray.remote(num_cpus=0)(StepBoard).remote() if is_live(sys.stdout) else None
     trainer = ray.train.torch.TorchTrainer(
         train_worker,
-        train_loop_config={"config": config, "plan": plan, "provenance": provenance},
+        train_loop_config={"config": config, "plan": plan, "provenance": provenance, "board": board},
         scaling_config=ray.train.ScalingConfig(
             num_workers=config.workers,
             use_gpu=gpus > 0,
@@ -120,7 +124,7 @@ def _run(config: TrainConfig, lease: Lease, on_cluster: bool) -> None:
         ),
     )
     try:
-        result = _fit(trainer, lease)
+        result = _fit(trainer, lease, config, board)
     except ray.train.TrainingFailedError as error:
         raise failure_of(error, config) from error
     lines = read_log(config.out, config.steps)
@@ -140,10 +144,11 @@ def _missing(config: TrainConfig, gpus: float, has: Mapping[str, float]) -> str:
     )
 
 
-def _fit(trainer: ray.train.torch.TorchTrainer, lease: Lease) -> ray.train.Result:
+def _fit(trainer: ray.train.torch.TorchTrainer, lease: Lease, config: TrainConfig, board: Any) -> ray.train.Result:
     """Train, in a thread of its own: on the main thread Ray Train answers Ctrl-C by exit status 0.
 
-    The thread is a daemon, so that it keeps no process alive that is to stop.
+    The thread is a daemon, so that it keeps no process alive that is to stop. On a terminal the steps are shown as they
+    are written on the ``board``.
     """
     future: Future[ray.train.Result] = Future()
 
@@ -154,10 +159,27 @@ def _fit(trainer: ray.train.torch.TorchTrainer, lease: Lease) -> ray.train.Resul
             future.set_exception(error)
 
     threading.Thread(target=fit, name="fit", daemon=True).start()
-    while not future.done():
-        wait([future], timeout=1.0)
-        lease.check()
+    with ExitStack() as shown:
+        progress: CountProgress | None = None
+        running = True
+        while running:
+            wait([future], timeout=1.0)
+            lease.check()
+            # Looked up before the board is, or the last steps would not be shown.
+            running = not future.done()
+            if board is not None and (state := _read(board)):
+                progress = progress or shown.enter_context(CountProgress(config.steps, "steps", before=state[0]))
+                progress.reach(state[0], f"loss {state[1]:.4g}")
     return future.result()
+
+
+def _read(board: Any) -> tuple[int, float] | None:
+    """The last step on the board, and its loss; ``None`` where it does not answer at once."""
+    try:
+        state: tuple[int, float] | None = ray.get(board.read.remote(), timeout=1.0)
+    except ray.exceptions.RayError:
+        return None
+    return state
 
 
 def failure_of(error: ray.train.TrainingFailedError, config: TrainConfig) -> Exception:

@@ -32,7 +32,7 @@ from pipeline.inputs.plan import Plan
 from pipeline.training.batches import TrainingImage, load_image, step_batches
 from pipeline.training.log import read_log, write_log
 from pipeline.training.order import SampleOrder, count_held_out
-from pipeline.training.progress import StepProgress, print_line
+from pipeline.training.progress import print_line
 
 __all__ = ["Session", "TrainingWorker", "create_objective", "describe_backbone", "learning_rate"]
 
@@ -62,6 +62,10 @@ class Session(Protocol):
 
     def before_checkpoint(self) -> None:
         """Called by the first worker before it reports a checkpoint."""
+        ...
+
+    def show_step(self, step: int, loss: float) -> None:
+        """Called by the first worker after each step: how far the run is."""
         ...
 
     def report(self, metrics: dict[str, Any], checkpoint: str | None = None) -> None:
@@ -179,7 +183,6 @@ class TrainingWorker:
             range(self.step + 1, config.steps + 1),
             max(2, self.threads),
         )
-        progress = StepProgress(self.step, config.steps)
         started = time.perf_counter()
         for batch in batches:
             self.step += 1
@@ -198,7 +201,7 @@ class TrainingWorker:
                 if board is not None:
                     for name in line.keys() - {"step", "seconds"}:
                         board.add_scalar(name, line[name], self.step)
-                progress.add(self.step, line["loss"])
+                self.session.show_step(self.step, line["loss"])
             started = time.perf_counter()
             if last or self.step % config.checkpoint_every == 0:
                 self._checkpoint(log)

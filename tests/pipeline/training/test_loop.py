@@ -48,6 +48,7 @@ def test_a_run_that_goes_on_ends_as_if_it_had_not_stopped(shards: Path, tmp_path
         train(config(tmp_path / "stopped", shards), last_step=4)
     resumed = train(config(tmp_path / "stopped", shards))
     assert [metrics["step"] for metrics in resumed.metrics] == [6]
+    assert (whole.steps, resumed.steps) == ([1, 2, 3, 4, 5, 6], [5, 6])
     logs = [read_log(str(tmp_path / name), 6) for name in ("whole", "stopped")]
     for line in (*logs[0], *logs[1]):
         line.pop("seconds", None)
