@@ -38,6 +38,7 @@ from pipeline.compute.prepare import (
     complete_plan,
     create_or_grow,
     layout_of,
+    load_models,
     plan_store,
     prepare,
     units_to_retry,
@@ -137,6 +138,9 @@ def _run(config: PrecomputeConfig, lease: Lease, state: _State, on_cluster: bool
     given = config
     if alone:
         check_cores(config)
+        # Before the input is indexed, which may take minutes: a wrong name is known at once.
+        with threads_restored():
+            extractor = load_models(config)
     else:
         config, allotment = start_ray(config, on_cluster)
     ledger = Ledger(storage.join(config.out, "ledger"))
@@ -159,7 +163,8 @@ def _run(config: PrecomputeConfig, lease: Lease, state: _State, on_cluster: bool
         check_members(config, update.shards)
     if alone:
         with threads_restored():
-            setup, peak = prepare(config, update.shards), peak_bytes()
+            setup, peak = prepare(config, update.shards, extractor), peak_bytes()
+        del extractor
     else:
         remote = _prepare_remotely.options(num_cpus=min(1.0, allotment.cpus), num_gpus=allotment.gpus_per_actor)
         setup, peak = ray.get(remote.remote(config, update.shards))
@@ -340,7 +345,7 @@ def _judge(config: PrecomputeConfig, summary: Summary) -> None:
 # One call a process: an idle one would keep its GPU memory beside the actors.
 @ray.remote(max_retries=2, max_calls=1)  # type: ignore[untyped-decorator]
 def _prepare_remotely(config: PrecomputeConfig, shards: tuple[PlannedShard, ...]) -> tuple[Setup, int]:
-    return prepare(config, shards), peak_bytes()
+    return prepare(config, shards, load_models(config)), peak_bytes()
 
 
 def stages(

@@ -31,6 +31,7 @@ from pipeline.cluster.connect import connect
 from pipeline.cluster.planning import index_on_ray
 from pipeline.cluster.resources import await_resources, cluster_resources, default_gpus
 from pipeline.cluster.train_worker import CHECKPOINTS, StepBoard, mend_snapshot, train_worker
+from pipeline.compute.allotment import this_machine
 from pipeline.compute.models import make_backbone
 from pipeline.compute.prepare import plan_input, versions
 from pipeline.config.base import describe
@@ -62,10 +63,15 @@ def train(config: TrainConfig) -> None:
     config = config.absolute(on_cluster=on_cluster)
     check_run(config.out, config.identity())
     with Lease.acquire(config.out) as lease:
-        # Ray Train has a helper that warns every second where there is no dashboard to ask.
-        connect(config.object_store_mb, ray.LoggingConfig(log_level="ERROR"))
         try:
-            _run(config, lease, on_cluster)
+            if not on_cluster:
+                needed = _missing(config, config.gpus_per_worker or 0.0, this_machine())
+                await_resources(lambda: needed, seconds=0.0, report=print)
+            # Options that do not fit the backbone are refused here, before Ray starts.
+            backbone = describe_backbone(config, make_backbone(config))
+            # Ray Train has a helper that warns every second where there is no dashboard to ask.
+            connect(config.object_store_mb, ray.LoggingConfig(log_level="ERROR"))
+            _run(config, lease, on_cluster, backbone)
         except (KeyboardInterrupt, SystemExit) as stop:
             # Ctrl-C or SIGTERM: the job's last line says how far it came.
             done = f"{recorded_steps(config.out)} of {config.steps} steps done, up to the last checkpoint"
@@ -73,7 +79,7 @@ def train(config: TrainConfig) -> None:
             raise
 
 
-def _run(config: TrainConfig, lease: Lease, on_cluster: bool) -> None:
+def _run(config: TrainConfig, lease: Lease, on_cluster: bool, backbone: dict[str, Any]) -> None:
     """Record the run, let the workers train, and write the picture and the summary."""
     gpus = default_gpus(config.gpus_per_worker)
     await_resources(
@@ -84,8 +90,6 @@ def _run(config: TrainConfig, lease: Lease, on_cluster: bool) -> None:
     shards = plan_input(config, index_all=index_on_ray)
     plan = Plan(shards, 1, storage.join(config.out, "plan", "index"))
     order = SampleOrder(plan.samples, count_held_out(config.holdout, plan.samples), config.seed)
-    # Options that do not fit the backbone are refused here, before any worker starts.
-    backbone = describe_backbone(config, make_backbone(config))
     identity = config.identity() | {"backbone digest": backbone["digest"]}
     identity |= {"input shards": len(shards), "input samples": plan.samples, "input digest": plan.digest}
     if any(shard.spread for shard in shards):

@@ -67,7 +67,7 @@ class _Parser(jsonargparse.ArgumentParser):
 
     def fail(self, text: str) -> NoReturn:
         """End the program: one line, exit status 2."""
-        self.exit(2, f"{self.prog}: error: {text}\n")
+        self.exit(2, f"{self.prog}: error: {text} (--help lists the options)\n")
 
     def _check_value_key(self, action: argparse.Action, value: Any, *args: Any, **kwargs: Any) -> Any:
         # A YAML file may name one word where several are possible; its letters would be taken for the words.
@@ -78,7 +78,9 @@ class _Parser(jsonargparse.ArgumentParser):
 
 def _plain(message: str) -> str:
     """A message of jsonargparse as one line without names of Python types."""
-    text = " ".join(message.split())
+    text = re.sub(r"Not of type \w+: ", "", " ".join(message.split()))
+    if missing := re.fullmatch(r"the following arguments are required: (.*)", text):
+        return "give " + ", ".join(f"--{name}" for name in missing[1].split(", "))
     name, value = (re.search(pattern, text) for pattern in (r'Parser key "([\w.]+)"', r"(?:Got|Given) value: (.*)"))
     literals = re.findall(r"Expected a typing\.Literal\[(.+?)\]", text)
     types = [_TYPES.get(kind, kind) for kind in re.findall(r"Expected a <class '(\w+)'>", text) if kind != "NoneType"]

@@ -182,7 +182,9 @@ def test_an_error_is_one_line() -> None:
     stream = io.StringIO()
     with redirect_stderr(stream), pytest.raises(SystemExit):
         parse_args(PrecomputeConfig, [*NEEDED, "--batch-sise", "3"], description="test", prog="featup precompute")
-    assert stream.getvalue() == "featup precompute: error: unknown option 'batch_sise', did you mean 'batch_size'?\n"
+    assert stream.getvalue() == (
+        "featup precompute: error: unknown option 'batch_sise', did you mean 'batch_size'? (--help lists the options)\n"
+    )
 
 
 def test_the_help_has_groups_ranges_and_the_examples_as_they_are_written() -> None:
