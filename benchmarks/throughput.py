@@ -20,7 +20,7 @@ from pathlib import Path
 import psutil
 
 from pipeline.compute.load import LoadedUnit, decode_options, load_unit
-from pipeline.compute.prepare import complete_plan, create_or_grow, layout_of, plan_input, prepare
+from pipeline.compute.prepare import complete_plan, create_or_grow, layout_of, load_models, plan_input, prepare
 from pipeline.compute.unit import UnitProcessor
 from pipeline.config.parser import parse_args
 from pipeline.config.precompute import PrecomputeConfig
@@ -72,7 +72,7 @@ def stages_alone(config: PrecomputeConfig) -> dict[str, float]:
     time that all stages take together.
     """
     shards = plan_input(config)
-    setup = prepare(config, shards)
+    setup = prepare(config, shards, load_models(config))
     plan = complete_plan(config, shards, setup.channels)
     layout = layout_of(config, plan.rows_per_shard, setup.channels, plan.units)
     create_or_grow(config, plan, layout, setup)

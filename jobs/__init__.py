@@ -132,7 +132,7 @@ class CommandParser(argparse.ArgumentParser):
             for name in re.findall(r"--[\w-]+", message)
             if name not in known
         ]
-        self.exit(2, f"{self.prog}: error: {'; '.join(hints) or message}\n")
+        self.exit(2, f"{self.prog}: error: {'; '.join(hints) or message} (--help lists the options)\n")
 
 
 def add_failed(parser: argparse.ArgumentParser) -> None:

@@ -18,8 +18,10 @@ def main(argv: list[str] | None = None) -> int:
 def _run(argv: list[str] | None) -> bool:
     from pipeline.config.evaluate import EvaluateConfig
     from pipeline.config.parser import parse_args
+    from pipeline.config.places import check_places
 
     config, _ = parse_args(EvaluateConfig, argv, description=__doc__ or "", prog=program("evaluate"))
+    check_places(config)
     from pipeline.evaluation.evaluate import evaluate
 
     evaluate(config)

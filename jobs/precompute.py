@@ -32,6 +32,7 @@ def index_on_cluster(object_store_mb: int) -> "IndexAll | None":
 
 def _run(argv: list[str] | None) -> bool:
     from pipeline.config.parser import parse_args
+    from pipeline.config.places import check_places
     from pipeline.config.precompute import PrecomputeConfig
 
     config, options = parse_args(
@@ -46,6 +47,7 @@ def _run(argv: list[str] | None) -> bool:
             help="say what would be done, and what it takes; do nothing",
         ),
     )
+    check_places(config)
     if options.dry_run:
         from pipeline.compute.estimate import estimate
 

@@ -16,9 +16,11 @@ def main(argv: list[str] | None = None) -> int:
 
 def _run(argv: list[str] | None) -> bool:
     from pipeline.config.parser import parse_args
+    from pipeline.config.places import check_places
     from pipeline.config.predict import PredictConfig
 
     config, _ = parse_args(PredictConfig, argv, description=__doc__ or "", prog=program("predict"))
+    check_places(config)
     from pipeline.evaluation.predict import predict
 
     predict(config)

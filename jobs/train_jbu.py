@@ -16,9 +16,11 @@ def main(argv: list[str] | None = None) -> int:
 
 def _run(argv: list[str] | None) -> bool:
     from pipeline.config.parser import parse_args
+    from pipeline.config.places import check_places
     from pipeline.config.train import TrainConfig
 
     config, _ = parse_args(TrainConfig, argv, description=__doc__ or "", prog=program("train_jbu"))
+    check_places(config)
     from pipeline.cluster.train import train
 
     train(config)

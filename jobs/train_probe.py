@@ -16,9 +16,11 @@ def main(argv: list[str] | None = None) -> int:
 
 def _run(argv: list[str] | None) -> bool:
     from pipeline.config.parser import parse_args
+    from pipeline.config.places import check_places
     from pipeline.config.probe import ProbeConfig
 
     config, _ = parse_args(ProbeConfig, argv, description=__doc__ or "", prog=program("train_probe"))
+    check_places(config)
     from pipeline.training.probes import train_probe
 
     train_probe(config)

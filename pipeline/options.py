@@ -155,12 +155,13 @@ def _problems(name: str, value: Any, hint: Any, metadata: Any) -> Iterator[str]:
     bounds: Bounds | None = metadata.get("bounds")
     if length is not None and (not isinstance(value, tuple) or len(value) != length):
         yield f"{name}={shown} must be {length} numbers"
-    elif choices and any(one not in choices for one in values):
+    elif choices and not {int, float} & set(kinds) and any(one not in choices for one in values):
         yield f"{name}={shown} must be one of {', '.join(map(str, choices))}"
-    elif {int, float} & set(kinds):
+    elif {int, float} & set(kinds) and not (choices and value in choices):
         whole = float not in kinds
         if any(isinstance(one, bool) or not isinstance(one, int if whole else (int, float)) for one in values):
-            yield f"{name}={shown} must be a {'whole ' if whole else ''}number"
+            words = "".join(f", or {choice}" for choice in choices)
+            yield f"{name}={shown} must be a {'whole ' if whole else ''}number{words}"
         elif any(one not in (bounds or Bounds()) for one in values):
             yield f"{name}={shown} must be {bounds or 'finite'}" + (" on both sides" if isinstance(value, Size) else "")
     elif str in kinds and not all(isinstance(one, str) for one in values):

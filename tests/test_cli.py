@@ -155,7 +155,7 @@ def test_a_parser_without_a_config_errs_in_one_line(capsys: pytest.CaptureFixtur
     ):
         with pytest.raises(SystemExit, match="2"):
             parser.parse_args(words)
-        assert capsys.readouterr().err == f"python -m jobs.verify: error: {text}\n"
+        assert capsys.readouterr().err == f"python -m jobs.verify: error: {text} (--help lists the options)\n"
 
 
 def test_letters_that_a_log_cannot_show_end_no_job() -> None:

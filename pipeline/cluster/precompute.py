@@ -23,10 +23,10 @@ from pipeline.cluster.connect import connect
 from pipeline.cluster.faults import ray_errors_in_one_line
 from pipeline.cluster.featurizer import Featurizer
 from pipeline.cluster.planning import index_on_ray
-from pipeline.cluster.preflight import check_cores, start_ray
+from pipeline.cluster.preflight import allot_work, check_cores, start_ray
 from pipeline.cluster.progress import Progress
-from pipeline.cluster.resources import Allotment
 from pipeline.cluster.rows import number_rows, read_rows
+from pipeline.compute.allotment import Allotment, Work, actor_bytes, peak_bytes
 from pipeline.compute.device import threads_restored
 from pipeline.compute.load import decode_options, load_row
 from pipeline.compute.models import Setup
@@ -38,6 +38,7 @@ from pipeline.compute.prepare import (
     complete_plan,
     create_or_grow,
     layout_of,
+    load_models,
     plan_store,
     prepare,
     units_to_retry,
@@ -137,6 +138,9 @@ def _run(config: PrecomputeConfig, lease: Lease, state: _State, on_cluster: bool
     given = config
     if alone:
         check_cores(config)
+        # Before the input is indexed, which may take minutes: a wrong name is known at once.
+        with threads_restored():
+            extractor = load_models(config)
     else:
         config, allotment = start_ray(config, on_cluster)
     ledger = Ledger(storage.join(config.out, "ledger"))
@@ -159,10 +163,11 @@ def _run(config: PrecomputeConfig, lease: Lease, state: _State, on_cluster: bool
         check_members(config, update.shards)
     if alone:
         with threads_restored():
-            setup = prepare(config, update.shards)
+            setup, peak = prepare(config, update.shards, extractor), peak_bytes()
+        del extractor
     else:
         remote = _prepare_remotely.options(num_cpus=min(1.0, allotment.cpus), num_gpus=allotment.gpus_per_actor)
-        setup = ray.get(remote.remote(config, update.shards))
+        setup, peak = ray.get(remote.remote(config, update.shards))
     plan = complete_plan(config, update.shards, setup.channels)
     layout = layout_of(config, plan.rows_per_shard, setup.channels, plan.units)
     lease.check()
@@ -193,11 +198,21 @@ def _run(config: PrecomputeConfig, lease: Lease, state: _State, on_cluster: bool
     )
     if len(todo):
         if alone:
-            config, allotment = start_ray(config, on_cluster)
+            config, _ = start_ray(config, on_cluster)
+        work = Work(len(todo), actor_bytes(config, layout, peak), fits=config.upsampler == "implicit")
+        config, allotment = allot_work(config, work)
         withdraw_complete(config.out)
         _set_patience(config, plan)
         whole = plan.units // UNITS_PER_SEGMENT
         left_of = Counter(unit // UNITS_PER_SEGMENT for unit in todo.tolist() if unit // UNITS_PER_SEGMENT < whole)
+        # Ray Data gives its actors two objects of its own, which the driver keeps until they end, and Ray warns of that
+        # in a line that cannot be told from that of a fault.
+        print(
+            "should Ray print a line about constructor arguments in the object store now: they are Ray Data's own, are "
+            "kept as long as this job runs, and do no harm",
+            file=sys.stderr,
+            flush=True,
+        )
         with read_rows(stages(config, plan, layout, setup, todo, allotment)) as rows:
             _follow(rows, Progress(len(todo), left), left_of, config.out, ledger, lease, state)
         remove_leftovers(config.out)
@@ -329,8 +344,8 @@ def _judge(config: PrecomputeConfig, summary: Summary) -> None:
 
 # One call a process: an idle one would keep its GPU memory beside the actors.
 @ray.remote(max_retries=2, max_calls=1)  # type: ignore[untyped-decorator]
-def _prepare_remotely(config: PrecomputeConfig, shards: tuple[PlannedShard, ...]) -> Setup:
-    return prepare(config, shards)
+def _prepare_remotely(config: PrecomputeConfig, shards: tuple[PlannedShard, ...]) -> tuple[Setup, int]:
+    return prepare(config, shards, load_models(config)), peak_bytes()
 
 
 def stages(

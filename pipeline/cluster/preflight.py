@@ -1,14 +1,14 @@
 """What the main job asks of its machines, held against what they have, before anything is computed."""
 
-import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from pipeline.cluster.connect import connect
-from pipeline.cluster.resources import Allotment, allot, await_resources, cluster_resources
+from pipeline.cluster.resources import await_resources, cluster_machines, cluster_resources
+from pipeline.compute.allotment import Allotment, Work, allot, this_machine
 from pipeline.config.precompute import PrecomputeConfig
 
-__all__ = ["check_cores", "start_ray"]
+__all__ = ["allot_work", "check_cores", "start_ray"]
 
 
 def check_cores(config: PrecomputeConfig) -> None:
@@ -17,44 +17,58 @@ def check_cores(config: PrecomputeConfig) -> None:
     Raises:
         ConfigError: the job would wait for ever.
     """
-    has = {"CPU": float(len(os.sched_getaffinity(0)))}
-    await_resources(lambda: _allotment(config, has, 1).missing(has), seconds=0.0, report=print)
+    has = this_machine()
+    await_resources(lambda: _allotment(config, [has]).missing(has), seconds=0.0, report=print)
 
 
-def _allotment(config: PrecomputeConfig, has: Mapping[str, float], nodes: int) -> Allotment:
+def _allotment(
+    config: PrecomputeConfig, machines: Sequence[Mapping[str, float]], work: Work | None = None
+) -> Allotment:
     return allot(
-        has,
-        nodes=nodes,
+        machines,
         actors=config.actors,
         cpus_per_actor=config.cpus_per_actor,
         gpus_per_actor=config.gpus_per_actor,
         loader_cpus=config.loader_cpus,
+        work=work,
     )
 
 
 def start_ray(config: PrecomputeConfig, on_cluster: bool) -> tuple[PrecomputeConfig, Allotment]:
     """Join the cluster or start Ray here, and wait for the machines that are to join a cluster.
 
+    With ``actors="auto"`` a machine for one actor is waited for; those that are there by then are counted.
+
     Returns:
-        The options with CPUs and GPUs filled in, and what each process gets.
+        The options with the GPUs of an actor filled in, and what each process gets of the machines that are there.
 
     Raises:
         ConfigError: the job would wait for ever.
         EnvironmentFault: Ray cannot be started here.
     """
     connect(config.object_store_mb)
-    resources, nodes = cluster_resources()
-    allotment = _allotment(config, resources, nodes)
-    if allotment.hint:
-        print(allotment.hint, flush=True)
+    allotment = _allotment(config, cluster_machines())
     await_resources(
-        lambda: allotment.missing(cluster_resources()[0]),
+        lambda: allotment.missing(cluster_resources()),
         # On one machine nothing will join.
         seconds=config.resource_timeout if on_cluster else 0.0,
         report=lambda text: print(text, flush=True),
     )
+    return replace(config, gpus_per_actor=allotment.gpus_per_actor), allotment
+
+
+def allot_work(config: PrecomputeConfig, work: Work) -> tuple[PrecomputeConfig, Allotment]:
+    """Share the machines that are there out to the work, and say in one line what decided it.
+
+    Returns:
+        The options with all that was left open filled in, and what each process gets.
+    """
+    allotment = _allotment(config, cluster_machines(), work)
+    if allotment.hint:
+        print(allotment.hint, flush=True)
     filled = replace(
         config,
+        actors=allotment.actors,
         cpus_per_actor=allotment.cpus_per_actor,
         loader_cpus=allotment.loader_cpus,
         gpus_per_actor=allotment.gpus_per_actor,

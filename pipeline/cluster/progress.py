@@ -1,22 +1,18 @@
-"""Progress of a run, readable on a terminal and in a log file alike; never silent for longer than half a minute."""
+"""Progress of a run of the main job."""
 
-import sys
-import threading
 import time
 from collections.abc import Callable
-from typing import Self, TextIO
+from typing import TextIO
 
 from pipeline.console import human_bytes, human_seconds
+from pipeline.progress import LineProgress
 from pipeline.store.ledger import Receipt
 
 __all__ = ["Progress"]
 
 
-class Progress:
-    """Counts receipts as they come in and prints a line now and then: over itself on a terminal, else below.
-
-    As a context manager it also prints where nothing comes in: what is waited for, and since when.
-    """
+class Progress(LineProgress):
+    """Counts receipts as they come in."""
 
     def __init__(
         self,
@@ -30,42 +26,19 @@ class Progress:
         """
         Args:
             units, samples: what this run has to do.
-            stream: where lines go, by default the standard output; a terminal is told by its ``isatty``.
-            every: seconds between lines in a log; a terminal gets two a second.
-            clock: tells the seconds, from any beginning.
-            silence: seconds after which a line is printed though nothing came in.
+            stream, every, clock, silence: see :class:`LineProgress`.
         """
-        self.units, self.samples = units, samples
-        self.done_units = self.failed_units = self.done_samples = self.failed_samples = self.bytes = 0
-        self._stream = stream or sys.stdout
-        self._terminal = self._stream.isatty()
-        self._every = 0.5 if self._terminal else every
-        self._silence = silence
-        self._clock = clock
-        self._started = clock()
+        super().__init__(units, stream, every, clock, silence)
+        self.samples = samples
+        self.failed_units = self.done_samples = self.failed_samples = self.bytes = 0
         self._first: float | None = None
         self._samples_at_first = 0
-        self._shown = self._last = self._started
-        self._lock = threading.Lock()
-        self._ended = threading.Event()
-        self._ticker = threading.Thread(target=self._tick, name="progress", daemon=True)
-
-    def __enter__(self) -> Self:
-        self._ticker.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._ended.set()
-        self._ticker.join()
-
-    def _tick(self) -> None:
-        while not self._ended.wait(min(1.0, self._silence / 4)):
-            self.tick()
+        self._last = self.started
 
     def add(self, receipt: Receipt) -> None:
         """Count one unit."""
         with self._lock:
-            self.done_units += 1
+            self.done += 1
             self.failed_units += bool(receipt.error)
             self.done_samples += len(receipt.samples)
             self.failed_samples += sum(record.status != "ok" for record in receipt.samples)
@@ -73,15 +46,7 @@ class Progress:
             now = self._last = self._clock()
             if self._first is None:
                 self._first, self._samples_at_first = now, self.done_samples
-            if now - self._shown >= self._every or self.done_units == self.units:
-                self._print(self.line(now), now)
-
-    def tick(self) -> None:
-        """Print a line where none was printed for ``silence`` seconds."""
-        with self._lock:
-            now = self._clock()
-            if now - self._shown >= self._silence and self.done_units < self.units:
-                self._print(f"{self.line(now)}; {self.waiting(now)}", now)
+            self.came(now)
 
     def waiting(self, now: float) -> str:
         """What is waited for."""
@@ -89,25 +54,35 @@ class Progress:
             return "waiting for the first unit: processes start, load the models, read and decode"
         return f"waiting for a unit, the last one came {human_seconds(now - self._last)} ago"
 
-    def _print(self, text: str, now: float) -> None:
-        self._shown = now
-        end = "\r" if self._terminal and self.done_units < self.units else "\n"
-        self._stream.write(("\x1b[2K" if self._terminal else "") + text + end)
-        self._stream.flush()
+    def _pace(self, now: float) -> float:
+        """Samples a second."""
+        # The start of processes is not part of the pace, so the time left is computed from the first unit on.
+        if self._first is not None and now - self._first > 5 and self.done_samples > self._samples_at_first:
+            return (self.done_samples - self._samples_at_first) / (now - self._first)
+        return self.done_samples / max(now - self.started, 1e-9)
+
+    def _left(self, now: float) -> str:
+        pace = self._pace(now)
+        return human_seconds((self.samples - self.done_samples) / pace) if pace else "unknown"
 
     def line(self, now: float) -> str:
         """The state in one line."""
-        elapsed = max(now - self._started, 1e-9)
-        # The start of processes is not part of the pace, so the time left is computed from the first unit on.
-        pace = self.done_samples / elapsed
-        if self._first is not None and now - self._first > 5 and self.done_samples > self._samples_at_first:
-            pace = (self.done_samples - self._samples_at_first) / (now - self._first)
-        left = human_seconds((self.samples - self.done_samples) / pace) if pace else "unknown"
+        elapsed = max(now - self.started, 1e-9)
         failed = f"{self.failed_samples} samples failed" + (
             f", {self.failed_units} units failed" if self.failed_units else ""
         )
         return (
-            f"{self.done_units}/{self.units} units  {self.done_samples}/{self.samples} samples  "
-            f"{pace:.1f} samples/s  {human_bytes(self.bytes / elapsed)}/s  {failed}  "
-            f"{human_seconds(elapsed)} gone, {left} left"
+            f"{self.done}/{self.total} units  {self.done_samples}/{self.samples} samples  "
+            f"{self._pace(now):.1f} samples/s  {human_bytes(self.bytes / elapsed)}/s  {failed}  "
+            f"{human_seconds(elapsed)} gone, {self._left(now)} left"
+        )
+
+    def short(self, now: float) -> str:
+        """The state in about sixty letters."""
+        if self._first is None:
+            return f"0/{self.total} units  processes start and load the models, {human_seconds(now - self.started)}"
+        units = f", {self.failed_units} units" if self.failed_units else ""
+        return (
+            f"{self.done}/{self.total} units  {self._pace(now):.1f} samples/s  "
+            f"{self.failed_samples} failed{units}  {self._left(now)} left"
         )

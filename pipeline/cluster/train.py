@@ -13,9 +13,11 @@ A run leaves in ``OUT``::
 """
 
 import os
+import sys
 import threading
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, wait
+from contextlib import ExitStack
 from typing import Any
 
 import ray
@@ -28,7 +30,8 @@ from featup.errors import FeatupError
 from pipeline.cluster.connect import connect
 from pipeline.cluster.planning import index_on_ray
 from pipeline.cluster.resources import await_resources, cluster_resources, default_gpus
-from pipeline.cluster.train_worker import CHECKPOINTS, mend_snapshot, train_worker
+from pipeline.cluster.train_worker import CHECKPOINTS, StepBoard, mend_snapshot, train_worker
+from pipeline.compute.allotment import this_machine
 from pipeline.compute.models import make_backbone
 from pipeline.compute.prepare import plan_input, versions
 from pipeline.config.base import describe
@@ -36,10 +39,11 @@ from pipeline.config.train import TrainConfig
 from pipeline.errors import JobFailedError, PipelineError
 from pipeline.inputs import storage
 from pipeline.inputs.plan import Plan
+from pipeline.progress import CountProgress, is_live
 from pipeline.store.lease import Lease
-from pipeline.training.log import plot_log, read_log, recorded_steps
+from pipeline.training.log import plot_log, read_log, recorded_steps, warn_of_bilinear
 from pipeline.training.loop import describe_backbone
-from pipeline.training.order import SampleOrder
+from pipeline.training.order import SampleOrder, count_held_out
 from pipeline.training.run import check_run, record_run
 
 __all__ = ["failure_of", "train"]
@@ -59,10 +63,15 @@ def train(config: TrainConfig) -> None:
     config = config.absolute(on_cluster=on_cluster)
     check_run(config.out, config.identity())
     with Lease.acquire(config.out) as lease:
-        # Ray Train has a helper that warns every second where there is no dashboard to ask.
-        connect(config.object_store_mb, ray.LoggingConfig(log_level="ERROR"))
         try:
-            _run(config, lease, on_cluster)
+            if not on_cluster:
+                needed = _missing(config, config.gpus_per_worker or 0.0, this_machine())
+                await_resources(lambda: needed, seconds=0.0, report=print)
+            # Options that do not fit the backbone are refused here, before Ray starts.
+            backbone = describe_backbone(config, make_backbone(config))
+            # Ray Train has a helper that warns every second where there is no dashboard to ask.
+            connect(config.object_store_mb, ray.LoggingConfig(log_level="ERROR"))
+            _run(config, lease, on_cluster, backbone)
         except (KeyboardInterrupt, SystemExit) as stop:
             # Ctrl-C or SIGTERM: the job's last line says how far it came.
             done = f"{recorded_steps(config.out)} of {config.steps} steps done, up to the last checkpoint"
@@ -70,21 +79,22 @@ def train(config: TrainConfig) -> None:
             raise
 
 
-def _run(config: TrainConfig, lease: Lease, on_cluster: bool) -> None:
+def _run(config: TrainConfig, lease: Lease, on_cluster: bool, backbone: dict[str, Any]) -> None:
     """Record the run, let the workers train, and write the picture and the summary."""
     gpus = default_gpus(config.gpus_per_worker)
     await_resources(
-        lambda: _missing(config, gpus, cluster_resources()[0]),
+        lambda: _missing(config, gpus, cluster_resources()),
         seconds=config.resource_timeout if on_cluster else 0.0,
         report=lambda text: print(text, flush=True),
     )
     shards = plan_input(config, index_all=index_on_ray)
     plan = Plan(shards, 1, storage.join(config.out, "plan", "index"))
-    order = SampleOrder(plan.samples, config.holdout, config.seed)
-    # Options that do not fit the backbone are refused here, before any worker starts.
-    backbone = describe_backbone(config, make_backbone(config))
+    order = SampleOrder(plan.samples, count_held_out(config.holdout, plan.samples), config.seed)
     identity = config.identity() | {"backbone digest": backbone["digest"]}
     identity |= {"input shards": len(shards), "input samples": plan.samples, "input digest": plan.digest}
+    if any(shard.spread for shard in shards):
+        # The first samples were taken once: such a run is another one.
+        identity["samples within the limit"] = "spread evenly over the input"
     check_run(config.out, identity)
     provenance = {"identity": identity, "config": describe(config), "backbone": backbone, "versions": versions()}
     record_run(config.out, provenance)
@@ -94,15 +104,16 @@ def _run(config: TrainConfig, lease: Lease, on_cluster: bool) -> None:
     for fault in plan.faults:
         print(f"input fault: {fault}", flush=True)
     print(
-        f"{config.out}: {len(order)} samples to train on and {config.holdout} held out; {config.upsampler} for "
+        f"{config.out}: {len(order)} samples to train on and {order.holdout} held out; {config.upsampler} for "
         f"{config.backbone}, {backbone['grid'][0]}x{backbone['grid'][1]} to {config.size}, {backbone['channels']} "
         f"channels; {config.steps} steps of {config.batch_size} images, workers: {config.workers}",
         flush=True,
     )
     mend_snapshot(config)
+    board = ray.remote(num_cpus=0)(StepBoard).remote() if is_live(sys.stdout) else None
     trainer = ray.train.torch.TorchTrainer(
         train_worker,
-        train_loop_config={"config": config, "plan": plan, "provenance": provenance},
+        train_loop_config={"config": config, "plan": plan, "provenance": provenance, "board": board},
         scaling_config=ray.train.ScalingConfig(
             num_workers=config.workers,
             use_gpu=gpus > 0,
@@ -117,7 +128,7 @@ def _run(config: TrainConfig, lease: Lease, on_cluster: bool) -> None:
         ),
     )
     try:
-        result = _fit(trainer, lease)
+        result = _fit(trainer, lease, config, board)
     except ray.train.TrainingFailedError as error:
         raise failure_of(error, config) from error
     lines = read_log(config.out, config.steps)
@@ -137,10 +148,11 @@ def _missing(config: TrainConfig, gpus: float, has: Mapping[str, float]) -> str:
     )
 
 
-def _fit(trainer: ray.train.torch.TorchTrainer, lease: Lease) -> ray.train.Result:
+def _fit(trainer: ray.train.torch.TorchTrainer, lease: Lease, config: TrainConfig, board: Any) -> ray.train.Result:
     """Train, in a thread of its own: on the main thread Ray Train answers Ctrl-C by exit status 0.
 
-    The thread is a daemon, so that it keeps no process alive that is to stop.
+    The thread is a daemon, so that it keeps no process alive that is to stop. On a terminal the steps are shown as they
+    are written on the ``board``.
     """
     future: Future[ray.train.Result] = Future()
 
@@ -151,10 +163,27 @@ def _fit(trainer: ray.train.torch.TorchTrainer, lease: Lease) -> ray.train.Resul
             future.set_exception(error)
 
     threading.Thread(target=fit, name="fit", daemon=True).start()
-    while not future.done():
-        wait([future], timeout=1.0)
-        lease.check()
+    with ExitStack() as shown:
+        progress: CountProgress | None = None
+        running = True
+        while running:
+            wait([future], timeout=1.0)
+            lease.check()
+            # Looked up before the board is, or the last steps would not be shown.
+            running = not future.done()
+            if board is not None and (state := _read(board)):
+                progress = progress or shown.enter_context(CountProgress(config.steps, "steps", before=state[0]))
+                progress.reach(state[0], f"loss {state[1]:.4g}")
     return future.result()
+
+
+def _read(board: Any) -> tuple[int, float] | None:
+    """The last step on the board, and its loss; ``None`` where it does not answer at once."""
+    try:
+        state: tuple[int, float] | None = ray.get(board.read.remote(), timeout=1.0)
+    except ray.exceptions.RayError:
+        return None
+    return state
 
 
 def failure_of(error: ray.train.TrainingFailedError, config: TrainConfig) -> Exception:
@@ -194,6 +223,8 @@ def _conclude(
         f"{storage.join(config.out, 'best.safetensors')}",
         flush=True,
     )
+    if warning := warn_of_bilinear(config, lines, metrics["best"]):
+        print(warning, flush=True)
     if replaced > config.max_failed_fraction * sampled:
         raise JobFailedError(
             f"{replaced} of {sampled} sampled images could not be decoded ({replaced / sampled:.2%}), more than "

@@ -12,8 +12,9 @@ import torch
 from pipeline.config.train import TrainConfig
 from pipeline.inputs import storage
 from pipeline.training.loop import Session, TrainingWorker
+from pipeline.training.progress import StepProgress
 
-__all__ = ["CHECKPOINTS", "mend_snapshot", "train_worker"]
+__all__ = ["CHECKPOINTS", "StepBoard", "mend_snapshot", "train_worker"]
 
 
 # Ray Train's folder in OUT.
@@ -58,19 +59,42 @@ def _whole_json(place: str) -> bytes | None:
 def train_worker(arguments: Mapping[str, Any]) -> None:
     """The function that Ray Train runs in each worker."""
     config = arguments["config"]
-    TrainingWorker(config, arguments["plan"], arguments["provenance"], _RaySession(config)).run()
+    session = _RaySession(config, arguments["board"])
+    TrainingWorker(config, arguments["plan"], arguments["provenance"], session).run()
+
+
+class StepBoard:
+    """The actor where the first worker writes how far it is, for the driver to show on its terminal."""
+
+    def __init__(self) -> None:
+        self._last: tuple[int, float] | None = None
+
+    def write(self, step: int, loss: float) -> None:
+        """A step, and its loss."""
+        self._last = step, loss
+
+    def read(self) -> tuple[int, float] | None:
+        """The last step and its loss; ``None`` before the first."""
+        return self._last
 
 
 class _RaySession(Session):
     """A worker's connection to the others, by Ray Train."""
 
-    def __init__(self, config: TrainConfig) -> None:
+    def __init__(self, config: TrainConfig, board: Any) -> None:
+        """
+        Args:
+            config: of the run.
+            board: the driver's :class:`StepBoard`; ``None`` where the steps are printed as lines.
+        """
         context = ray.train.get_context()
         self.rank: int = context.get_world_rank()
         self.workers: int = context.get_world_size()
         self.workers_here: int = context.get_local_world_size()
         self.device: torch.device = ray.train.torch.get_device()
         self._config = config
+        self._board = board
+        self._lines: StepProgress | None = None
 
     def prepare(self, model: torch.nn.Module) -> torch.nn.Module:
         prepared: torch.nn.Module = ray.train.torch.prepare_model(
@@ -91,6 +115,13 @@ class _RaySession(Session):
 
     def before_checkpoint(self) -> None:
         _copy_snapshot(self._config)
+
+    def show_step(self, step: int, loss: float) -> None:
+        if self._board is not None:
+            self._board.write.remote(step, loss)
+            return
+        self._lines = self._lines or StepProgress(step - 1, self._config.steps)
+        self._lines.add(step, loss)
 
     def report(self, metrics: dict[str, Any], checkpoint: str | None = None) -> None:
         ray.train.report(metrics, checkpoint=checkpoint and ray.train.Checkpoint.from_directory(checkpoint))

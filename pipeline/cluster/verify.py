@@ -17,6 +17,7 @@ from pipeline.compute.source_check import check_source
 from pipeline.errors import ConfigError
 from pipeline.inputs import storage
 from pipeline.inputs.plan import Plan
+from pipeline.progress import CountProgress
 from pipeline.store.lease import Lease
 from pipeline.store.ledger import Ledger
 from pipeline.store.leftovers import find_leftovers
@@ -95,14 +96,17 @@ def _verify(
     }
     reference = ray.put((out, plan, units, urls, indexed))
     dataset = number_rows(len(units)).map(_verify_row, fn_kwargs={"reference": reference}, num_cpus=1)
-    verified = 0
+    progress = CountProgress(len(units), "units")
     with (
-        ray_errors_in_one_line(lambda: f"{verified} of {len(units)} units are verified; run the same command again"),
+        ray_errors_in_one_line(
+            lambda: f"{progress.done} of {len(units)} units are verified; run the same command again"
+        ),
         read_rows(dataset) as rows,
+        progress,
     ):
-        for row in rows:
+        for verified, row in enumerate(rows, 1):
             report.add(Finding.from_row(row))
-            verified += 1
+            progress.reach(verified, f"{len(report.problems)} problems")
 
 
 @lru_cache(maxsize=2)

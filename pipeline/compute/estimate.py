@@ -1,6 +1,5 @@
 """The plan in words, before anything runs: sizes from arithmetic, times and memory from a timed handful of samples."""
 
-import resource
 import tempfile
 import time
 from dataclasses import replace
@@ -9,6 +8,7 @@ import numpy as np
 import torch
 
 from featup.projection import PCA
+from pipeline.compute.allotment import Work, actor_bytes, allot, peak_bytes, this_machine
 from pipeline.compute.device import set_threads
 from pipeline.compute.load import decode_options, load_sample
 from pipeline.compute.models import Extractor, fit_pca, take_pca
@@ -51,12 +51,22 @@ def _estimate(config: PrecomputeConfig, index_all: IndexAll | None, folder: str)
     shards = plan_input(config, None if config.images else index_all, folder)
     check_members(config, shards)
     extractor = Extractor(config)
-    threads = set_threads(config.threads, config.actors)
+    peak = peak_bytes()
     taken = take_pca(config.pca_from, config, extractor.setup())[0] if config.pca_from else None
     channels = len(taken.components) if taken else config.pca or extractor.backbone.channels
     plan = complete_plan(config, shards, channels)
     rows = plan.rows_per_shard
     layout = layout_of(config, rows, channels, plan.units)
+    need = actor_bytes(config, layout, peak)
+    allotment = allot(
+        [this_machine()],
+        actors=config.actors,
+        cpus_per_actor=config.cpus_per_actor,
+        gpus_per_actor=config.gpus_per_actor,
+        loader_cpus=config.loader_cpus,
+        work=Work(plan.units, need, fits=config.upsampler == "implicit"),
+    )
+    threads = set_threads(config.threads, allotment.actors_per_node)
 
     seconds, ratio, tried = _time_handful(config, extractor, plan, threads, taken)
     total = plan.samples * layout.sample_bytes
@@ -65,7 +75,7 @@ def _estimate(config: PrecomputeConfig, index_all: IndexAll | None, folder: str)
     cpu = extractor.device.type == "cpu"
     each = loading / threads + computing + writing if cpu else max(loading, computing, writing)
     unit = rows * layout.sample_bytes
-    base = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    actors = allotment.actors
     features = layout.arrays[0]
     chunk = 2 * int(np.prod(features.chunk))
     lines = [
@@ -86,12 +96,12 @@ def _estimate(config: PrecomputeConfig, index_all: IndexAll | None, folder: str)
         ),
         f"bytes:    all      {human_bytes(total):>10s} before compression ({total} bytes), "
         f"about {human_bytes(total / ratio)} stored ({ratio:.2f}x, seen on {tried} samples)",
-        f"memory:   about {human_bytes(base + 4 * unit)} an actor: {human_bytes(base)} for models and one batch, and "
+        f"memory:   about {human_bytes(need)} an actor: {human_bytes(need - 4 * unit)} for models and one batch, and "
         f"two units of {human_bytes(unit)} under way, each with its encoding",
         "time:     " + ", ".join(f"{name} {1000 * value:.1f} ms" for name, value in seconds.items()) + " a sample "
         f"({tried} samples, {threads} threads, {extractor.setup().device})",
-        f"time:     about {human_seconds(plan.samples * each / config.actors)}, {config.actors / each:.1f} samples/s "
-        f"(actors: {config.actors})",
+        f"time:     about {human_seconds(plan.samples * each / actors)}, {actors / each:.1f} samples/s; "
+        f"{allotment.hint or f'actors: {actors}'}",
     ]
     return "\n".join(lines)
 

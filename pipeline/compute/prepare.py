@@ -39,6 +39,7 @@ __all__ = [
     "complete_plan",
     "create_or_grow",
     "layout_of",
+    "load_models",
     "plan_input",
     "plan_store",
     "prepare",
@@ -106,21 +107,38 @@ def check_members(config: PrecomputeConfig, shards: tuple[PlannedShard, ...]) ->
             )
 
 
-def prepare(config: PrecomputeConfig, shards: tuple[PlannedShard, ...]) -> Setup:
-    """Build the models once, learn their geometry and digests, and fit the PCA (or take this store's or another's).
+def load_models(config: PrecomputeConfig) -> Extractor:
+    """Build the models once, of weights that are kept with the store where they are downloaded.
+
+    Raises:
+        ConfigError: a GPU is asked for and there is none, or more components than the backbone has channels.
+        FeatupError: a model, layer, size or checkpoint that does not fit.
+    """
+    # Nothing else runs yet.
+    set_threads(config.threads, 1)
+    extractor = Extractor(config, weights=keep_weights(config))
+    if config.pca is not None and config.pca > extractor.channels:
+        raise ConfigError(
+            f"pca={config.pca} and {config.backbone} gives {extractor.channels} channels at layer "
+            f"{extractor.backbone.layer}; give at most that, or no pca for all channels"
+        )
+    return extractor
+
+
+def prepare(config: PrecomputeConfig, shards: tuple[PlannedShard, ...], extractor: Extractor) -> Setup:
+    """Learn the models' geometry and digests, and fit the PCA (or take this store's or another's).
+
+    Args:
+        config: every option.
+        shards: of the plan.
+        extractor: from :func:`load_models`.
 
     Raises:
         ConfigError: the PCA of ``pca_from`` is of other features.
         StoreError: there is no store at ``pca_from``, or it has no PCA.
     """
-    set_threads(config.threads, config.actors)
-    extractor = Extractor(config, weights=keep_weights(config))
+    set_threads(config.threads, 1)
     setup = extractor.setup()
-    if config.pca is not None and config.pca > setup.channels:
-        raise ConfigError(
-            f"pca={config.pca} and {config.backbone} gives {setup.channels} channels at layer {setup.layer}; give at "
-            "most that, or no pca for all channels"
-        )
     existing = finished_attributes(config.out)
     if config.pca_from is not None:
         pca, data = take_pca(config.pca_from, config, setup)

@@ -34,7 +34,7 @@ class _PresentInput(Plan):
     present: ShardIndex
 
     def index(self, shard: int) -> ShardIndex:
-        return self.present
+        return self.shards[shard].choose(self.present)
 
 
 @lru_cache(maxsize=8)

@@ -125,7 +125,9 @@ class InputConfig(BackboneConfig):
         run=True,
         path=True,
     )
-    limit: int | None = option(None, "use only the first samples, so many", group="input", at_least=1)
+    limit: int | None = option(
+        None, "use only so many samples, spread evenly over the input", group="input", at_least=1
+    )
     object_store_mb: int = option(
         512, "MiB of Ray's object store, where the job starts its own Ray", group="run", run=True, at_least=75
     )

@@ -49,8 +49,12 @@ class EvaluateConfig(DepthOptions, BackboneConfig):
     cam_shards: tuple[str, ...] = option(
         (), "class activation maps: tar shards with images, labels are not read", group="input", path=True
     )
-    limit: int | None = option(None, "evaluate on the first images of each set, so many", group="input", at_least=1)
-    train_limit: int | None = option(None, "fit on the first images of each set, so many", group="input", at_least=1)
+    limit: int | None = option(
+        None, "evaluate on so many images of each set, spread evenly over it", group="input", at_least=1
+    )
+    train_limit: int | None = option(
+        None, "fit on so many images of each set, spread evenly over it", group="input", at_least=1
+    )
 
     rows: tuple[str, ...] = option(
         ("nearest", "bilinear", "bicubic", "strided", "large_image", "bilateral"),

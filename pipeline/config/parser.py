@@ -67,7 +67,7 @@ class _Parser(jsonargparse.ArgumentParser):
 
     def fail(self, text: str) -> NoReturn:
         """End the program: one line, exit status 2."""
-        self.exit(2, f"{self.prog}: error: {text}\n")
+        self.exit(2, f"{self.prog}: error: {text} (--help lists the options)\n")
 
     def _check_value_key(self, action: argparse.Action, value: Any, *args: Any, **kwargs: Any) -> Any:
         # A YAML file may name one word where several are possible; its letters would be taken for the words.
@@ -78,20 +78,25 @@ class _Parser(jsonargparse.ArgumentParser):
 
 def _plain(message: str) -> str:
     """A message of jsonargparse as one line without names of Python types."""
-    text = " ".join(message.split())
+    text = re.sub(r"Not of type \w+: ", "", " ".join(message.split()))
+    if missing := re.fullmatch(r"the following arguments are required: (.*)", text):
+        return "give " + ", ".join(f"--{name}" for name in missing[1].split(", "))
     name, value = (re.search(pattern, text) for pattern in (r'Parser key "([\w.]+)"', r"(?:Got|Given) value: (.*)"))
     literals = re.findall(r"Expected a typing\.Literal\[(.+?)\]", text)
     types = [_TYPES.get(kind, kind) for kind in re.findall(r"Expected a <class '(\w+)'>", text) if kind != "NoneType"]
     if not (name and value and (literals or types)):
         return re.sub(r'Parser key "([\w.]+)"', r"\1", text)
-    expected = f"one of {', '.join(literals)}".replace("'", "") if literals else " or ".join(types)
+    words = ", ".join(literals).replace("'", "")
+    expected = (
+        " or ".join([*types, words]) if types and literals else f"one of {words}" if literals else " or ".join(types)
+    )
     return f"{name[1]}={value[1]} must be {expected}"
 
 
 def _metavar(one: Field[Any], hint: Any) -> dict[str, str]:
     """How the help calls the option's value; choices name themselves."""
     kinds = {kind for part in (hint, *get_args(hint)) for kind in (part, get_origin(part), *get_args(part))}
-    if any(get_origin(kind) is Literal for kind in kinds):
+    if any(get_origin(kind) is Literal for kind in kinds) and not {int, float} & kinds:
         return {}
     names = {Size: "HEIGHTxWIDTH", dict: "JSON", bool: "", int: "N", float: "X"}
     name = next((name for kind, name in names.items() if kind in kinds), "PATH" if one.metadata["path"] else "TEXT")

@@ -117,7 +117,14 @@ class PrecomputeConfig(LabelOptions, InputConfig):
     )
     compression_level: int = option(1, "of zstd", group="store", at_least=1, at_most=9)
 
-    actors: int = option(1, "processes that compute features", group="run", run=True, at_least=1)
+    actors: int | Literal["auto"] = option(
+        "auto",
+        "processes that compute features: so many, or auto: one for each GPU or, without GPUs, for each core, as far "
+        "as memory and work suffice",
+        group="run",
+        run=True,
+        at_least=1,
+    )
     gpus_per_actor: float | None = option(
         None,
         "GPUs of each actor: a fraction or a whole number; by default 1 where the cluster has GPUs, else 0",

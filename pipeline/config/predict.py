@@ -25,7 +25,7 @@ class PredictConfig(Checked):
         group="input",
         path=True,
     )
-    limit: int | None = option(None, "use only the first images, so many", group="input", at_least=1)
+    limit: int | None = option(None, "use only so many images, spread evenly over the input", group="input", at_least=1)
     out: str = option(MISSING, "output: a folder or an fsspec URL", group="input", path=True)
 
     weights: str | None = option(

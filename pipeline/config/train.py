@@ -97,7 +97,13 @@ class TrainConfig(InputConfig):
         at_least=0,
         at_most=LARGEST_SEED,
     )
-    holdout: int = option(32, "samples, spread over the data set, for evaluation only", group="training", at_least=1)
+    holdout: float = option(
+        0.1,
+        "samples, spread over the data set, for evaluation only: below 1 a share of them (16 to 128 samples, at most a "
+        "quarter), else so many",
+        group="training",
+        above=0,
+    )
     evaluate_every: int = option(
         200, "steps from one evaluation to the next; the best weights are kept", group="training", at_least=1
     )
@@ -132,6 +138,10 @@ class TrainConfig(InputConfig):
                 self.batch_size % self.workers != 0,
                 f"batch_size={self.batch_size} is that of all {self.workers} workers and must divide among them, or "
                 "some images would count for more than others",
+            ),
+            (
+                self.holdout > 1 and self.holdout != int(self.holdout),
+                f"holdout={self.holdout} must be a share below 1, or a whole number of samples",
             ),
             whole_gpus("gpus_per_worker", self.gpus_per_worker),
             (

@@ -15,6 +15,7 @@ from pipeline.inputs import storage
 from pipeline.inputs.images import list_images
 from pipeline.inputs.plan import Plan, make_plan
 from pipeline.inputs.read import Sample
+from pipeline.inputs.spread import spread_place
 from pipeline.inputs.tar import describe_ignored
 from pipeline.redaction import redact
 
@@ -102,7 +103,9 @@ def _of_files(config: PredictConfig, options: DecodeOptions) -> Photographs:
         except (OSError, EnvironmentFault) as error:
             raise SampleError(Reason.IMAGE_MISSING, f"it cannot be read: {error}") from error
 
-    chosen = [(url, key) for url, key in images.items() if url not in own][: config.limit]
+    every = [(url, key) for url, key in images.items() if url not in own]
+    count = min(config.limit or len(every), len(every))
+    chosen = [every[spread_place(number, count, len(every))] for number in range(count)]
     unique = _UniqueNames()
     each = (Photograph(unique(key), url, partial(read, url)) for url, key in chosen)
     return Photographs(len(chosen), each, remarks)

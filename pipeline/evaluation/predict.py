@@ -9,7 +9,6 @@ OUT/plan/               tar indices
 """
 
 import json
-import time
 from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
@@ -26,7 +25,6 @@ from pipeline.compute.device import set_threads
 from pipeline.compute.prepare import versions
 from pipeline.config.base import describe
 from pipeline.config.predict import PredictConfig
-from pipeline.console import human_seconds
 from pipeline.decode.members import select_members
 from pipeline.decode.options import DecodeOptions
 from pipeline.decode.sample import PreparedSample
@@ -39,6 +37,7 @@ from pipeline.evaluation.photographs import Photograph, find_photographs
 from pipeline.evaluation.predictor import Predictor, decide_at_source, load_predictor
 from pipeline.inputs import storage
 from pipeline.inputs.read import Sample
+from pipeline.progress import CountProgress
 from pipeline.training.class_names import class_names, class_palette
 from pipeline.training.tasks import SegmentationTask
 
@@ -47,7 +46,6 @@ __all__ = ["predict"]
 
 _LISTED = 20
 # Seconds from one line of progress to the next.
-_EVERY = 10.0
 
 
 @dataclass(frozen=True, eq=False)
@@ -79,9 +77,10 @@ def predict(config: PredictConfig) -> dict[str, Any]:
     with (
         closing(DecoderProcess()) as decoder,
         closing(_computed(photographs.each, predictor, options, decoder, config.batch_size)) as computed,
+        CountProgress(photographs.count, "images") as progress,
     ):
         output = _Output(config, predictor, options, decoder)
-        started = last = time.perf_counter()
+        failed = 0
         for photograph, loaded, result in computed:
             record: dict[str, Any] = {"name": photograph.name, "place": photograph.place, "status": "ok"}
             try:
@@ -92,10 +91,9 @@ def predict(config: PredictConfig) -> dict[str, Any]:
                 record |= output.write(photograph.name, loaded, result, len(records) in shown)
             except SampleError as error:
                 record |= {"status": "failed", "reason": error.reason.value, "detail": error.detail}
+                failed += 1
             records.append(record)
-            if (now := time.perf_counter()) - last > _EVERY:
-                last = now
-                print(f"{len(records)}/{photographs.count} images  {human_seconds(now - started)} gone", flush=True)
+            progress.reach(len(records), f"{failed} failed")
     return _conclude(config, predictor, output, records)
 
 

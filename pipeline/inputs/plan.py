@@ -22,6 +22,7 @@ from pipeline.errors import ConfigError, InputChangedError, InputError
 from pipeline.inputs import storage
 from pipeline.inputs.manifest import is_manifest, manifest_place
 from pipeline.inputs.patterns import expand
+from pipeline.inputs.spread import spread_counts, spread_place
 from pipeline.inputs.tar import IndexedSample, ShardIndex
 from pipeline.inputs.tar_index import cached_index, saved_index
 from pipeline.redaction import redact
@@ -68,11 +69,13 @@ class UnitKey:
 
 @dataclass(frozen=True)
 class PlannedShard:
-    """What planning keeps of one input shard: ``samples`` in it, of which the first ``used`` are in the plan.
+    """What planning keeps of one input shard: ``samples`` in it, of which ``used`` are in the plan.
 
-    ``url`` may hold a signature, which workers need; where the plan is stored it is left out. ``digest`` is
-    :attr:`pipeline.inputs.tar.ShardIndex.digest`, which names the content wherever the shard lies. ``ignored`` counts
-    the members that are of no sample: (rule, how many).
+    These are spread evenly over the shard; the first ones where ``spread`` is false, as they are in older plans.
+
+    ``url`` may hold a signature, which workers need; where the plan is stored it is left out.
+    ``digest`` is :attr:`pipeline.inputs.tar.ShardIndex.digest`, which names the content wherever the shard lies.
+    ``ignored`` counts the members that are of no sample: (rule, how many).
     """
 
     url: str
@@ -83,6 +86,16 @@ class PlannedShard:
     faults: tuple[str, ...]
     digest: str
     ignored: tuple[tuple[str, int], ...] = ()
+    spread: bool = False
+
+    def choose(self, index: ShardIndex) -> ShardIndex:
+        """The shard's index with the samples at the front that are in the plan, in their order."""
+        if not self.spread:
+            return index
+        places = [spread_place(number, self.used, self.samples) for number in range(self.used)]
+        # What a truncated tar says of its last sample is said of no other.
+        faults = index.faults if places[-1] == self.samples - 1 else ()
+        return replace(index, samples=tuple(index.samples[place] for place in places), faults=faults)
 
 
 @dataclass(frozen=True)
@@ -132,8 +145,10 @@ class Plan:
 
     @cached_property
     def digest(self) -> str:
-        """Identity of the input and its rows: sha256 over each shard's content and sample count."""
-        content = [[shard.digest, shard.samples, shard.used] for shard in self.shards]
+        """Identity of the input and its rows: sha256 over each shard's content and the samples of it that are used."""
+        content = [
+            [shard.digest, shard.samples, shard.used, *(["spread"] if shard.spread else [])] for shard in self.shards
+        ]
         return hashlib.sha256(json.dumps([self.rows_per_shard, content]).encode()).hexdigest()
 
     def unit(self, number: int) -> UnitKey:
@@ -148,6 +163,8 @@ class Plan:
     def index(self, shard: int) -> ShardIndex:
         """The index of one input shard, as it was when the plan was made. One that was removed is made again.
 
+        The ``used`` samples of the plan are its first ones, in the order of the shard.
+
         Raises:
             InputChangedError: it is of another version of the shard.
             InputError: there is no index, and the shard it could be made from is missing.
@@ -155,7 +172,7 @@ class Plan:
         return _remembered_index(self.shards[shard], self.index_dir)
 
     def sample(self, number: int) -> tuple[int, int]:
-        """(input shard, position in it) of sample ``number`` of the whole plan."""
+        """(input shard, position in its :meth:`index`) of sample ``number`` of the whole plan."""
         shard = int(np.searchsorted(self._first_sample, number, side="right")) - 1
         return shard, number - int(self._first_sample[shard])
 
@@ -192,6 +209,10 @@ class Plan:
 
 @lru_cache(maxsize=8)
 def _remembered_index(shard: PlannedShard, index_dir: str) -> ShardIndex:
+    return shard.choose(_whole_index(shard, index_dir))
+
+
+def _whole_index(shard: PlannedShard, index_dir: str) -> ShardIndex:
     try:
         index = saved_index(shard.url, index_dir)
     except InputError:
@@ -239,7 +260,7 @@ def make_plan(
     Args:
         patterns: Paths or fsspec URLs with braces and globs.
         index_dir: Where the indices are kept; they are reused while a tar's size and time stamp stand.
-        limit: Use only the first so many samples.
+        limit: Use only so many samples, spread evenly over all of them.
         index_all: Indexes many shards at once, in order; by default one after the other.
 
     Raises:
@@ -263,13 +284,13 @@ def index_shards(urls: list[str], index_dir: str, index_all: IndexAll | None = N
 
 
 def limit_samples(shards: Iterable[PlannedShard], limit: int | None) -> tuple[PlannedShard, ...]:
-    """The shards with ``used`` such that the first ``limit`` samples are in the plan; all where it is None."""
-    limited = []
-    for shard in shards:
-        used = shard.samples if limit is None else min(limit, shard.samples)
-        limit = None if limit is None else limit - used
-        limited.append(replace(shard, used=used))
-    return tuple(limited)
+    """The shards with ``limit`` samples in the plan, spread evenly over all of them; with all where it is None."""
+    every = tuple(shards)
+    totals = [shard.samples for shard in every]
+    counts = totals if limit is None else spread_counts(totals, limit)
+    return tuple(
+        replace(shard, used=used, spread=0 < used < shard.samples) for shard, used in zip(every, counts, strict=True)
+    )
 
 
 def check_samples(shards: Sequence[PlannedShard]) -> None:

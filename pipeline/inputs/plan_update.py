@@ -30,7 +30,7 @@ class PlanUpdate:
     """The shards of a plan, those of the old plan first and in its order.
 
     Attributes:
-        shards: with the URLs, stamps and faults of now; ``used`` of old shards is as it was.
+        shards: with the URLs, stamps and faults of now; which samples of old shards are used is as it was.
         to_recheck: positions of old shards of the same digest at another URL or with another stamp. The digest is of
             headers: before anything is added to the store, the bytes of finished units must be compared with their
             receipts (:func:`pipeline.inputs.changes.compare_bytes`).
@@ -58,7 +58,8 @@ def update_plan(
         old: the plan beside the store; None for a new store.
         urls: the shards, expanded, in order.
         index_dir: where the indices are kept.
-        limit: use only so many samples; those that old shards use count first.
+        limit: use only so many samples, spread evenly; those that old shards use count first, the others are of new
+            ones.
         index_all: indexes many shards at once, in order; by default one after the other.
 
     Raises:
@@ -139,13 +140,13 @@ class _Update:
         if was.samples and shard.digest == was.digest:
             self._keep(position, shard)
         elif was.samples == 0 and shard.samples == 0:
-            self.shards[position] = replace(shard, used=0)
+            self.shards[position] = replace(shard, used=0, spread=False)
         else:
             self.others.append(shard)
 
     def _keep(self, position: int, shard: PlannedShard) -> None:
         was = self.old[position]
-        self.shards[position] = replace(shard, used=was.used)
+        self.shards[position] = replace(shard, used=was.used, spread=was.spread)
         if (redact(shard.url), shard.size, shard.stamp) != (redact(was.url), was.size, was.stamp) or not shard.stamp:
             self.to_recheck.append(position)
 

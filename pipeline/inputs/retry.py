@@ -175,7 +175,7 @@ def _writing_fault(error: OSError, url: str) -> str | None:
     if isinstance(error, IsADirectoryError):
         return "a folder of that name is there; remove it or give another place"
     if isinstance(error, FileNotFoundError):
-        return f"the folder vanished while it was written to; somebody removed what was below {place}"
+        return f"no folder can be made below {place}, or it was removed while it was written to; give another place"
     return None
 
 

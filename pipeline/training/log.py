@@ -9,10 +9,11 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
+from pipeline.config.train import TrainConfig
 from pipeline.errors import StoreError
 from pipeline.inputs import storage
 
-__all__ = ["plot_log", "read_log", "recorded_steps", "write_log"]
+__all__ = ["plot_log", "read_log", "recorded_steps", "warn_of_bilinear", "write_log"]
 
 
 def write_log(out: str, lines: Sequence[Mapping[str, Any]]) -> None:
@@ -48,6 +49,33 @@ def _lines(out: str) -> list[dict[str, Any]]:
 
 def _place(out: str) -> str:
     return storage.join(out, "log.jsonl")
+
+
+def warn_of_bilinear(config: TrainConfig, lines: Sequence[Mapping[str, Any]], best: float) -> str:
+    """What to do where a run's last weights explain less of held-out images than bilinear interpolation; else empty.
+
+    Args:
+        config: Of the run.
+        lines: Of its whole log, from step 0 on.
+        best: The explained variance of the best weights.
+    """
+    bilinear, last = lines[0]["bilinear"], lines[-1]["explained_variance"]
+    if last >= bilinear:
+        return ""
+    text = (
+        "warning: the last weights explain less of held-out images than bilinear interpolation "
+        f"({last:.4f}, bilinear {bilinear:.4f})"
+    )
+    if best >= bilinear:
+        return f"{text}; the best ones explain {best:.4f}: use best.safetensors"
+    if config.upsampler == "jbu" and config.kernel == "distance":
+        cure = "a lower --lr, more --steps, or for small things --start-space 1 --coarse-stages 0"
+    else:
+        cure = "more --steps, with --lr 1e-3 --crf 0, as the initial weights are random"
+    return (
+        f"{text}, and so do the best ones ({best:.4f}). Do not use them: train again in another --out, with {cure}; "
+        "or use --upsampler bilateral, which needs no training"
+    )
 
 
 def plot_log(lines: Sequence[Mapping[str, Any]]) -> bytes:

@@ -31,8 +31,8 @@ from pipeline.inputs import storage
 from pipeline.inputs.plan import Plan
 from pipeline.training.batches import TrainingImage, load_image, step_batches
 from pipeline.training.log import read_log, write_log
-from pipeline.training.order import SampleOrder
-from pipeline.training.progress import StepProgress, print_line
+from pipeline.training.order import SampleOrder, count_held_out
+from pipeline.training.progress import print_line
 
 __all__ = ["Session", "TrainingWorker", "create_objective", "describe_backbone", "learning_rate"]
 
@@ -62,6 +62,10 @@ class Session(Protocol):
 
     def before_checkpoint(self) -> None:
         """Called by the first worker before it reports a checkpoint."""
+        ...
+
+    def show_step(self, step: int, loss: float) -> None:
+        """Called by the first worker after each step: how far the run is."""
         ...
 
     def report(self, metrics: dict[str, Any], checkpoint: str | None = None) -> None:
@@ -142,7 +146,7 @@ class TrainingWorker:
                 f"worker {self.rank} has a {config.backbone} with weights {self.backbone.digest[:12]}..., the run is "
                 f"for {provenance['backbone']['digest'][:12]}...; give every node the same weight files"
             )
-        self.order = SampleOrder(plan.samples, config.holdout, config.seed)
+        self.order = SampleOrder(plan.samples, count_held_out(config.holdout, plan.samples), config.seed)
         self.options = image_options(config, self.backbone.mean)
         self.objective = create_objective(config, self.backbone).to(self.device)
         kind = torch.optim.NAdam if config.optimiser == "nadam" else torch.optim.AdamW
@@ -179,7 +183,6 @@ class TrainingWorker:
             range(self.step + 1, config.steps + 1),
             max(2, self.threads),
         )
-        progress = StepProgress(self.step, config.steps)
         started = time.perf_counter()
         for batch in batches:
             self.step += 1
@@ -191,12 +194,14 @@ class TrainingWorker:
             if self.rank == 0:
                 if last or self.step % config.evaluate_every == 0:
                     line["explained_variance"] = self._evaluate(held_out, line)
+                if last:
+                    line["worse_than_bilinear"] = line["explained_variance"] < log[0]["bilinear"]
                 line["seconds"] = round(time.perf_counter() - started, 4)
                 log.append(line)
                 if board is not None:
                     for name in line.keys() - {"step", "seconds"}:
                         board.add_scalar(name, line[name], self.step)
-                progress.add(self.step, line["loss"])
+                self.session.show_step(self.step, line["loss"])
             started = time.perf_counter()
             if last or self.step % config.checkpoint_every == 0:
                 self._checkpoint(log)
@@ -252,7 +257,7 @@ class TrainingWorker:
                 self._new_failures[number] = str(error)
         if not images:
             raise InputError(
-                f"not one of the {self.config.holdout} held-out samples can be decoded: "
+                f"not one of the {self.order.holdout} held-out samples can be decoded: "
                 f"{next(iter(self._new_failures.values()))}"
             )
         groups = [images[at : at + _EVALUATION_BATCH] for at in range(0, len(images), _EVALUATION_BATCH)]

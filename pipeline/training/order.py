@@ -5,9 +5,23 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from pipeline.errors import InputError
+from pipeline.inputs.spread import spread_place
 from pipeline.training.permutation import KeyedPermutation
 
-__all__ = ["SampleOrder"]
+__all__ = ["SampleOrder", "count_held_out"]
+
+# Of a share: fewer tell little, and more take long to evaluate.
+_FEWEST, _MOST = 16, 128
+
+
+def count_held_out(holdout: float, samples: int) -> int:
+    """How many samples the option ``holdout`` leaves out of a plan of ``samples``.
+
+    A share, below 1, is of 16 to 128 samples, but of a quarter at most, and of one at least; other numbers are counts.
+    """
+    if holdout >= 1:
+        return int(holdout)
+    return max(1, min(max(_FEWEST, round(holdout * samples)), _MOST, samples // 4))
 
 
 @dataclass(frozen=True)
@@ -53,4 +67,4 @@ class SampleOrder:
             yield rank + skipped
 
     def _held_out(self, place: int) -> int:
-        return (2 * place + 1) * self.samples // (2 * self.holdout)
+        return spread_place(place, self.holdout, self.samples)

@@ -56,6 +56,25 @@ def test_plain_zarr_reads_the_store(store: Path) -> None:
 
 
 @pytest.mark.ray
+def test_a_limit_is_spread_over_the_input_and_its_store_verifies_and_grows(shards: Path, tmp_path: Path) -> None:
+    out = tmp_path / "limited"
+    command = ("precompute", "--out", out, *OPTIONS, "--limit", 5)
+    assert "input 5 = ok 5 + failed 0" in run(*command, "--shards", shards / "train-*.tar")
+    keys = ["img001", "img003", "img005", "img101", "img104"]
+    assert pq.read_table(out / "index").column("key").to_pylist() == keys
+    assert "clean" in run("verify", out)
+    # Images alone tell a row from its neighbours: row 1 is the fourth photograph of the first shard.
+    dataset = FeatureDataset(str(out), ["image"])
+    for key in keys:
+        seed = 10 * int(key[3]) + int(key[4:])
+        expected = resize_images(torch.from_numpy(support.photograph(seed))[None], (64, 64))[0]
+        assert (dataset[key]["image"].float() - expected.float()).abs().mean() < 8
+    shutil.copytree(shards, tmp_path / "more")
+    support.write_tar(tmp_path / "more" / "train-0002.tar", support.good_sample("img200", 20))
+    assert " 0 to do" in run(*command, "--shards", tmp_path / "more" / "train-*.tar")
+
+
+@pytest.mark.ray
 def test_the_features_are_those_of_the_method(store: Path, shards: Path) -> None:
     """Computed again, one image at a time, without the pipeline."""
     from pipeline.decode.options import DecodeOptions

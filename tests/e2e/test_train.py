@@ -232,7 +232,9 @@ def test_two_workers_do_what_one_does(shards: Path, tmp_path: Path) -> None:
     options = (*options, "--crf", 0.001, "--max-failed-fraction", 0.5)
     words = [str(word) for word in ("--shards", shards, "--out", tmp_path / "1", *options)]
     train(parse_args(TrainConfig, words, description="")[0])
-    run("train_jbu", "--shards", shards, "--out", tmp_path / "2", *options, "--workers", 2)
+    text = run("train_jbu", "--shards", shards, "--out", tmp_path / "2", *options, "--workers", 2)
+    worse = log(tmp_path / "2")[-1]["worse_than_bilinear"]
+    assert ("warning: the last weights explain less of held-out images than bilinear" in text) == worse
     one, two = log(tmp_path / "1"), log(tmp_path / "2")
     assert [line.keys() for line in one] == [line.keys() for line in two]
     for line, other in zip(untimed(one), untimed(two), strict=True):

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from pipeline.cluster.progress import Progress
 from pipeline.console import human_bytes, human_seconds
 from pipeline.inputs.plan import UnitKey
+from pipeline.progress import CountProgress
 from pipeline.store.ledger import Receipt, SampleRecord
 
 
@@ -69,7 +70,7 @@ def test_counts_of_all_kinds() -> None:
     progress.add(receipt_of(0, ok=5, size=1000))
     progress.add(receipt_of(1, ok=3, failed=2, size=500))
     progress.add(receipt_of(2, ok=0, failed=5, error="out of memory"))
-    assert (progress.done_units, progress.failed_units) == (3, 1)
+    assert (progress.done, progress.failed_units) == (3, 1)
     assert (progress.done_samples, progress.failed_samples, progress.bytes) == (15, 7, 1500)
     line = progress.line(now=0.0)
     assert line.startswith("3/4 units  15/20 samples  ")
@@ -113,9 +114,56 @@ def test_a_log_gets_a_line_now_and_then_and_one_at_the_end() -> None:
     assert not re.search(r"[\r\x1b]", text)
 
 
-def test_a_terminal_gets_a_line_over_itself_twice_a_second() -> None:
-    text = lines_of(Terminal(), 10, [0.3, 0.3, 0.3, 0.3, 0.1])
-    assert re.fullmatch(r"\x1b\[2K2/5 units [^\n]*\r\x1b\[2K4/5 units [^\n]*\r\x1b\[2K5/5 units [^\n]*\n", text)
+def test_a_terminal_gets_one_live_line_and_what_is_printed_goes_above_it(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("COLUMNS", "100")
+    stream = Terminal()
+    monkeypatch.setattr("sys.stdout", stream)
+    with Progress(2, 10) as progress:
+        progress.add(receipt_of(0, ok=4, failed=1))
+        print("unit 1 failed: [/] disk full")  # no markup of rich
+        progress.add(receipt_of(1, ok=0, failed=5, error="disk full"))
+    text = stream.getvalue()
+    hidden, shown = text.rindex("\x1b[?25l"), text.rindex("\x1b[?25h")
+    assert hidden < shown, "the cursor is back"
+    assert re.search(r"\x1b\[2K[^\n]*unit 1 failed: \[/\] disk full\n", text), "above, on a line that was cleared"
+    last = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", text).rstrip("\n").split("\r")[-1]
+    assert re.fullmatch(r"\S+ 2/2 units  [\d.]+ samples/s  6 failed, 1 units  0 s left\s*", last), last
+
+
+@pytest.mark.parametrize("term", ["dumb", None])
+def test_a_terminal_that_cannot_draw_gets_the_lines_of_a_log(term: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TERM", raising=False)
+    if term:
+        monkeypatch.setenv("TERM", term)
+    text = lines_of(Terminal(), 10, [4, 4, 4, 4, 8, 1])
+    assert [line[:9] for line in text.splitlines()] == ["3/6 units", "5/6 units", "6/6 units"]
+    assert not re.search(r"[\r\x1b]", text)
+
+
+def test_a_narrow_terminal_gets_one_line_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("COLUMNS", "40")
+    stream = Terminal()
+    with Progress(2, 10, stream) as progress:
+        progress.add(receipt_of(0, ok=5))
+    frames = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", stream.getvalue()).split("\r")
+    assert all(len(frame.strip("\n")) <= 40 for frame in frames)
+    assert stream.getvalue().count("\n") == 1
+
+
+def test_what_is_counted_has_its_pace_without_what_was_done_before() -> None:
+    clock, log = Clock(), io.StringIO()
+    progress = CountProgress(100, "steps", log, clock=clock, before=50)
+    clock.now += 10
+    progress.reach(70, "loss 0.5")
+    assert log.getvalue() == "70/100 steps  loss 0.5  2.0 steps/s  10 s gone, 15 s left\n"
+    clock.now += 40
+    progress.tick()
+    assert log.getvalue().splitlines()[-1].endswith("; the last of the steps came 40 s ago")
+    assert progress.short(clock.now) == "70/100 steps  loss 0.5  0.4 steps/s  1 min 15 s left"
 
 
 def test_a_line_comes_every_half_minute_also_where_nothing_else_comes() -> None:

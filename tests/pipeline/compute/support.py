@@ -12,6 +12,7 @@ from pipeline.compute.prepare import (
     complete_plan,
     create_or_grow,
     layout_of,
+    load_models,
     plan_store,
     prepare,
 )
@@ -78,7 +79,7 @@ def open_store(config: PrecomputeConfig) -> Store:
     old = find_plan(config.out)
     update = plan_store(config, old)
     recheck_input(config, old, update, ledger, lines.append)
-    setup = prepare(config, update.shards)
+    setup = prepare(config, update.shards, load_models(config))
     plan = complete_plan(config, update.shards, setup.channels)
     layout = layout_of(config, plan.rows_per_shard, setup.channels, plan.units)
     create_or_grow(config, plan, layout, setup)

@@ -183,7 +183,9 @@ def test_an_error_is_one_line() -> None:
     stream = io.StringIO()
     with redirect_stderr(stream), pytest.raises(SystemExit):
         parse_args(PrecomputeConfig, [*NEEDED, "--batch-sise", "3"], description="test", prog="featup precompute")
-    assert stream.getvalue() == "featup precompute: error: unknown option 'batch_sise', did you mean 'batch_size'?\n"
+    assert stream.getvalue() == (
+        "featup precompute: error: unknown option 'batch_sise', did you mean 'batch_size'? (--help lists the options)\n"
+    )
 
 
 def test_the_help_has_groups_ranges_and_the_examples_as_they_are_written() -> None:
@@ -249,6 +251,7 @@ def test_beginnings_of_names_are_refused() -> None:
         ((*NEEDED, "--labels", "seg", "--label-dir", "seg=masks"), "goes with --images; in tars labels lie beside"),
         (("--out", "o", "--images", "p", "--label-dir", "seg=masks"), "must be KIND=FOLDER, KIND one of --labels"),
         ((*NEEDED, "--batch-size", "many"), "batch_size=many must be a whole number"),
+        ((*NEEDED, "--actors", "all"), "actors=all must be a whole number or auto"),
         ((*NEEDED, "--limit", "1.5"), "limit=1.5 must be a whole number"),
         ((*NEEDED, "--geometry", "stretch"), "geometry=stretch must be one of squash, center_crop, pad"),
         ((*NEEDED, "--labels", "seg", "boxes"), "labels"),

@@ -139,19 +139,57 @@ def test_keys_that_repeat_across_shards_are_different_samples(tmp_path: Path) ->
 
 
 @pytest.mark.parametrize(
-    ("limit", "used"),
-    [(None, [3, 0, 5]), (1, [1, 0, 0]), (3, [3, 0, 0]), (4, [3, 0, 1]), (8, [3, 0, 5]), (99, [3, 0, 5])],
+    ("limit", "used", "keys"),
+    [
+        (None, [3, 0, 5], "abc34567"),
+        (1, [0, 0, 1], "5"),
+        (2, [1, 0, 1], "b5"),
+        (4, [1, 0, 3], "b357"),
+        (8, [3, 0, 5], "abc34567"),
+        (99, [3, 0, 5], "abc34567"),
+    ],
 )
-def test_a_limit_takes_the_first_samples(tmp_path: Path, limit: int | None, used: list[int]) -> None:
-    for name, count in (("a", 3), ("b", 0), ("c", 5)):
-        write_tar(tmp_path / f"{name}.tar", [str(n) for n in range(count)])
+def test_a_limit_takes_samples_spread_over_all_shards_and_each_of_them(
+    tmp_path: Path, limit: int | None, used: list[int], keys: str
+) -> None:
+    """The first samples were taken: of an input sorted by class, those of one class."""
+    for name, members in (("a", "abc"), ("b", ""), ("c", "34567")):
+        write_tar(tmp_path / f"{name}.tar", list(members))
     index_dir = str(tmp_path / "index")
     shards = make_plan([f"{tmp_path}/*.tar"], index_dir, limit)
     assert [shard.used for shard in shards] == used
     assert [shard.samples for shard in shards] == [3, 0, 5]
-    plan = Plan(shards, 2, index_dir)
-    assert plan.samples == sum(used)
-    assert sum(len(plan.unit_samples(plan.unit(n))) for n in range(plan.units)) == sum(used)
+    plan = Plan.from_json(Plan(shards, 2, index_dir).to_json(), index_dir)
+    assert plan.samples == len(keys)
+    assert "".join(s.key for n in range(plan.units) for s in plan.unit_samples(plan.unit(n))) == keys
+    singles = [plan.sample(number) for number in range(plan.samples)]
+    assert "".join(plan.index(shard).samples[position].key for shard, position in singles) == keys
+
+
+def test_a_plan_of_before_limits_were_spread_has_the_first_samples_still(tmp_path: Path) -> None:
+    url = write_tar(tmp_path / "a.tar", list("abcdef"))
+    index_dir = str(tmp_path / "index")
+    (shard,) = make_plan([url], index_dir)
+    plan = json.loads(Plan((dataclasses.replace(shard, used=3),), 2, index_dir).to_json())
+    del plan["shards"][0]["spread"]
+    old = Plan.from_json(json.dumps(plan).encode(), index_dir)
+    assert [sample.key for n in range(old.units) for sample in old.unit_samples(old.unit(n))] == list("abc")
+    (limited,) = make_plan([url], index_dir, 3)
+    assert Plan((limited,), 2, index_dir).digest != old.digest
+
+
+def test_what_cuts_the_last_sample_of_a_tar_is_said_of_no_other(tmp_path: Path) -> None:
+    url = write_tar(tmp_path / "a.tar", list("abcdef"))
+    data = Path(url).read_bytes()
+    Path(url).write_bytes(data[: len(data) - 10240])
+    index_dir = str(tmp_path / "index")
+    (whole,) = make_plan([url], index_dir)
+    assert whole.faults
+    for limit, last in ((2, False), (whole.samples - 1, True)):
+        plan = Plan(make_plan([url], index_dir, limit), 1, index_dir)
+        chosen = plan.index(0)
+        assert (chosen.samples[-1].key == "abcdef"[whole.samples - 1]) == last
+        assert chosen.faults == (whole.faults if last else ())
 
 
 def test_many_shards_may_be_indexed_at_once(tmp_path: Path) -> None:
@@ -195,11 +233,12 @@ def digest(shards: tuple[PlannedShard, ...], rows: int = 4) -> str:
         lambda s: (dataclasses.replace(s[0], digest="other"), *s[1:]),
         lambda s: (*s[:-1], dataclasses.replace(s[-1], samples=6)),
         lambda s: (*s[:-1], dataclasses.replace(s[-1], used=4)),
+        lambda s: (*s[:-1], dataclasses.replace(s[-1], spread=True)),
         lambda s: s[::-1],
         lambda s: s[:-1],
         lambda s: (*s, s[0]),
     ],
-    ids=["content", "samples", "used", "order", "fewer", "more"],
+    ids=["content", "samples", "used", "spread", "order", "fewer", "more"],
 )
 def test_the_digest_changes_with_the_input(
     change: Callable[[tuple[PlannedShard, ...]], tuple[PlannedShard, ...]],
@@ -230,6 +269,7 @@ SHARDS = st.builds(
     faults=st.lists(TEXTS).map(tuple),
     digest=TEXTS,
     ignored=st.lists(st.tuples(TEXTS, st.integers(1, 9)), max_size=3).map(tuple),
+    spread=st.booleans(),
 )
 
 

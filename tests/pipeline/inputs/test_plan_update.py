@@ -201,18 +201,37 @@ def test_a_shard_that_is_still_missing_stays_a_fault(shards: Input) -> None:
 def test_a_limit_keeps_what_old_shards_use(shards: Input) -> None:
     for name in "abc":
         shards.write(name, f"{name}xyz")
-    old = shards.stored_plan("abc", limit=6)
+    old = shards.stored_plan("abc", limit=7)
     shards.write("d", "dxyz")
-    update = shards.update(old, "abcd", limit=6)
-    assert [shard.used for shard in update.shards] == [4, 2, 0, 0]
+    update = shards.update(old, "abcd", limit=7)
+    assert [(shard.used, shard.spread) for shard in update.shards] == [(2, True), (3, True), (2, True), (0, False)]
+    assert update.shards[:3] == old.shards
     update = shards.update(old, "abcd", limit=9)
-    assert [shard.used for shard in update.shards] == [4, 2, 0, 3]
+    assert [(shard.used, shard.spread) for shard in update.shards[2:]] == [(2, True), (2, True)]
+
+
+def test_a_store_of_before_limits_were_spread_goes_on_with_the_samples_it_has(shards: Input) -> None:
+    """It would have gone on with others, in rows that hold the old ones."""
+    for name in "ab":
+        shards.write(name, f"{name}xyz")
+    plan = shards.stored_plan("ab")
+    old = Plan(
+        (dataclasses.replace(plan.shards[0], used=3), dataclasses.replace(plan.shards[1], used=0)), 4, shards.index_dir
+    )
+    shards.write("c", "cxyz")
+    assert shards.update(old, "abc", limit=3).shards[:2] == old.shards
+    update = shards.update(old, "abc", limit=5)
+    assert [(shard.used, shard.spread) for shard in update.shards] == [(3, False), (0, False), (2, True)]
+    grown = Plan(update.shards, 4, shards.index_dir)
+    assert [sample.key for sample in grown.index(0).samples[:3]] == ["a", "x", "y"]
+    assert [sample.key for sample in grown.index(2).samples] == ["x", "z"]
 
 
 def test_an_unused_shard_that_changed_is_appended_once(shards: Input) -> None:
     shards.write("a", "xyz")
     shards.write("b", "uv")
-    old = shards.stored_plan("ab", limit=3)
+    plan = shards.stored_plan("ab")
+    old = Plan((plan.shards[0], dataclasses.replace(plan.shards[1], used=0)), 4, shards.index_dir)
     shards.write("b", "uvw")
     update = shards.update(old, "ab", limit=4)
     assert [shard.used for shard in update.shards] == [3, 0, 1]

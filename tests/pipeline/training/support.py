@@ -84,6 +84,7 @@ class LocalSession(Session):
     def __init__(self, folder: Path, last_step: int) -> None:
         self.folder, self.last_step = folder, last_step
         self.metrics: list[dict[str, Any]] = []
+        self.steps: list[int] = []
 
     def prepare(self, model: torch.nn.Module) -> torch.nn.Module:
         return model
@@ -94,6 +95,9 @@ class LocalSession(Session):
 
     def before_checkpoint(self) -> None:
         pass
+
+    def show_step(self, step: int, loss: float) -> None:
+        self.steps.append(step)
 
     def report(self, metrics: dict[str, Any], checkpoint: str | None = None) -> None:
         assert checkpoint is not None

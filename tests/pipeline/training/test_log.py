@@ -2,13 +2,15 @@
 
 import io
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from pipeline.config.train import TrainConfig
 from pipeline.errors import StoreError
-from pipeline.training.log import plot_log, read_log, recorded_steps, write_log
+from pipeline.training.log import plot_log, read_log, recorded_steps, warn_of_bilinear, write_log
 from pipeline.training.progress import StepProgress
 
 LINES = [
@@ -56,3 +58,25 @@ def test_progress_says_step_loss_pace_and_what_is_left() -> None:
         "step 12/14  loss 0.1235  0.40 steps/s  5 s gone, 5 s left",
         "step 14/14  loss 0.5  0.40 steps/s  10 s gone, 0 s left",
     ]
+
+
+@pytest.mark.parametrize(
+    ("options", "last", "best", "texts"),
+    [
+        ({}, 0.25, 0.25, []),
+        ({}, 0.3, 0.5, []),
+        ({}, 0.2, 0.5, ["(0.2000, bilinear 0.2500)", "the best ones explain 0.5000: use best.safetensors"]),
+        ({}, 0.2, 0.24, ["so do the best ones (0.2400)", "--start-space 1 --coarse-stages 0", "--upsampler bilateral"]),
+        ({"kernel": "projection"}, -1.0, 0.2, ["(-1.0000,", "--lr 1e-3 --crf 0"]),
+        ({"upsampler": "carafe"}, -1.0, 0.2, ["--lr 1e-3 --crf 0"]),
+    ],
+    ids=str,
+)
+def test_a_training_that_ends_worse_than_bilinear_says_what_to_do(
+    options: dict[str, Any], last: float, best: float, texts: list[str]
+) -> None:
+    config = TrainConfig(shards=("a.tar",), out="out", **options)
+    text = warn_of_bilinear(config, [LINES[0], {"step": 1, "explained_variance": last}], best)
+    assert bool(text) == bool(texts)
+    assert "\n" not in text
+    assert all(part in text for part in texts), text

@@ -48,6 +48,7 @@ def test_a_run_that_goes_on_ends_as_if_it_had_not_stopped(shards: Path, tmp_path
         train(config(tmp_path / "stopped", shards), last_step=4)
     resumed = train(config(tmp_path / "stopped", shards))
     assert [metrics["step"] for metrics in resumed.metrics] == [6]
+    assert (whole.steps, resumed.steps) == ([1, 2, 3, 4, 5, 6], [5, 6])
     logs = [read_log(str(tmp_path / name), 6) for name in ("whole", "stopped")]
     for line in (*logs[0], *logs[1]):
         line.pop("seconds", None)
@@ -56,6 +57,8 @@ def test_a_run_that_goes_on_ends_as_if_it_had_not_stopped(shards: Path, tmp_path
     assert first.keys() == second.keys()
     assert all(torch.equal(first[name], second[name]) for name in first)
     assert resumed.metrics[-1] == whole.metrics[-1]
+    worse = [line.get("worse_than_bilinear") for line in logs[0]]
+    assert worse == [None] * 6 + [logs[0][6]["explained_variance"] < logs[0][0]["bilinear"]]
 
 
 def test_other_weights_than_the_runs_are_refused(shards: Path, tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pipeline.errors import InputError
-from pipeline.training.order import SampleOrder
+from pipeline.training.order import SampleOrder, count_held_out
 
 
 @pytest.mark.parametrize(("samples", "holdout"), [(2, 1), (9, 2), (10, 3), (101, 17), (1000, 999)])
@@ -68,3 +68,22 @@ def test_the_first_samples_of_an_epoch_are_spread_over_the_set() -> None:
     tenths = np.bincount([next(order.candidates(position)) // 10**5 for position in range(2000)], minlength=10)
     assert len(tenths) == 10
     assert (abs(tenths - 200) < 60).all()
+
+
+@pytest.mark.parametrize(
+    ("holdout", "samples", "count"),
+    [
+        (0.1, 591, 59),
+        (0.1, 100, 16),
+        (0.1, 12, 3),
+        (0.1, 2, 1),
+        (0.1, 10**6, 128),
+        (0.5, 100, 25),
+        (3, 5, 3),
+        (3.0, 5, 3),
+        (1, 5, 1),
+    ],
+)
+def test_a_share_is_held_out_within_bounds_and_a_count_as_it_is(holdout: float, samples: int, count: int) -> None:
+    """32 were held out of any number: nothing was left of thirty photographs."""
+    assert count_held_out(holdout, samples) == count
