@@ -24,6 +24,8 @@ __all__ = ["FrameQuestion", "FrameTable", "read_ppm", "read_table"]
 
 # Where no keyframe lies before a frame as the container's index tells, decoding begins so many seconds earlier.
 _EARLIER = (0.0, 2.0, 20.0)
+# Nearer frames are decoded one after the other: an index is of the order stored, and may name the wrong keyframe.
+_FAR = 8
 
 
 @dataclass(frozen=True)
@@ -215,10 +217,14 @@ class _Video:
                 raise self._damaged("it, or a frame that it is made from, is damaged")
 
     def _is_far(self, wanted: int) -> bool:
-        """Whether a keyframe lies between the frame that was read last and the one that is wanted."""
+        """Whether frames can be left out before the one that is wanted, as a keyframe lies before it."""
         if self.passed is None:
             return True
-        entries = self.stream.index_entries
+        stream = self.stream
+        apart = (wanted - self.passed) * float((stream.time_base or 0) * (stream.average_rate or 0))
+        if apart < _FAR:
+            return False
+        entries = stream.index_entries
         found = entries.search_timestamp(wanted) if len(entries) else -1
         return found >= 0 and entries[found].timestamp > (self.ahead[0] if self.ahead else self.passed)
 

@@ -18,8 +18,8 @@ from pipeline.inputs.places import Place
 __all__ = [
     "FRAME_EXT",
     "USUAL_LIMITS",
-    "_VIDEO_EXTS",
     "FrameLimits",
+    "default_reader",
     "frame_table",
     "frames_of",
     "is_video",
@@ -54,12 +54,13 @@ def is_video(name: str) -> bool:
     return name.rpartition(".")[2].lower() in _VIDEO_EXTS
 
 
-def frame_table(file: FoundFile, cache_dir: str | None = None) -> FrameTable:
+def frame_table(file: FoundFile, cache_dir: str | None = None, reader: ChildProcess | None = None) -> FrameTable:
     """The frames of a video, read from its packets; nothing is decoded.
 
     Args:
         file: the video. A remote one is copied to this machine.
         cache_dir: where tables are kept; they are used again while a video's size and stamp stand.
+        reader: the process that reads; by default this process has one.
 
     Raises:
         EnvironmentFault: PyAV is not installed, or the file may not be read.
@@ -69,7 +70,7 @@ def frame_table(file: FoundFile, cache_dir: str | None = None) -> FrameTable:
         return saved
     try:
         path = storage.local_copy(file.url)
-        table: FrameTable = _process(os.getpid()).ask(path, _TABLE_SECONDS + file.size / _SLOWEST)
+        table: FrameTable = (reader or default_reader()).ask(path, _TABLE_SECONDS + file.size / _SLOWEST)
     except ChildTimeoutError:
         table = FrameTable(problem="takes too long to be looked through; copy or encode it again")
     except ChildCrashedError as error:
@@ -107,7 +108,7 @@ def frames_of(table: FrameTable, url: str, every: int) -> Iterator[tuple[Place, 
         yield Place(url, "frame", number, table.pts[number] if table.pts and there else None), None if there else cut
 
 
-def read_frame(place: Place, version: str, limits: FrameLimits) -> bytes:
+def read_frame(place: Place, version: str, limits: FrameLimits, reader: ChildProcess | None = None) -> bytes:
     """A frame as the bytes of an image file (:data:`FRAME_EXT`), turned as it is displayed.
 
     It is decoded in a child process, which keeps the video open: frames that are asked for in order cost one decoding
@@ -117,6 +118,7 @@ def read_frame(place: Place, version: str, limits: FrameLimits) -> bytes:
         place: of the frame.
         version: the file's size and stamp.
         limits: on pixels and time.
+        reader: the process that decodes; by default this process has one.
 
     Raises:
         SampleError: ``UNDECODABLE`` (damaged, or made from damaged frames), ``TOO_LARGE``, ``DECODE_TIMEOUT``.
@@ -125,7 +127,7 @@ def read_frame(place: Place, version: str, limits: FrameLimits) -> bytes:
     seconds = limits.seconds * (1 if place.pts is not None else 1 + place.number // _COUNTED)
     question = FrameQuestion(storage.local_copy(place.file), version, place, limits.max_pixels)
     try:
-        data: bytes = _process(os.getpid()).ask(question, seconds)
+        data: bytes = (reader or default_reader()).ask(question, seconds)
     except ChildTimeoutError as error:
         raise SampleError(
             Reason.DECODE_TIMEOUT,
@@ -141,9 +143,14 @@ def read_frame(place: Place, version: str, limits: FrameLimits) -> bytes:
     return data
 
 
+def default_reader() -> ChildProcess:
+    """The child process that reads the videos of this process."""
+    return _reader(os.getpid())
+
+
 @lru_cache(maxsize=1)
-def _process(process: int) -> ChildProcess:
-    """The video reader of this process; its number is the argument because a forked process needs its own."""
+def _reader(process: int) -> ChildProcess:
+    """The number of this process is the argument because a forked process needs a reader of its own."""
     reader = ChildProcess("pipeline.inputs.video_worker", "video")
     atexit.register(reader.close)
     return reader
