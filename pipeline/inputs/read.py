@@ -98,7 +98,8 @@ def iter_samples(
 
 
 def _has_frames(entry: IndexedSample) -> bool:
-    return any((place := Place.parse(member.url)) and place.kind == "frame" for member in entry.members)
+    places = (Place.parse(member.url) for member in entry.members if member.url)
+    return any(place is not None and place.kind == "frame" for place in places)
 
 
 def _read(
