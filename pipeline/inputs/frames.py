@@ -22,6 +22,11 @@ if TYPE_CHECKING:
 
 __all__ = ["FrameQuestion", "FrameTable", "read_ppm", "read_table"]
 
+# A playlist under a video's name would have FFmpeg open what it names.
+_CONTAINER = {
+    "protocol_whitelist": "file",
+    "format_whitelist": "mov,matroska,avi,mpeg,mpegts,mpegvideo,m4v,asf,flv,ogg",
+}
 # Where no keyframe lies before a frame as the container's index tells, decoding begins so many seconds earlier.
 _EARLIER = (0.0, 2.0, 20.0)
 # Nearer frames are decoded one after the other: an index is of the order stored, and may name the wrong keyframe.
@@ -70,7 +75,7 @@ def _pyav() -> Any:
 
 
 def _open(path: str) -> "tuple[InputContainer, VideoStream | None]":
-    container = _pyav().open(path, metadata_errors="replace")
+    container = _pyav().open(path, metadata_errors="replace", container_options=_CONTAINER)
     # A cover is a picture beside the sound, and no video.
     streams = [stream for stream in container.streams.video if not stream.disposition & stream.disposition.attached_pic]
     return container, streams[0] if streams else None
