@@ -15,13 +15,17 @@ __all__ = [
     "class_colours",
     "class_palette",
     "component_colours",
+    "component_scale",
     "pca_colours",
+    "scaled_colours",
     "sheet",
     "side_by_side",
     "value_colours",
 ]
 
 Pixels = NDArray[np.uint8]
+ColourScale = tuple[NDArray[np.floating], NDArray[np.floating]]
+"""The smallest value of each of three channels, and by what the values above it are multiplied."""
 
 
 def pca_colours(maps: Sequence[NDArray[np.floating]]) -> list[Pixels]:
@@ -59,12 +63,30 @@ def component_colours(maps: Sequence[NDArray[np.floating]]) -> list[Pixels]:
     Returns:
         uint8 ``[H, W, 3]`` for each map.
     """
-    projected = [np.pad(one[..., :3], ((0, 0), (0, 0), (0, max(0, 3 - one.shape[-1])))) for one in maps]
-    vectors = np.concatenate([colours.reshape(-1, 3) for colours in projected])
+    scale = component_scale(maps)
+    return [scaled_colours(one, scale) for one in maps]
+
+
+def component_scale(maps: Sequence[NDArray[np.floating]]) -> ColourScale:
+    """The scale of the first three channels of maps, on which :func:`scaled_colours` colours these and others.
+
+    Args:
+        maps: Each ``[H, W, C]``; sizes may differ. What is not finite does not count.
+    """
+    vectors = np.concatenate([_three_channels(one).reshape(-1, 3) for one in maps])
     # Percentiles, so that a few extreme vectors do not leave the rest grey.
     low, high = np.nanpercentile(vectors, [1, 99], axis=0)
-    scale = 255 / np.maximum(high - low, 1e-12)
-    return [np.nan_to_num(np.clip((colours - low) * scale, 0, 255)).astype(np.uint8) for colours in projected]
+    return low, 255 / np.maximum(high - low, 1e-12)
+
+
+def scaled_colours(features: NDArray[np.floating], scale: ColourScale) -> Pixels:
+    """The first three channels of a map ``[H, W, C]`` in colours, uint8 ``[H, W, 3]``; black where not finite."""
+    low, factor = scale
+    return np.nan_to_num(np.clip((_three_channels(features) - low) * factor, 0, 255)).astype(np.uint8)
+
+
+def _three_channels(features: NDArray[np.floating]) -> NDArray[np.floating]:
+    return np.pad(features[..., :3], ((0, 0), (0, 0), (0, max(0, 3 - features.shape[-1]))))
 
 
 def class_palette(classes: int) -> Pixels:

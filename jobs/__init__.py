@@ -23,7 +23,7 @@ __all__ = ["CommandParser", "add_failed", "at_least", "exit_status", "print_line
 
 
 # Extras of the distribution that bring a package; all others come with [make].
-_EXTRAS = {"skimage": "demo", "s3fs": "s3", "gcsfs": "gcs", "triton": "gpu"}
+_EXTRAS = {"skimage": "demo", "s3fs": "s3", "gcsfs": "gcs", "triton": "gpu", "av": "video", "datasets": "hf"}
 _OWN = ("featup", "pipeline", "jobs", "featup_jobs")
 
 

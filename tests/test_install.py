@@ -135,7 +135,7 @@ def test_the_package_is_typed() -> None:
 
 def test_the_development_install_brings_all_that_is_tested() -> None:
     (own,) = [requirement for text in EXTRAS["dev"] if (requirement := Requirement(text)).name == PROJECT["name"]]
-    assert own.extras == {"make", "demo", "s3"}
+    assert own.extras == {"make", "demo", "s3", "hf", "video"}
 
 
 @pytest.mark.parametrize("extra", sorted(set(EXTRAS) - {"gcs", "gpu"}))

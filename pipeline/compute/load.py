@@ -22,9 +22,10 @@ from pipeline.errors import Fault, PipelineError, Reason, SampleError, fault_of
 from pipeline.inputs import storage
 from pipeline.inputs.changes import check_unchanged
 from pipeline.inputs.plan import Plan, UnitKey
-from pipeline.inputs.read import Sample, read_samples
+from pipeline.inputs.read import Sample, iter_samples
 from pipeline.inputs.storage import RangeReader
 from pipeline.inputs.tar import IndexedSample, ShardIndex, describe_members
+from pipeline.inputs.video import FrameLimits
 from pipeline.options import Size
 from pipeline.store.ledger import Ledger, Receipt, SampleRecord
 
@@ -39,6 +40,7 @@ __all__ = [
     "empty_blocks",
     "image_options",
     "image_size",
+    "iter_members",
     "load_row",
     "load_sample",
     "load_unit",
@@ -129,13 +131,16 @@ def load_unit(
     index = plan.index(key.shard)
     started = time.perf_counter()
     check_unchanged(plan.shards[key.shard])
-    samples = read_members(index, key.start, key.stop, options, read)
-    check_unchanged(plan.shards[key.shard])
-    read_done = time.perf_counter()
-
+    samples = iter_members(index, key.start, key.stop, options, read)
     blocks = empty_blocks(plan.rows_per_shard, options)
     records = []
-    for offset, (entry, members) in enumerate(zip(index.samples[key.start : key.stop], samples, strict=True)):
+    read_seconds, read_bytes = 0.0, 0
+    for offset, entry in enumerate(index.samples[key.start : key.stop]):
+        asked = time.perf_counter()
+        members = next(samples)
+        read_seconds += time.perf_counter() - asked
+        if not isinstance(members, SampleError):
+            read_bytes += sum(map(len, members.values()))
         record = SampleRecord(entry.key, key.row + offset, "ok")
         try:
             if isinstance(members, SampleError):
@@ -145,7 +150,7 @@ def load_unit(
             sample = decode(members, options)
         except SampleError as error:
             reason, detail = error.reason, error.detail
-            if reason in (Reason.IMAGE_MISSING, Reason.LABEL_MISSING):
+            if members is not error and reason in (Reason.IMAGE_MISSING, Reason.LABEL_MISSING):
                 detail = f"{detail}, which has {describe_members(entry)}"
                 if truncated := _cut_off(index, entry, key.start + offset):
                     reason, detail = Reason.TAR_TRUNCATED, f"{detail}; {truncated}"
@@ -166,13 +171,13 @@ def load_unit(
                 decoder=sample.decoder,
             )
         )
-    decode_done = time.perf_counter()
-    read_bytes = sum(len(data) for one in samples if not isinstance(one, SampleError) for data in one.values())
+    check_unchanged(plan.shards[key.shard])
+    seconds = time.perf_counter() - started
     return LoadedUnit(
         blocks=blocks,
         records=tuple(records),
         shard=plan.shards[key.shard].digest,
-        seconds={"read": read_done - started, "decode": decode_done - read_done},
+        seconds={"read": read_seconds, "decode": seconds - read_seconds},
         sizes={"read": read_bytes, "decode": sum(block.nbytes for block in blocks.values())},
     )
 
@@ -197,8 +202,16 @@ def read_members(
         InputChangedError: the shard is not the one that was indexed.
         OSError: it cannot be read, after retries.
     """
+    return list(iter_members(index, start, stop, options, read))
+
+
+def iter_members(
+    index: ShardIndex, start: int, stop: int, options: DecodeOptions, read: RangeReader = storage.read_range
+) -> Iterator[Sample | SampleError]:
+    """What :func:`read_members` returns, one after the other: of the frames of a video one is held at a time."""
     entries = tuple(_limited(entry, options) for entry in index.samples[start:stop])
-    return read_samples(replace(index, samples=entries), 0, len(entries), read=read)
+    limits = FrameLimits(options.max_pixels, options.decode_timeout)
+    return iter_samples(replace(index, samples=entries), 0, len(entries), read=read, limits=limits)
 
 
 def _limited(entry: IndexedSample, options: DecodeOptions) -> IndexedSample:

@@ -20,8 +20,9 @@ from pipeline.config.precompute import PrecomputeConfig
 from pipeline.decode.kinds import LABEL_EXTENSIONS, label_spec
 from pipeline.errors import ConfigError, Reason, StoreMismatchError
 from pipeline.inputs import storage
-from pipeline.inputs.images import list_images, update_manifests
+from pipeline.inputs.images import list_images
 from pipeline.inputs.manifest import FOLDER, is_manifest
+from pipeline.inputs.manifest_update import update_manifests
 from pipeline.inputs.patterns import expand
 from pipeline.inputs.plan import IndexAll, Plan, PlannedShard, rows_of
 from pipeline.inputs.plan_update import PlanUpdate, update_plan
@@ -79,7 +80,16 @@ def _urls(config: InputConfig, folder: str, kept: Sequence[str] = ()) -> list[st
     if not config.images:
         return expand(config.shards)
     label_dirs = dict(text.split("=", 1) for text in getattr(config, "label_dir", ()))
-    listed = list_images(config.images, config.image_exts, LABEL_EXTENSIONS, label_dirs)
+    listed = list_images(
+        config.images,
+        config.image_exts,
+        LABEL_EXTENSIONS,
+        label_dirs,
+        every=config.every,
+        image_column=config.image_column,
+        label_columns=getattr(config, "labels", ()),
+        cache_dir=_index_dir(config.out),
+    )
     return update_manifests(folder, listed, kept)
 
 

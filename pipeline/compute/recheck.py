@@ -8,6 +8,7 @@ from pipeline.decode.kinds import label_spec
 from pipeline.inputs.changes import compare_bytes
 from pipeline.inputs.plan import Plan, UnitKey
 from pipeline.inputs.plan_update import PlanUpdate
+from pipeline.inputs.video import FrameLimits
 from pipeline.store.ledger import Ledger, Receipt
 
 __all__ = ["recheck_input"]
@@ -39,7 +40,7 @@ def recheck_input(
     for key in map(plan.unit, range(plan.units)):
         if key.shard in finished and key.unit in done:
             finished[key.shard].append(key)
-    wanted = _members(config)
+    wanted, limits = _members(config), FrameLimits(config.max_pixels, config.decode_timeout)
     for position, keys in finished.items():
         chosen = _spread(keys, config.recheck_share)
         shard = plan.shards[position]
@@ -48,7 +49,7 @@ def recheck_input(
             if receipt is not None:
                 hashes |= _hashes(key, receipt)
         if hashes:
-            compare_bytes(plan.index(position), hashes, wanted)
+            compare_bytes(plan.index(position), hashes, wanted, limits=limits)
         report(
             f"{shard.url} is at another place or was written again: {len(hashes)} samples of {len(chosen)} of its "
             f"{len(keys)} finished units compared with their receipts, their bytes are the same"

@@ -120,10 +120,19 @@ class InputConfig(BackboneConfig):
     images: tuple[str, ...] = option(
         (),
         "instead of shards: folders (searched with all below them), lists (.txt, .csv, .tsv, .parquet) or files of "
-        "images; paths or fsspec URLs",
+        "images, videos, parquet files of images, or saved Hugging Face data sets; paths or fsspec URLs",
         group="input",
         run=True,
         path=True,
+    )
+    every: int = option(
+        1, "of a video the first frame, and then every so many-th, is an image", group="input", run=True, at_least=1
+    )
+    image_column: str | None = option(
+        None,
+        "the column of images in lists, parquet files and data sets; by default image, or the only one",
+        group="input",
+        run=True,
     )
     limit: int | None = option(
         None, "use only so many samples, spread evenly over the input", group="input", at_least=1
@@ -147,6 +156,7 @@ class InputConfig(BackboneConfig):
                 f"shards={self.shards} and images={self.images}: give tars by --shards, or a folder or list by "
                 "--images, and not both",
             ),
+            images_only(self.images, self.every, self.image_column),
         ]
 
     def absolute(self, on_cluster: bool) -> Self:
@@ -181,6 +191,13 @@ class InputConfig(BackboneConfig):
         """The options that decide what is made: work is resumed only where these are the same."""
         values = describe(self)
         return {one.name: values[one.name] for one in fields(self) if not one.metadata["run"]}
+
+
+def images_only(images: tuple[str, ...], every: int, image_column: str | None) -> tuple[bool, str]:
+    """Tars have neither frames nor columns."""
+    return not images and (every != 1 or image_column is not None), (
+        f"every={every} and image_column={image_column!r} go with --images: in tars every image is a file"
+    )
 
 
 def whole_gpus(name: str, gpus: float | None) -> tuple[bool, str]:

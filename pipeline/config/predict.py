@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import MISSING, dataclass
 
+from pipeline.config.base import images_only
 from pipeline.options import Checked, option
 
 __all__ = ["PredictConfig"]
@@ -15,9 +16,18 @@ class PredictConfig(Checked):
     probe: str = option(MISSING, "the probe: the --out of featup train_probe", group="input", path=True)
     images: tuple[str, ...] = option(
         (),
-        "image files and folders, paths or fsspec URLs; of a folder, every image in it and below",
+        "image files and folders, paths or fsspec URLs; of a folder, every image in it and below; also videos, lists, "
+        "parquet files of images and saved Hugging Face data sets",
         group="input",
         path=True,
+    )
+    every: int = option(
+        1, "of a video the first frame, and then every so many-th, is an image", group="input", at_least=1
+    )
+    image_column: str | None = option(
+        None,
+        "the column of images in lists, parquet files and data sets; by default image, or the only one",
+        group="input",
     )
     shards: tuple[str, ...] = option(
         (),
@@ -69,4 +79,5 @@ class PredictConfig(Checked):
                 bool(self.images) == bool(self.shards),
                 f"images={self.images} with shards={self.shards}: give one of them",
             ),
+            images_only(self.images, self.every, self.image_column),
         ]

@@ -13,10 +13,12 @@ from pipeline.decode.options import DecodeOptions, LabelKind
 from pipeline.errors import EnvironmentFault, InputError, Reason, SampleError
 from pipeline.inputs import storage
 from pipeline.inputs.images import list_images
+from pipeline.inputs.places import Place
 from pipeline.inputs.plan import Plan, make_plan
-from pipeline.inputs.read import Sample
+from pipeline.inputs.read import Sample, read_samples
 from pipeline.inputs.spread import spread_place
-from pipeline.inputs.tar import describe_ignored
+from pipeline.inputs.tar import ShardIndex, describe_ignored
+from pipeline.inputs.video import FrameLimits
 from pipeline.redaction import redact
 
 __all__ = ["Photograph", "Photographs", "find_photographs"]
@@ -88,27 +90,47 @@ def _of_shards(config: PredictConfig, options: DecodeOptions) -> Photographs:
 
 
 def _of_files(config: PredictConfig, options: DecodeOptions) -> Photographs:
-    listed = list_images(config.images, (*options.image_exts, *sorted(_NOT_READ)), {}, {})
-    images = {sample.members[0].url: sample.key for sample in listed.samples}
-    own = {url for url in images if _is_below(url, config.out)}
-    ignored = listed.ignored + Counter({"output of this job": len(own)})
+    listed = list_images(
+        config.images,
+        (*options.image_exts, *sorted(_NOT_READ)),
+        {},
+        {},
+        every=config.every,
+        image_column=config.image_column,
+    )
+    images = [(position, sample.members[0].url, sample.key) for position, sample in enumerate(listed.samples)]
+    chosen = [entry for entry in images if not _is_below(_file(entry[1]), config.out)]
+    ignored = listed.ignored + Counter({"output of this job": len(images) - len(chosen)})
     remarks = (f"ignored: {describe_ignored(tuple(ignored.most_common()))}",) if ignored else ()
-    if len(own) == len(images):
+    if not chosen:
         raise InputError(f"not one image in {list(config.images)} that is no output of this job; look at --images")
+    index = ShardIndex("", 0, "", tuple(listed.samples), ())
+    limits = FrameLimits(options.max_pixels, options.decode_timeout)
 
-    def read(url: str) -> Sample:
+    def read(position: int, url: str) -> Sample:
         try:
-            check_bytes([(url, storage.stat(url).size)], options.max_bytes)
-            return {options.image_exts[0]: storage.read_bytes(url)}
-        except (OSError, EnvironmentFault) as error:
+            if Place.parse(url) is None and listed.samples[position].problem is None:
+                check_bytes([(url, storage.stat(url).size)], options.max_bytes)
+                return {options.image_exts[0]: storage.read_bytes(url)}
+            (members,) = read_samples(index, position, position + 1, limits=limits)
+        except (OSError, InputError, EnvironmentFault) as error:
             raise SampleError(Reason.IMAGE_MISSING, f"it cannot be read: {error}") from error
+        if isinstance(members, SampleError):
+            raise members
+        (data,) = members.values()
+        return {options.image_exts[0]: data}
 
-    every = [(url, key) for url, key in images.items() if url not in own]
-    count = min(config.limit or len(every), len(every))
-    chosen = [every[spread_place(number, count, len(every))] for number in range(count)]
+    count = min(config.limit or len(chosen), len(chosen))
+    chosen = [chosen[spread_place(number, count, len(chosen))] for number in range(count)]
     unique = _UniqueNames()
-    each = (Photograph(unique(key), url, partial(read, url)) for url, key in chosen)
+    each = (Photograph(unique(key), url, partial(read, position, url)) for position, url, key in chosen)
     return Photographs(len(chosen), each, remarks)
+
+
+def _file(url: str) -> str:
+    """The file that an image is, or lies in."""
+    place = Place.parse(url)
+    return place.file if place else url
 
 
 def _is_below(place: str, folder: str) -> bool:

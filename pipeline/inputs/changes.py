@@ -6,9 +6,10 @@ from collections.abc import Callable, Collection, Mapping
 from pipeline.errors import InputChangedError, SampleError
 from pipeline.inputs import storage
 from pipeline.inputs.plan import PlannedShard
-from pipeline.inputs.read import read_samples
+from pipeline.inputs.read import iter_samples
 from pipeline.inputs.storage import RangeReader
 from pipeline.inputs.tar import ShardIndex
+from pipeline.inputs.video import USUAL_LIMITS, FrameLimits
 
 __all__ = ["check_unchanged", "compare_bytes"]
 
@@ -48,6 +49,7 @@ def compare_bytes(
     wanted: Callable[[str], bool] | None = None,
     *,
     read: RangeReader = storage.read_range,
+    limits: FrameLimits = USUAL_LIMITS,
 ) -> None:
     """Hold the bytes of samples against the hashes in the receipts of finished units.
 
@@ -59,6 +61,7 @@ def compare_bytes(
             labels. Samples without hashes (failed ones) are not read.
         wanted: whether members of an extension are read; all are where it is None. It must cover the hashed ones.
         read: reads byte ranges.
+        limits: of reading a frame of a video.
 
     Raises:
         InputChangedError: a sample has other bytes, or cannot be read any more; the text names it.
@@ -71,7 +74,7 @@ def compare_bytes(
                 f"{index.url} holds {len(index.samples)} samples, and the store was made from {stop} of it; put the "
                 "old one back, or start a new store with another --out"
             )
-        for position, sample in enumerate(read_samples(index, start, stop, wanted, read=read), start):
+        for position, sample in enumerate(iter_samples(index, start, stop, wanted, read=read, limits=limits), start):
             if isinstance(sample, SampleError):
                 difference = f"cannot be read any more ({sample}), as it could be when the store was made from it"
             elif missing := set(hashes[position]) - {hashlib.sha256(data).hexdigest() for data in sample.values()}:

@@ -6,7 +6,7 @@ import uuid
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 
-from pipeline.errors import ConfigError
+from pipeline.errors import ConfigError, SampleError
 from pipeline.inputs import storage
 from pipeline.inputs.images import ImageList
 from pipeline.inputs.local import TEMPORARY, make_local_dirs
@@ -21,7 +21,7 @@ _MTIME = 0.0
 
 def pack(
     images: ImageList, pattern: str, largest_bytes: int = 1 << 30, report: Callable[[str], None] = print
-) -> list[str]:
+) -> tuple[list[str], int]:
     """Write images and their labels as tars, in their order; a tar appears when it is whole.
 
     The key of a sample ends at the first dot of a member's file name, so other dots in a key become underscores.
@@ -33,7 +33,8 @@ def pack(
         report: prints a line.
 
     Returns:
-        The tars' paths.
+        The tars' paths, and how many samples could not be read (frames that are damaged, rows without an image): these
+        are named, and left out.
 
     Raises:
         ConfigError: a pattern without a number, that is no local path, or whose first tar is there already.
@@ -49,23 +50,28 @@ def pack(
     make_local_dirs(os.path.dirname(path))
     keys = _keys([sample.key for sample in images.samples], report)
     tars = []
+    failed = 0
     for number, samples in enumerate(_shards(images.samples, largest_bytes)):
         index = ShardIndex(pattern, 0, "", tuple(samples), ())
+        written = 0
         temporary = os.path.join(os.path.dirname(path), f".{uuid.uuid4().hex}{TEMPORARY}")
         try:
             with open(temporary, "xb") as stream, webdataset.TarWriter(stream, encoder=False, mtime=_MTIME) as tar:
                 for position, entry in enumerate(samples):
                     (members,) = read_samples(index, position, position + 1)
-                    if isinstance(members, Exception):
-                        raise members
+                    if isinstance(members, SampleError):
+                        failed += 1
+                        report(f"{entry.key} is left out: {members}")
+                        continue
                     tar.write({"__key__": keys[entry.key], **members})
+                    written += 1
             os.replace(temporary, path % number)
         finally:
             with suppress(FileNotFoundError):
                 os.unlink(temporary)
         tars.append(path % number)
-        report(f"{path % number}: {len(samples)} samples, {os.path.getsize(path % number)} bytes")
-    return tars
+        report(f"{path % number}: {written} samples, {os.path.getsize(path % number)} bytes")
+    return tars, failed
 
 
 def _shards(samples: list[IndexedSample], largest: int) -> Iterator[list[IndexedSample]]:

@@ -1,17 +1,21 @@
-"""Samples of an indexed tar, by byte range."""
+"""Samples of an indexed tar, by byte range; of a manifest, from files, videos and tables."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from itertools import pairwise, repeat
+from itertools import groupby, pairwise, repeat
 from typing import TypeAlias
 
-from pipeline.errors import InputChangedError, InputError, SampleError
+from pipeline.child import ChildCrashedError, ChildTimeoutError
+from pipeline.errors import InputChangedError, InputError, Reason, SampleError
 from pipeline.inputs import storage
-from pipeline.inputs.storage import RangeReader
-from pipeline.inputs.tar import BLOCK, Member, ShardIndex, header_mark
+from pipeline.inputs.places import Place, file_mark
+from pipeline.inputs.storage import FileStat, RangeReader
+from pipeline.inputs.table_rows import read_cell
+from pipeline.inputs.tar import BLOCK, IndexedSample, Member, ShardIndex, header_mark
+from pipeline.inputs.video import USUAL_LIMITS, FrameLimits, read_frame
 
-__all__ = ["INLINE", "Sample", "read_samples"]
+__all__ = ["INLINE", "Sample", "iter_samples", "read_samples"]
 
 
 Sample: TypeAlias = dict[str, bytes]
@@ -40,11 +44,26 @@ def read_samples(
     wanted: Callable[[str], bool] | None = None,
     *,
     read: RangeReader = storage.read_range,
+    limits: FrameLimits = USUAL_LIMITS,
 ) -> list[Sample | SampleError]:
+    """Samples ``start`` to ``stop`` of an index, in order: all that :func:`iter_samples` gives."""
+    return list(iter_samples(index, start, stop, wanted, read=read, limits=limits))
+
+
+def iter_samples(
+    index: ShardIndex,
+    start: int,
+    stop: int,
+    wanted: Callable[[str], bool] | None = None,
+    *,
+    read: RangeReader = storage.read_range,
+    limits: FrameLimits = USUAL_LIMITS,
+) -> Iterator[Sample | SampleError]:
     """Samples ``start`` to ``stop`` of an index, in order.
 
     Members that lie close together come by one request, of at most 64 MiB (a larger member by several). A
-    request that fails is made again. The header before each member is compared with the one that was indexed.
+    request that fails is made again. The header before each member is compared with the one that was indexed. Frames
+    of videos, which are large, are decoded one by one as they are taken.
 
     Args:
         index: of the tar to read.
@@ -52,14 +71,17 @@ def read_samples(
         stop: position behind the last sample.
         wanted: whether members of an extension (lower case) are to be read; all are where it is None.
         read: reads byte ranges.
+        limits: of reading a frame.
 
-    Returns:
+    Yields:
         For each sample the bytes of its wanted members by extension, in the order of the tar, or, where the
-        index has a problem with it, that problem as a SampleError; nothing is read for those.
+        index has a problem with it, that problem as a SampleError; nothing is read for those. Also a frame that
+        cannot be decoded is a SampleError.
 
     Raises:
-        InputChangedError: the tar is not the one that was indexed.
+        InputChangedError: the tar, or another file, is not the one that was indexed.
         InputError: the index has no such samples.
+        EnvironmentFault: it may not be read, or what reads videos is not installed.
         OSError: it cannot be read, after retries.
     """
     if not 0 <= start <= stop <= len(index.samples):
@@ -68,9 +90,29 @@ def read_samples(
             f"{len(index.samples)}: the plan was made from another version of the tar; run the job again, "
             "so that it is made anew"
         )
+    # A video that hung or crashed its reader would do so for each of its frames.
+    given_up: dict[str, SampleError] = {}
+    for one_by_one, run in groupby(index.samples[start:stop], _has_frames):
+        for entries in ([entry] for entry in run) if one_by_one else [list(run)]:
+            yield from _read(index.url, entries, wanted, read, limits, given_up)
+
+
+def _has_frames(entry: IndexedSample) -> bool:
+    places = (Place.parse(member.url) for member in entry.members if member.url)
+    return any(place is not None and place.kind == "frame" for place in places)
+
+
+def _read(
+    url: str,
+    entries: Sequence[IndexedSample],
+    wanted: Callable[[str], bool] | None,
+    read: RangeReader,
+    limits: FrameLimits,
+    given_up: dict[str, SampleError],
+) -> list[Sample | SampleError]:
     samples: list[Sample | SampleError] = []
     pairs: list[tuple[Sample, Member]] = []
-    for entry in index.samples[start:stop]:
+    for entry in entries:
         if entry.problem is not None:
             samples.append(SampleError(*entry.problem))
             continue
@@ -78,12 +120,14 @@ def read_samples(
         sample: Sample = dict.fromkeys((member.ext for member in members), b"")
         samples.append(sample)
         pairs.extend((sample, member) for member in members)
-    files = [(sample, member) for sample, member in pairs if member.url]
-    if files:
-        _read_files(files, read)
+    parts = {id(member): place for _, member in pairs if member.url and (place := Place.parse(member.url))}
+    _read_files([pair for pair in pairs if pair[1].url and id(pair[1]) not in parts], read)
+    errors = _read_parts(
+        [(sample, member, parts[id(member)]) for sample, member in pairs if id(member) in parts], limits, given_up
+    )
     for request in _requests([pair for pair in pairs if not pair[1].url]):
-        _serve(index.url, request, read)
-    return samples
+        _serve(url, request, read)
+    return [errors.get(id(sample), sample) for sample in samples]
 
 
 def _read_files(files: list[tuple[Sample, Member]], read: RangeReader) -> None:
@@ -105,12 +149,48 @@ def _read_file(member: Member, read: RangeReader) -> bytes:
     # Looked up after it was read: a file that was rewritten before or meanwhile has another stamp by then.
     state = storage.stat(member.url)
     if (state.size, state.stamp) != (member.size, member.stamp):
-        raise InputChangedError(
-            f"{member.url} changed since it was listed ({state.size} bytes now, {member.size} then; stamp "
-            f"{state.stamp} now, {member.stamp} then). Run the same command again, which lists it anew and compares "
-            "the bytes of finished samples"
-        )
+        raise _changed(member.url, member.stamp, state, f"{member.size} then")
     return data
+
+
+def _read_parts(
+    parts: list[tuple[Sample, Member, Place]], limits: FrameLimits, given_up: dict[str, SampleError]
+) -> dict[int, SampleError]:
+    """Read members that lie in videos and tables. Returns the errors, by the id of the sample."""
+    errors: dict[int, SampleError] = {}
+    for sample, member, place in parts:
+        try:
+            if place.kind == "frame":
+                if place.file in given_up:
+                    raise given_up[place.file]
+                data = read_frame(place, f"{member.mark} {member.stamp}", limits)
+            else:
+                data = _cell(place, member)
+            sample[member.ext] = data
+        except SampleError as error:
+            errors[id(sample)] = error
+            if isinstance(error.__cause__, (ChildTimeoutError, ChildCrashedError)):
+                given_up[place.file] = error
+    # Looked up after they were read, like files.
+    for _, member, place in {place.file: (sample, member, place) for sample, member, place in parts}.values():
+        state = storage.stat(place.file)
+        if (file_mark(state.size), state.stamp) != (member.mark, member.stamp):
+            raise _changed(place.file, member.stamp, state, "another then, or the same")
+    return errors
+
+
+def _cell(place: Place, member: Member) -> bytes:
+    data = read_cell(place, f"{member.mark} {member.stamp}")
+    if data is None:
+        raise SampleError(Reason.IMAGE_MISSING, f"row {place.number} of {place.file} has no {place.column}")
+    return data
+
+
+def _changed(url: str, stamp: str, state: FileStat, size_then: str) -> InputChangedError:
+    return InputChangedError(
+        f"{url} changed since it was listed ({state.size} bytes now, {size_then}; stamp {state.stamp} now, {stamp} "
+        "then). Run the same command again, which lists it anew and compares the bytes of finished samples"
+    )
 
 
 def _requests(pairs: list[tuple[Sample, Member]]) -> list[_Request]:

@@ -36,7 +36,7 @@ def describe_store(url: str) -> Iterator[str]:
     if stored:
         whole = human_bytes(status.ok * layout.sample_bytes)
         yield f"bytes     {human_bytes(stored)} stored, {whole} before compression"
-    yield f"input     {', '.join(map(redact, config.shards))}"
+    yield f"input     {', '.join(map(redact, (*config.shards, *config.images)))}"
     yield from (f"sha256    {digest[:_DIGITS]}... of the {name}" for name, digest in setup["digests"].items())
     yield "versions  " + ", ".join(f"{name} {number}" for name, number in attributes.get("versions", {}).items())
     yield f"options   {storage.join(redact(url), 'plan', 'config.yaml')}"

@@ -11,7 +11,15 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from featup.pictures import class_colours, class_palette, component_colours, sheet, side_by_side, value_colours
+from featup.pictures import (
+    class_colours,
+    class_palette,
+    component_scale,
+    scaled_colours,
+    sheet,
+    side_by_side,
+    value_colours,
+)
 from featup.projection import PCA, PCAFit
 from pipeline.decode.kinds import label_spec
 from pipeline.errors import ConfigError
@@ -23,6 +31,7 @@ from pipeline.store.provenance import stored_config
 from pipeline.store.segments import UNITS_PER_SEGMENT
 
 __all__ = [
+    "FeatureColours",
     "contact_sheet",
     "describe_sample",
     "feature_colours",
@@ -79,10 +88,37 @@ def feature_colours(dataset: FeatureDataset, numbers: Sequence[int]) -> list[Pix
         dataset: of features, and ``valid`` where padding shall be black.
         numbers: of the samples in it.
     """
-    components = stored_config(dataset.path, partial=True)[0].projects
-    pca = None if components else _fit_pca(dataset, numbers)
-    maps = (without_padding(dataset[number]) for number in numbers)
-    return component_colours([(one[..., :3] if pca is None else pca.project(one)).numpy() for one in maps])
+    colours = FeatureColours(dataset, numbers)
+    return [colours(number) for number in numbers]
+
+
+class FeatureColours:
+    """Colours of features: equal features have equal colours in all samples.
+
+    They are the first three principal components: those that are stored; of a store of all channels those of a PCA.
+    """
+
+    def __init__(self, dataset: FeatureDataset, numbers: Sequence[int]) -> None:
+        """
+        Args:
+            dataset: of features, and ``valid`` where padding shall be black.
+            numbers: of the samples that the PCA and the scale of the colours are fitted to.
+        """
+        components = stored_config(dataset.path, partial=True)[0].projects
+        self.dataset = dataset
+        self.pca = None if components else _fit_pca(dataset, numbers)
+        self.scale = component_scale([self._components(number) for number in numbers])
+
+    def __call__(self, number: int) -> Pixels:
+        """The features of a sample in colours, uint8 ``[H, W, 3]``."""
+        return scaled_colours(self._components(number), self.scale)
+
+    def _components(self, number: int) -> NDArray[np.floating]:
+        features = without_padding(self.dataset[number])
+        components: NDArray[np.floating] = (
+            features[..., :3] if self.pca is None else self.pca.project(features)
+        ).numpy()
+        return components
 
 
 def _fit_pca(dataset: FeatureDataset, numbers: Sequence[int]) -> PCA | None:

@@ -88,6 +88,12 @@ def write_tar(path: Path, members: Iterable[tuple[str, bytes]]) -> Path:
     return path
 
 
+def tar_files(path: Path) -> dict[str, bytes]:
+    """Every file of a tar, by name."""
+    with tarfile.open(path) as tar:
+        return {member.name: tar.extractfile(member).read() for member in tar}  # type: ignore[union-attr]
+
+
 def good_sample(key: str, seed: int, size: tuple[int, int] = (60, 80)) -> list[tuple[str, bytes]]:
     """A photograph with its class map."""
     pixels = photograph(seed, size)

@@ -9,6 +9,8 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
+from pipeline.decode.kinds import IMAGE_EXTS
+from pipeline.inputs.images import list_images
 from pipeline.loader.dataset import FeatureDataset
 from tests.e2e import support
 from tests.e2e.in_process import run
@@ -160,6 +162,39 @@ def test_packed_as_shards_the_same_photographs_have_the_same_features(
     command = ("--shards", tmp_path / "p-000000.tar", "--out", tmp_path / "out", *OPTIONS)
     run("precompute", *command, "--max-failed-fraction", 0.2)
     assert support.array_files(tmp_path / "out") == support.array_files(store)
+
+
+def test_by_list_table_and_data_set_the_same_photographs_have_the_same_features(
+    photographs: Path, store: Path, tmp_path: Path
+) -> None:
+    import datasets
+
+    datasets.disable_progress_bars()
+    samples = list_images([str(photographs)], IMAGE_EXTS, {}, {}).samples
+    places = [sample.members[0].url for sample in samples]
+    (tmp_path / "list.txt").write_text("\n".join(places))
+    columns = {
+        "image": [{"bytes": Path(place).read_bytes(), "path": Path(place).name} for place in places],
+        "key": [sample.key for sample in samples],
+    }
+    features = datasets.Features({"image": datasets.Image(), "key": datasets.Value("string")})
+    table = datasets.Dataset.from_dict(columns, features=features)
+    table.save_to_disk(tmp_path / "saved", num_shards=3)
+    table.to_parquet(tmp_path / "table.parquet", batch_size=5)
+    for name in ("list.txt", "saved", "table.parquet"):
+        out = tmp_path / f"out-{name}"
+        command = ("--images", tmp_path / name, "--out", out, *OPTIONS, "--max-failed-fraction", 0.2)
+        assert "input 16 = ok 14 + failed 2" in run("precompute", *command), name
+        assert support.array_files(out) == support.array_files(store), name
+        assert " 0 to do" in run("precompute", *command), name
+        assert "clean: " in run("verify", out)
+        if name != "list.txt":
+            assert _features(out).keys() == _features(store).keys()
+    # Packed from there they are the same tar.
+    for name, place in (("a", photographs), ("b", tmp_path / "saved")):
+        assert "16 samples in 1 shards" in run("pack", place, tmp_path / f"{name}-%d.tar")
+    names = [support.tar_files(tmp_path / f"{name}-0.tar") for name in "ab"]
+    assert names[0] == names[1]
 
 
 def test_labels_that_no_image_has_are_refused_before_anything_is_computed(photographs: Path, tmp_path: Path) -> None:

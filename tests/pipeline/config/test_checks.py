@@ -96,6 +96,8 @@ def test_paths_are_never_empty(kind: type[Checked]) -> None:
         # What passed before and failed late, or never.
         ({"max_pixels": 0}, "max_pixels=0 must be at least 1"),
         ({"max_bytes": 0}, "max_bytes=0 must be at least 1"),
+        ({"every": 2}, "every=2 and image_column=None go with --images: in tars every image is a file"),
+        ({"image_column": "photo"}, "every=1 and image_column='photo' go with --images"),
         ({"decode_timeout": 0.0}, "decode_timeout=0.0 must be more than 0"),
         ({"actors": 0}, "actors=0 must be at least 1"),
         ({"actors": "all"}, "actors='all' must be a whole number, or auto"),

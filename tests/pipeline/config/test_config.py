@@ -24,6 +24,8 @@ FIELDS = {one.name: one for one in dataclasses.fields(PrecomputeConfig)}
 OTHER: dict[str, Any] = {
     "shards": (),
     "images": ("photographs", "s3://bucket/list.csv"),
+    "every": 3,
+    "image_column": "photo",
     "label_dir": ("seg=masks", "cls=s3://bucket/classes"),
     "out": "s3://bucket/out",
     "image_exts": ("png", "webp"),
@@ -285,9 +287,10 @@ def test_identity_is_what_decides_the_content() -> None:
     whole = config().identity()
     runs = {name for name in FIELDS if name not in whole}
     assert runs == {
-        "shards", "images", "label_dir", "out", "weights", "checkpoint", "actors", "gpus_per_actor", "cpus_per_actor",
-        "loader_cpus", "threads", "batch_size", "max_failed_fraction", "unit_attempts", "object_store_mb", "pca_from",
-        "max_bytes", "decode_timeout", "retry_failed", "resource_timeout", "recheck_share",
+        "shards", "images", "every", "image_column", "label_dir", "out", "weights", "checkpoint", "actors",
+        "gpus_per_actor", "cpus_per_actor", "loader_cpus", "threads", "batch_size", "max_failed_fraction",
+        "unit_attempts", "object_store_mb", "pca_from", "max_bytes", "decode_timeout", "retry_failed",
+        "resource_timeout", "recheck_share",
     }  # fmt: skip
     base = describe(PrecomputeConfig(**OTHER))
     for name, value in OTHER.items():

@@ -197,6 +197,7 @@ def test_the_child_imports_decoding_modules_only() -> None:
     modules = set(done.stdout.split())
     assert modules.isdisjoint({"torch", "ray", "zarr", "pyarrow", "fsspec", "timm"})
     assert {name for name in modules if name.startswith("pipeline.") and name.count(".") == 1} == {
+        "pipeline.child",
         "pipeline.decode",
         "pipeline.errors",
         "pipeline.options",

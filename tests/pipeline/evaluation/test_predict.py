@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from PIL import Image
@@ -29,6 +31,8 @@ from pipeline.training.probes import train_probe
 from pipeline.training.tasks import DepthTask
 from tests.e2e.support import encode, good_sample, photograph, write_tar
 from tests.pipeline.compute.support import make_config, open_store
+from tests.pipeline.inputs import videos
+from tests.pipeline.inputs.videos import OPEN, write_video
 
 CLASSES = 8
 SIZE = Size(64, 96)
@@ -186,6 +190,31 @@ def test_files_pictures_and_account(fitted: Fitted, tmp_path: Path, capsys: pyte
     assert "output of this job" in capsys.readouterr().out
     changed = {path.name for path, data in first.items() if path.read_bytes() != data}
     assert changed == {"predictions.json"}, "the limit is in its config"
+
+
+def test_frames_and_rows_are_photographs_too(
+    fitted: Fitted, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    clip = write_video(tmp_path / "clip.mp4", 20, options=OPEN, size=(60, 80))
+    (tmp_path / "noise.mkv").write_bytes(b"no video at all")
+    cells = [{"bytes": encode(photograph(20)), "path": None}, None]
+    kind = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+    pq.write_table(pa.table({"photo": pa.array(cells, kind)}), tmp_path / "rows.parquet")
+    out = tmp_path / "out"
+    places = tuple(str(tmp_path / name) for name in ("clip.mp4", "noise.mkv", "rows.parquet"))
+    config = config_of(fitted, out, images=places, every=9, image_column="photo", max_failed_fraction=0.5)
+    results = predict(config)
+    assert [(one["name"], one["status"]) for one in results["images"]] == [
+        ("clip/000000", "ok"), ("clip/000009", "ok"), ("clip/000018", "ok"), ("noise", "failed"),
+        ("rows/000000", "ok"), ("rows/000001", "failed"),
+    ]  # fmt: skip
+    assert [one.get("reason") for one in results["images"] if one["status"] == "failed"] == [
+        "undecodable", "image_missing"
+    ]  # fmt: skip
+    frames = videos.read(videos.listed(clip))
+    (expected,) = load_predictor(fitted.probe)([np.asarray(frames[9])])
+    assert np.array_equal(np.array(read(out / "seg" / "clip" / "000009.png")), expected)
+    assert capsys.readouterr().out.splitlines()[-1] == "input 6 = ok 4 + failed 2"
 
 
 def test_labels_in_shards_are_compared(fitted: Fitted, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

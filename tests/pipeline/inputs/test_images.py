@@ -9,8 +9,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipeline.errors import InputChangedError, InputError
-from pipeline.inputs.images import ImageList, list_images, update_manifests
+from pipeline.inputs.images import ImageList, list_images
 from pipeline.inputs.manifest import load_manifest
+from pipeline.inputs.manifest_update import update_manifests
 from pipeline.inputs.plan import Plan
 from pipeline.inputs.plan_update import update_plan
 from pipeline.inputs.read import read_samples

@@ -2,11 +2,14 @@
 
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from jobs.pack import main
 from tests.pipeline.inputs.tars import grouped_by_webdataset
 from tests.pipeline.inputs.test_images import write
+from tests.pipeline.inputs.videos import write_video
 
 
 def test_what_is_packed_is_what_webdataset_reads(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -30,6 +33,25 @@ def test_what_is_packed_is_what_webdataset_reads(tmp_path: Path, capsys: pytest.
     # The same images make the same bytes.
     assert main([str(photos), str(tmp_path / "again-%d.tar"), "--label-dir", f"seg={tmp_path / 'masks'}"]) == 0
     assert (tmp_path / "again-0.tar").read_bytes() == (out / "p-000.tar").read_bytes()
+
+
+def test_what_cannot_be_read_is_left_out_by_name(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    whole = write_video(tmp_path / "w.mp4", 20, noise=99, container_options={"movflags": "faststart"})
+    (tmp_path / "cut.mp4").write_bytes(whole.read_bytes()[: whole.stat().st_size // 2])
+    assert main([str(tmp_path / "cut.mp4"), str(tmp_path / "p-%d.tar"), "--every", "4"]) == 0
+    packed = grouped_by_webdataset(tmp_path / "p-0.tar")
+    assert [key for key, _ in packed] == ["cut/000000", "cut/000004"]
+    assert {tuple(members) for _, members in packed} == {("ppm",)}
+    text = capsys.readouterr().out
+    assert "cut/000016 is left out: truncated: " in text
+    assert "2 samples in 1 shards; 3 could not be read" in text
+
+
+def test_a_table_is_packed_by_the_column_that_is_chosen(tmp_path: Path) -> None:
+    pq.write_table(pa.table({"photo": [b"a", b"b"], "id": [5, 6]}), tmp_path / "t.parquet")
+    words = [str(tmp_path / "t.parquet"), str(tmp_path / "p-%d.tar"), "--image-column", "photo"]
+    assert main(words) == 0
+    assert dict(grouped_by_webdataset(tmp_path / "p-0.tar")) == {"5": {"jpg": b"a"}, "6": {"jpg": b"b"}}
 
 
 def test_shards_end_before_they_are_too_large(tmp_path: Path) -> None:

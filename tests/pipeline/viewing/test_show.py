@@ -188,7 +188,7 @@ def test_pictures_never_go_into_the_store(pca: str, tmp_path: Path) -> None:
             picture_place(pca, out)
     with contextlib.chdir(pca), pytest.raises(ConfigError, match="lies inside of the store"):
         picture_place(".", None, "sheet")
-    with pytest.raises(ConfigError, match=r"pictures are PNG files; give a name that ends in \.png"):
+    with pytest.raises(ConfigError, match=r"a PNG file is written; give a name that ends in \.png"):
         picture_place(pca, "x.jpg")
     with pytest.raises(ConfigError, match="there is no folder"):
         picture_place(pca, str(tmp_path / "none" / "x.png"))
