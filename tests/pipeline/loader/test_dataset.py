@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
-from torch.utils.data import ConcatDataset, DataLoader, Dataset, Subset, default_collate
+from torch.utils.data import DataLoader
 
 from pipeline.errors import ConfigError, IncompleteStoreError, SampleKeyError, StoreError
 from pipeline.inputs import storage
@@ -25,25 +25,11 @@ from pipeline.store.layout import FAILED, OK, store_attributes
 from pipeline.store.ledger import Ledger, Receipt, SampleRecord
 from pipeline.store.segments import receipt_place
 from pipeline.store.writer import StoreWriter
+from tests.pipeline.loader.conftest import ALL, GOOD, STATUS
 from tests.pipeline.store.support import DIGEST, commit_statuses, finish_store, plan_of, put_receipts
 from tests.pipeline.store.test_layout import IDENTITY, KEYS, LAYOUT, Blocks, unit_blocks
 
 ROOT = Path(__file__).resolve().parents[3]
-ALL = ("features", "image", "seg", "depth", "cls", "valid")
-STATUS = ((OK, FAILED, OK, OK), (OK, OK, FAILED))
-GOOD = [0, 2, 3, 4, 5]
-
-
-@pytest.fixture(scope="module")
-def store(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Blocks]:
-    """A store with failures and holes, and everything that is in it."""
-    url = str(tmp_path_factory.mktemp("loader"))
-    create_store(url, LAYOUT, IDENTITY)
-    units = [unit_blocks(LAYOUT, status, seed) for seed, status in enumerate(STATUS)]
-    for number, blocks in enumerate(units):
-        StoreWriter(url, LAYOUT).write(KEYS[number], blocks)
-    finish_store(url, STATUS)
-    return url, {name: np.concatenate([unit[name] for unit in units]) for name in units[0]}
 
 
 def test_only_good_rows_are_there(store: tuple[str, Blocks]) -> None:
@@ -170,137 +156,6 @@ def test_a_window_outside_of_the_image_is_refused(store: tuple[str, Blocks], win
     text = f"window (top, left, height, width) = {window} is not inside the features' 6x10 (height x width)"
     with pytest.raises(ConfigError, match=re.escape(text)):
         FeatureDataset(store[0], window=window)
-
-
-@pytest.mark.parametrize(
-    ("options", "text"),
-    [
-        ({"crop": (7, 2)}, "crop (height, width) = (7, 2) is not inside the features' 6x10 (height x width)"),
-        ({"crop": (2, 0)}, "crop (height, width) = (2, 0) is not inside"),
-        ({"crop": (2, 2), "window": (0, 0, 2, 2)}, "window=(0, 0, 2, 2) is one place and crop=(2, 2) another one each"),
-        ({"flip": 1.5}, "flip=1.5 is a probability, from 0 to 1"),
-    ],
-)
-def test_crops_and_flips_that_cannot_be_are_refused(
-    store: tuple[str, Blocks], options: dict[str, Any], text: str
-) -> None:
-    with pytest.raises(ConfigError, match=re.escape(text)):
-        FeatureDataset(store[0], **options)
-
-
-def cut(whole: Tensor, window: Sequence[int], mirrored: bool) -> Tensor:
-    top, left, height, width = window
-    part = whole[top : top + height, left : left + width]
-    return part.flip(1) if mirrored else part
-
-
-def test_crops_and_flips_treat_all_arrays_alike(store: tuple[str, Blocks]) -> None:
-    whole = FeatureDataset(store[0], ALL)
-    crops = FeatureDataset(store[0], ALL, crop=(3, 4), flip=0.5)
-    torch.manual_seed(1)
-    places, flips = set(), 0
-    for index in range(len(GOOD)):
-        wanted = whole[index]
-        for _ in range(100):
-            found = crops[index]
-            window, mirrored = found["window"].tolist(), bool(found["mirrored"])
-            assert window[2:] == [3, 4]
-            for name in ("features", "image", "seg", "depth", "valid"):
-                part = cut(wanted[name], window, mirrored)
-                assert torch.equal(found[name].nan_to_num(-1.0), part.nan_to_num(-1.0)), name
-            assert (found["cls"], found["row"], found["key"]) == (wanted["cls"], wanted["row"], wanted["key"])
-            places.add(tuple(window[:2]))
-            flips += mirrored
-    assert places == {(top, left) for top in range(4) for left in range(7)}, "every place"
-    assert 200 < flips < 300
-    assert "window" not in whole[0]
-
-
-def test_torchs_seed_decides_crops_and_flips(store: tuple[str, Blocks]) -> None:
-    crops = FeatureDataset(store[0], ["image"], crop=(2, 3), flip=0.5)
-
-    def batch(seed: int) -> dict[str, Any]:
-        torch.manual_seed(seed)
-        return next(iter(DataLoader(crops, 5)))
-
-    first, again, other = batch(3), batch(3), batch(4)
-    assert torch.equal(first["image"], again["image"])
-    assert not torch.equal(first["window"], other["window"])
-
-
-@pytest.mark.parametrize("flip", [0.0, 1.0])
-def test_whole_samples_are_mirrored_as_well(store: tuple[str, Blocks], flip: float) -> None:
-    whole, found = FeatureDataset(store[0], ALL), FeatureDataset(store[0], ALL, flip=flip)
-    if not flip:
-        assert "mirrored" not in found[0]
-        return
-    assert torch.equal(found[1]["features"], whole[1]["features"].flip(1))
-    assert torch.equal(found[1]["seg"], whole[1]["seg"].flip(1))
-    assert found[1]["window"].tolist() == [0, 0, 6, 10]
-
-
-def scaled(sample: dict[str, Any]) -> dict[str, Any]:
-    return {**sample, "features": 2 * sample["features"]}
-
-
-class Doubled(Dataset[dict[str, Any]]):
-    """A dataset of somebody else that changes the samples of a whole batch."""
-
-    def __init__(self, url: str) -> None:
-        self.samples = FeatureDataset(url)
-
-    def __len__(self) -> int:
-        return len(self.samples)
-
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        return scaled(self.samples[index])
-
-    def __getitems__(self, indices: list[int]) -> list[dict[str, Any]]:
-        samples = self.samples.__getitems__(indices)
-        for sample in samples:
-            sample["features"] = 2 * sample["features"]
-        return samples
-
-
-def test_batches_are_what_torch_makes_of_the_samples(store: tuple[str, Blocks]) -> None:
-    """They are read into one tensor, and torch's own way is taken where that is not what the samples hold any more."""
-    url, _ = store
-    dataset = FeatureDataset(url, ALL)
-    plain = default_collate([dict(dataset[index]) for index in range(3)])
-    (first, _) = DataLoader(dataset, 3)
-    assert list(first) == list(plain)
-    assert first["key"] == plain["key"]
-    for name in (*ALL, "row"):
-        assert (first[name].dtype, first[name].is_contiguous()) == (plain[name].dtype, True)
-        assert torch.equal(first[name].nan_to_num(-1.0), plain[name].nan_to_num(-1.0)), name
-    batch = dataset.__getitems__([0, 1, 2])
-    assert default_collate(batch)["features"].data_ptr() == batch[0]["features"].data_ptr(), "nothing is copied"
-    assert torch.equal(default_collate(batch[1:])["features"], plain["features"][1:]), "a part of it"
-    for other in (FeatureDataset(url, transform=scaled), Doubled(url), Subset(Doubled(url), [0, 1, 2])):
-        assert torch.equal(next(iter(DataLoader(other, 3)))["features"], 2 * plain["features"])
-    joined = next(iter(DataLoader(ConcatDataset([dataset, dataset]), 3)))
-    assert torch.equal(joined["features"], plain["features"])
-
-
-def test_a_batch_that_is_held_is_not_written_over(tmp_path: Path) -> None:
-    """Memory of batches is used again, and only once nobody holds a part of it."""
-    layout = dataclasses.replace(LAYOUT, height=300, width=500, tile=(100, 100), labels=(), valid_mask=False)
-    url = str(tmp_path)
-    create_store(url, layout, IDENTITY)
-    for number, status in enumerate(STATUS):
-        StoreWriter(url, layout).write(KEYS[number], unit_blocks(layout, status, number))
-    finish_store(url, STATUS)
-    dataset = FeatureDataset(url)
-    wanted = [dataset[index]["features"].clone() for index in range(len(GOOD))]
-    held = [next(iter(DataLoader(dataset, 1)))["features"][0, 7:9], dataset[1]["features"]]
-    places = set()
-    for _ in range(4):
-        for index, batch in enumerate(DataLoader(dataset, 1)):
-            assert torch.equal(batch["features"][0], wanted[index])
-            places.add(batch["features"].data_ptr())
-    assert torch.equal(held[0], wanted[0][7:9])
-    assert torch.equal(held[1], wanted[1])
-    assert len(places) < 6, "of 20 batches"
 
 
 def test_arrays_that_are_not_there_are_refused(store: tuple[str, Blocks], tmp_path: Path) -> None:
