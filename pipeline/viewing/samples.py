@@ -104,14 +104,28 @@ class FeatureColours:
             dataset: of features, and ``valid`` where padding shall be black.
             numbers: of the samples that the PCA and the scale of the colours are fitted to.
         """
-        components = stored_config(dataset.path, partial=True)[0].projects
+        config, setup = stored_config(dataset.path, partial=True)
+        components = config.projects
         self.dataset = dataset
+        self.grid: tuple[int, int] = (setup["grid"][0], setup["grid"][1])
         self.pca = None if components else _fit_pca(dataset, numbers)
         self.scale = component_scale([self._components(number) for number in numbers])
 
     def __call__(self, number: int) -> Pixels:
         """The features of a sample in colours, uint8 ``[H, W, 3]``."""
         return scaled_colours(self._components(number), self.scale)
+
+    def cell_means(self, number: int) -> Pixels:
+        """The same of the means over each cell of the backbone's own map: about what was upsampled.
+
+        Returns:
+            uint8 ``[H, W, 3]``, a colour for each cell.
+        """
+        components = torch.from_numpy(np.ascontiguousarray(self._components(number), np.float32)).movedim(-1, 0)
+        means = torch.nn.functional.adaptive_avg_pool2d(components, self.grid).movedim(0, -1)
+        cells = Image.fromarray(scaled_colours(means.numpy(), self.scale))
+        size = (self.dataset.layout.width, self.dataset.layout.height)
+        return np.asarray(cells.resize(size, Image.Resampling.NEAREST))
 
     def _components(self, number: int) -> NDArray[np.floating]:
         features = without_padding(self.dataset[number])
@@ -131,7 +145,8 @@ def _fit_pca(dataset: FeatureDataset, numbers: Sequence[int]) -> PCA | None:
 
 
 def contact_sheet(url: str, count: int = 12) -> Pixels:
-    """A store's samples at a glance, spread evenly over it: image, features, labels of each.
+    """A store's samples at a glance, spread evenly over it: image, features per cell of the backbone's map and per
+    pixel, labels of each.
 
     Args:
         url: the store.
@@ -142,12 +157,9 @@ def contact_sheet(url: str, count: int = 12) -> Pixels:
     """
     dataset = open_dataset(url)
     numbers = spread(count, len(dataset))
-    pictures = feature_colours(dataset, numbers)
+    colours = FeatureColours(dataset, numbers)
     beside = open_dataset(url, _beside(dataset))
-    lines = [
-        side_by_side(_panels(beside, number, picture, _SMALL), _SMALL)
-        for number, picture in zip(numbers, pictures, strict=True)
-    ]
+    lines = [side_by_side(_panels(beside, number, colours, _SMALL), _SMALL) for number in numbers]
     height, width = lines[0].shape[:2]
     columns = min(
         range(1, len(lines) + 1),
@@ -157,7 +169,7 @@ def contact_sheet(url: str, count: int = 12) -> Pixels:
 
 
 def sample_picture(url: str, key: str, shard: str | None = None) -> Pixels:
-    """One sample, large: image, features, labels side by side.
+    """One sample, large: image, features per cell of the backbone's map and per pixel, labels side by side.
 
     Args:
         url: the store.
@@ -169,9 +181,9 @@ def sample_picture(url: str, key: str, shard: str | None = None) -> Pixels:
     """
     dataset = open_dataset(url)
     number = _number(dataset, key, shard)
-    (picture,) = feature_colours(dataset, [number])
+    colours = FeatureColours(dataset, [number])
     side = max(_LARGE, dataset.layout.height)
-    return side_by_side(_panels(open_dataset(url, _beside(dataset)), number, picture, side), side)
+    return side_by_side(_panels(open_dataset(url, _beside(dataset)), number, colours, side), side)
 
 
 def describe_sample(url: str, key: str, shard: str | None = None) -> Iterator[str]:
@@ -209,12 +221,14 @@ def _beside(dataset: FeatureDataset) -> list[str]:
     return ["image", *dataset.layout.labels]
 
 
-def _panels(beside: FeatureDataset, number: int, features: Pixels, height: int) -> list[Panel]:
+def _panels(beside: FeatureDataset, number: int, colours: FeatureColours, height: int) -> list[Panel]:
     """Image, features and labels of a sample; the first is titled with its key."""
     sample = beside[number]
     title = sample["key"] + (f", class {int(sample['cls'])}" if "cls" in sample else "")
     panels = [(title, fitted(sample["image"].numpy(), height))] if "image" in sample else []
-    panels.append(("features (PCA)" if panels else f"{title}: features (PCA)", fitted(features, height)))
+    cells = "{}x{} means".format(*colours.grid)
+    panels.append((cells if panels else f"{title}: {cells}", fitted(colours.cell_means(number), height, smooth=False)))
+    panels.append(("features (PCA)", fitted(colours(number), height)))
     if "seg" in sample:
         fill = label_spec("seg", beside.layout.seg_dtype).fill
         ids = sample["seg"].numpy()

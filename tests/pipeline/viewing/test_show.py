@@ -81,8 +81,12 @@ def test_a_store_is_described(pca: str, bare: str) -> None:
 
 def test_the_sheet_shows_image_features_and_labels(pca: str) -> None:
     picture = contact_sheet(pca, 4)
-    image, features, seg = panels(picture, 192)
-    assert image.shape == features.shape == seg.shape == (192, 288, 3), "the features' 32x48, six times"
+    image, cells, features, seg = panels(picture, 192)
+    assert image.shape == cells.shape == features.shape == seg.shape == (192, 288, 3), "the features' 32x48, six times"
+    # The backbone's map is 4x4.
+    corners = cells[::48, ::72]
+    assert np.array_equal(cells, corners.repeat(48, 0).repeat(72, 1))
+    assert len(np.unique(corners.reshape(-1, 3), axis=0)) > 8
     dataset = FeatureDataset(pca, ["image"])
     assert np.array_equal(image[::6, ::6], dataset[0]["image"].numpy())
     (whole, *_) = feature_colours(FeatureDataset(pca), spread(4, 9))
@@ -91,7 +95,7 @@ def test_the_sheet_shows_image_features_and_labels(pca: str) -> None:
 
 def test_a_store_without_images_shows_features_and_labels(bare: str) -> None:
     picture = sample_picture(bare, "a0")
-    features, seg = panels(picture, 448)
+    _, features, seg = panels(picture, 448)
     assert features.shape == seg.shape == (448, 448, 3)
     assert len(np.unique(features.reshape(-1, 3), axis=0)) > 50
     view, nearest = similarity_picture(bare, "a0", (3, 60), count=3)
@@ -217,7 +221,7 @@ def test_a_store_of_before_the_option_is_shown(tmp_path: Path) -> None:
     del attributes["layout"]["image"], attributes["config"]["store_image"], attributes["identity"]["store_image"]
     place.write_text(json.dumps(group))
     assert "array     image" not in "\n".join(describe_store(out))
-    assert len(panels(sample_picture(out, "a0"), 448)) == 2
+    assert len(panels(sample_picture(out, "a0"), 448)) == 3
 
 
 def test_nothing_is_at_a_place_without_a_store(tmp_path: Path) -> None:
@@ -228,7 +232,7 @@ def test_nothing_is_at_a_place_without_a_store(tmp_path: Path) -> None:
 
 def test_padding_is_black_and_resembles_nothing(tmp_path: Path) -> None:
     out = make(tmp_path, "padded", geometry="pad", pca=8)
-    image, features, _ = panels(sample_picture(out, "a0"), 448)
+    image, _, features, _ = panels(sample_picture(out, "a0"), 448)
     valid = FeatureDataset(out, ["valid"])[0]["valid"].numpy().repeat(7, 0).repeat(7, 1)
     assert valid.any(1).sum() == 7 * 48, "60x80 in 64x64"
     assert not features[~valid].any()
