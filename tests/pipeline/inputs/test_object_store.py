@@ -10,8 +10,9 @@ import pytest
 
 from pipeline.errors import EnvironmentFault, InputChangedError
 from pipeline.inputs import patterns, storage
-from pipeline.inputs.images import list_images, update_manifests
+from pipeline.inputs.images import list_images
 from pipeline.inputs.manifest import load_manifest
+from pipeline.inputs.manifest_update import update_manifests
 from pipeline.inputs.plan import plan_shard
 from pipeline.inputs.read import read_samples
 from tests.pipeline.inputs.conftest import CONTENT

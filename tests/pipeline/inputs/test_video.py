@@ -314,6 +314,19 @@ def test_a_manifest_keeps_marks_and_problems(tmp_path: Path) -> None:
     assert images.samples[-1].problem is not None
 
 
+def test_a_video_in_a_bucket_is_read_from_a_copy(s3: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import s3fs
+
+    monkeypatch.setenv("FEATUP_CACHE", str(tmp_path / "cache"))
+    path = write_video(tmp_path / "a.mp4", 12)
+    s3fs.S3FileSystem().put_file(str(path), f"{s3}/in/a.mp4")
+    for place, number in ((f"{s3}/in", 7), (f"{s3}/in/a.mp4", 11)):
+        images = listed(place)
+        assert [sample.key for sample in images.samples] == [f"a/{n:06d}" for n in range(12)]
+        assert number_of(read(images, number)[0]) == number
+    assert len([file for file in (tmp_path / "cache").rglob("a.mp4")]) == 1
+
+
 def test_a_moved_video_is_known_by_its_keys(tmp_path: Path) -> None:
     folder, plan_dir, cache = tmp_path / "in", str(tmp_path / "plan"), str(tmp_path / "index")
     write_video(folder / "a.mp4", 3)
