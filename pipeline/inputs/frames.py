@@ -114,10 +114,22 @@ _Decoded: TypeAlias = "tuple[int, VideoFrame | None]"
 
 
 class _Video:
-    """An open video that goes on from the frame that was read last."""
+    """An open video that goes on from the frame that was read last.
 
-    def __init__(self, question: FrameQuestion) -> None:
+    The decoder stops at what is damaged, which it would conceal otherwise. The frame that it was about to give is lost
+    with that, so that frames that lack are looked for by a second one: it conceals, and is told what is damaged.
+    """
+
+    def __init__(self, question: FrameQuestion, damaged: set[int] | None = None) -> None:
+        """
+        Args:
+            question: names the file.
+            damaged: times of packets that are; None: these are found.
+        """
         self.question = question
+        self.strict = damaged is None
+        self.damaged: set[int] = set() if damaged is None else damaged
+        self.concealing: _Video | None = None
         self.container: InputContainer | None = None
         self.by_pts = question.place.pts is not None
         self._rewind()
@@ -125,6 +137,9 @@ class _Video:
     def close(self) -> None:
         if self.container is not None:
             self.container.close()
+        if self.concealing is not None:
+            self.concealing.close()
+            self.concealing = None
 
     def _rewind(self) -> None:
         self.close()
@@ -139,8 +154,10 @@ class _Video:
         context = stream.codec_context
         # One thread: each process that loads has one core, and errors come with the packet that has them.
         context.thread_count = 1
-        # Otherwise libraries conceal what is damaged. Each frame carries whether it can be trusted.
-        context.options = {"err_detect": "explode", "max_pixels": str(self.question.max_pixels)}
+        context.options = {"max_pixels": str(self.question.max_pixels)} | (
+            {"err_detect": "explode"} if self.strict else {}
+        )
+        # Each frame carries whether it can be trusted.
         context.flags |= av.codec.context.Flags.copy_opaque
         self.frames = self._decode(None)
         # The keyframe that decoding began with, where an error may come from beginning there.
@@ -159,7 +176,7 @@ class _Video:
         numbers = count()
         first: int | None = None
         began: int | None = None
-        sound = False
+        sound = linked = False
         self.doubtful = None
         packets = self.container.demux(self.stream)
         while True:
@@ -176,19 +193,24 @@ class _Video:
                     began = packet.pts
                 elif first is not None:
                     began = None
+                linked = False
                 if not sound:
                     first, sound = packet.pts, True
             # Frames before the keyframe that decoding began with are made from frames that were not decoded.
             leading = self.by_pts and packet.size and first is not None and (packet.pts or 0) < first
-            sound = sound and not packet.is_corrupt
+            linked = linked or bool(leading)
+            sound = sound and not packet.is_corrupt and (self.strict or packet.pts not in self.damaged)
             # A list of its own for each packet: PyAV finds what a frame carries by the object's identity.
             packet.opaque = [sound and not leading]
             try:
                 frames = packet.decode()
             except av.FFmpegError:
                 if not leading:
-                    # Up to the second keyframe it may be that frames before the first are missed, not damage.
+                    # Up to the second keyframe it may be that frames before the first are missed, not damage; so it may
+                    # be behind damage, where frames before the keyframe link its group with the one before.
                     sound, self.doubtful = False, self.doubtful if began is None else began
+                    if began is None and not linked and packet.pts is not None:
+                        self.damaged.add(packet.pts)
                     if not self.by_pts:
                         return
                 continue
@@ -200,7 +222,17 @@ class _Video:
                     yield frame.pts, frame if trusted else None
 
     def frame(self, place: Place) -> "VideoFrame":
-        """The frame at a place."""
+        """The frame at a place; SampleError where it is damaged."""
+        try:
+            return self._frame(place)
+        except SampleError:
+            if not (self.strict and self.by_pts and self.damaged):
+                raise
+            self.concealing = self.concealing or _Video(self.question, self.damaged)
+            self.concealing.question = self.question
+            return self.concealing.frame(place)
+
+    def _frame(self, place: Place) -> "VideoFrame":
         wanted = place.number if place.pts is None else place.pts
         if self.passed is not None and wanted <= self.passed:
             self._rewind()

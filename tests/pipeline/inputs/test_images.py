@@ -263,3 +263,20 @@ def test_manifests_of_a_run_that_made_no_store_bind_nobody(tmp_path: Path) -> No
     os.remove(photos / "b.jpg")
     assert [len(index.samples) for index in indices(update_manifests(folder, listed(photos), KEPT))] == [1]
     assert os.listdir(folder) == KEPT
+
+
+def test_manifests_of_before_videos_and_tables_are_read(tmp_path: Path) -> None:
+    write(tmp_path / "photos", "a.jpg", "b.jpg")
+    images = listed(tmp_path / "photos")
+    (url,) = update_manifests(str(tmp_path / "plan"), images)
+    digest = load_manifest(url).digest
+    table = pq.read_table(url)
+    old = table.drop_columns(["mark", "reason", "detail"]).replace_schema_metadata(
+        {**table.schema.metadata, b"images": b"1"}
+    )
+    pq.write_table(old, url)
+    assert load_manifest(url).samples == tuple(images.samples)
+    assert load_manifest(url).digest == digest
+    before = Path(url).read_bytes()
+    assert update_manifests(str(tmp_path / "plan"), images, KEPT) == [url]
+    assert Path(url).read_bytes() == before, "nothing changed: it stays as it is"
