@@ -52,12 +52,9 @@ def check_places(config: Any) -> None:
 
 
 def _check_input(name: str, place: str) -> None:
-    path = storage.local_path(place)
-    if not os.path.exists(path):
-        raise InputError(
-            f"{name}: there is no {_KINDS.get(name, 'file')} at {place}; check the path, and whether it lies on this "
-            "machine"
-        )
+    path, kind = storage.local_path(place), _KINDS.get(name, "file")
+    if not os.path.exists(os.path.join(path, "features.zarr") if kind == "store" else path):
+        raise InputError(f"{name}: there is no {kind} at {place}; check the path, and whether it lies on this machine")
     if not os.access(path, os.R_OK):
         raise EnvironmentFault(f"{name}: {place} may not be read by this user; change its permissions")
 

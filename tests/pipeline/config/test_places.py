@@ -25,8 +25,8 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
     for name in ("a.tar", "weights.pth"):
         Path(name).write_bytes(b"")
-    for name in ("photos", "masks", "store"):
-        Path(name).mkdir()
+    for name in ("photos", "masks", "store/features.zarr"):
+        Path(name).mkdir(parents=True)
     return tmp_path
 
 
@@ -64,6 +64,7 @@ SHARDS: dict[str, Any] = {"shards": ("a.tar",), "out": "out"}
         (PrecomputeConfig(shards=("photos",), out="o"), "photos is a folder, and a tar file is wanted"),
         (TrainConfig(**SHARDS, weights="none.pth"), "weights: there is no file at none.pth"),
         (PredictConfig(probe="none.safetensors", images=("photos",), out="o"), "probe: there is no file at none.safe"),
+        (ProbeConfig(store="photos", out="p.safetensors", classes=3), "store: there is no store at photos"),
         (ProbeConfig(store="none", out="p.safetensors", classes=3), "store: there is no store at none"),
         (
             ProbeConfig(store="store", val_store="none", out="p.safetensors", classes=3),
