@@ -2,7 +2,9 @@
 
 import hashlib
 import shutil
+import sys
 from collections.abc import Sequence
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -11,7 +13,7 @@ from safetensors.torch import save
 from featup._timm import timm
 from tests.e2e import support
 
-__all__ = ["HUB_MODELS", "make_files", "make_hub"]
+__all__ = ["HUB_MODELS", "command_path", "make_files", "make_hub"]
 
 # Models that README's commands download.
 HUB_MODELS = ("vit_small_patch14_dinov2.lvd142m",)
@@ -55,3 +57,19 @@ def make_hub(folder: Path, models: Sequence[str] = HUB_MODELS) -> dict[str, str]
         (repository / "refs/main").write_text(commit)
         (repository / "snapshots" / commit / "model.safetensors").symlink_to(f"../../blobs/{digest}")
     return {"HF_HOME": str(folder), "HF_HUB_OFFLINE": "1"}
+
+
+def command_path(folder: Path, path: str) -> str:
+    """A ``PATH`` on which ``featup`` is this checkout's: the installed one, where that is of this checkout.
+
+    Args:
+        folder: for a command that runs this checkout, where another one is installed.
+        path: the ``PATH`` so far.
+    """
+    installed = find_spec("featup_jobs")
+    if installed and installed.origin and Path(installed.origin).resolve().parent == support.ROOT / "jobs":
+        return path
+    command = folder / "featup"
+    command.write_text(f'#!/bin/sh\nexec {sys.executable} -c "from jobs.cli import main; exit(main())" "$@"\n')
+    command.chmod(0o755)
+    return f"{folder}:{path}"
