@@ -1,7 +1,8 @@
 """Reading for training: a store against one .npy file per image, side by side in one run.
 
 Every loop is a process of its own that reads all images once to have them in the page cache, then once to be timed, and
-gives batches of float32 features with int64 labels. Rounds go through all loops in turn.
+gives batches of float32 features with int64 labels. With --cold the files are taken out of the page cache before the
+pass that is timed, as those of a data set larger than the memory are. Rounds go through all loops in turn.
 """
 
 import argparse
@@ -65,7 +66,17 @@ def write_npy(store: str, folder: Path) -> None:
             np.save(place, sample["features"].numpy())
 
 
-def time_loop(loop: str, store: str, folder: str, crop: int | None, workers: int) -> dict[str, float]:
+def evict(folder: str) -> None:
+    """Take the files below a folder out of the page cache."""
+    for path in Path(folder).rglob("*"):
+        if path.is_file():
+            file = os.open(path, os.O_RDONLY)
+            os.fsync(file)
+            os.posix_fadvise(file, 0, 0, os.POSIX_FADV_DONTNEED)
+            os.close(file)
+
+
+def time_loop(loop: str, store: str, folder: str, crop: int | None, workers: int, cold: bool) -> dict[str, float]:
     """Images per second and CPU milliseconds per image of one pass over all images."""
     torch.set_num_threads(1)
     dataset: Dataset[Any]
@@ -84,6 +95,8 @@ def time_loop(loop: str, store: str, folder: str, crop: int | None, workers: int
     )
     for _ in loader:
         pass
+    if cold:
+        evict(folder if loop.startswith("npy") else f"{store}/features.zarr")
     pids = [os.getpid(), *(worker.pid for worker in getattr(loader._iterator, "_workers", []))]
     began, cpu = time.perf_counter(), sum(map(cpu_seconds, pids))
     images = 0
@@ -109,11 +122,12 @@ def main() -> None:
     parser.add_argument("--crop", type=int, default=112)
     parser.add_argument("--workers", type=int, nargs="+", default=[0, 2, 4])
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--cold", action="store_true", help="read from the disk, not from the page cache")
     parser.add_argument("--loop", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.loop:
         loop, store, crop, workers = json.loads(args.loop)
-        print(json.dumps(time_loop(loop, store, str(Path(args.npy) / Path(store).name), crop, workers)))
+        print(json.dumps(time_loop(loop, store, str(Path(args.npy) / Path(store).name), crop, workers, args.cold)))
         return
     print("| store | read | workers | " + " | ".join(LOOPS) + " |")
     print("| --- | --- | ---: |" + " ---: |" * len(LOOPS))

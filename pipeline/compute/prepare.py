@@ -204,10 +204,13 @@ def as_stored(config: PrecomputeConfig, report: Callable[[str], object]) -> Prec
     Args:
         config: every option.
         report: gets a line for each option that is not as ``config`` has it.
+
+    Raises:
+        ConfigError: a level of compression for a codec that has one only.
     """
     existing = finished_attributes(config.out)
     if existing is None:
-        return config
+        return _with_one_level(config)
     changes = {
         name: value
         for name, value in options_since(config).items()
@@ -215,7 +218,16 @@ def as_stored(config: PrecomputeConfig, report: Callable[[str], object]) -> Prec
     }
     for name, value in changes.items():
         report(f"{config.out} was made before there was the option {name}, and goes on as it is: {name}={value}")
-    return replace(config, **changes)
+    return _with_one_level(replace(config, **changes))
+
+
+def _with_one_level(config: PrecomputeConfig) -> PrecomputeConfig:
+    if config.codec != "zstd" and config.compression_level != 1:
+        raise ConfigError(
+            f"compression_level={config.compression_level} is of zstd, and codec={config.codec!r} has one level; give "
+            "--codec zstd with it"
+        )
+    return config
 
 
 def check_options(config: PrecomputeConfig) -> None:

@@ -97,7 +97,7 @@ class PrecomputeConfig(LabelOptions, InputConfig):
     tile: int | None = option(
         None,
         "side of a chunk in pixels, at most the longer side of the output; by default a quarter of its side, in "
-        "chunks of 64 to 640 KiB",
+        "chunks of at most 640 KiB, and more where they were of a few kilobytes",
         group="store",
         at_least=1,
     )
@@ -211,11 +211,6 @@ class PrecomputeConfig(LabelOptions, InputConfig):
                 self.tile is not None and self.tile > max(self.target_size),
                 f"tile={self.tile} is larger than the stored features, {self.target_size} (HEIGHTxWIDTH); give at most "
                 f"{max(self.target_size)}",
-            ),
-            (
-                self.codec != "zstd" and self.compression_level != 1,
-                f"compression_level={self.compression_level} is of zstd, and codec={self.codec!r} has one level; give "
-                "--codec zstd with it",
             ),
             whole_gpus("gpus_per_actor", self.gpus_per_actor),
             (

@@ -10,11 +10,11 @@ from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 import torch
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, get_worker_info
 
 from pipeline.errors import ConfigError, SampleKeyError
 from pipeline.loader.batches import Batch
-from pipeline.loader.memory import BatchMemory
+from pipeline.loader.memory import BatchMemory, shared_memory
 from pipeline.loader.readers import Readers
 from pipeline.redaction import redact
 from pipeline.store.keys import SampleKeys
@@ -55,8 +55,8 @@ class FeatureDataset(Dataset[dict[str, Any]]):
             arrays: which arrays to read; ``features``, ``image`` and the labels that were stored.
             window: (top, left, height, width) in pixels of the stored features; only the tiles it touches are read.
             crop: (height, width) in pixels of a window at another place each time a sample is read, the same for all of
-                its arrays. torch's generator chooses it: ``torch.manual_seed`` in the process that makes the DataLoader
-                decides all of them.
+                its arrays. torch's generator chooses it: ``torch.manual_seed`` decides all of them, or the DataLoader's
+                own generator where it has workers.
             flip: probability from 0 to 1 that a sample is mirrored left to right, all of its arrays together.
             dtype: of the features.
             transform: called with each sample.
@@ -85,6 +85,8 @@ class FeatureDataset(Dataset[dict[str, Any]]):
         missing = [name for name in self.arrays if name not in known]
         if missing:
             raise ConfigError(f"{path} has no arrays {missing}; it has {known}")
+        if crop is not None and (not isinstance(crop, Sequence) or len(crop) != 2):
+            raise ConfigError(f"crop={crop!r} must be two numbers, (height, width), such as (112, 112)")
         if crop is not None and window is not None:
             raise ConfigError(f"window={window} is one place and crop={crop} another one each time; give one of them")
         _check_window(window or (0, 0, *(crop or (1, 1))), "crop" if crop else "window", layout)
@@ -146,22 +148,26 @@ class FeatureDataset(Dataset[dict[str, Any]]):
 
     def __getitems__(self, indices: Sequence[int]) -> list[dict[str, Any]]:
         """Several samples, read into one tensor for each array; a DataLoader calls this."""
-        batch = self._read([int(self.rows[index]) for index in indices])
-        # A batch that is left as it is needs no more copies.
-        return cast(list[dict[str, Any]], batch) if self.transform is None else [*map(self.transform, batch)]
+        rows = [int(self.rows[index]) for index in indices]
+        if self.transform is not None:
+            return [self.transform(dict(sample)) for sample in self._read(rows)]
+        # In a worker it lies where the process that gets it can read it.
+        return cast(list[dict[str, Any]], self._read(rows, shared=get_worker_info() is not None))
 
     def _sample(self, row: int) -> dict[str, Any]:
-        (sample,) = self._read([row])
+        sample = dict(self._read([row])[0])
         return sample if self.transform is None else self.transform(sample)
 
-    def _read(self, rows: list[int]) -> Batch:
+    # Threads that read do not know the mode, and memory that is used again must not keep it.
+    @torch.inference_mode(False)
+    def _read(self, rows: list[int], shared: bool = False) -> Batch:
         windows = [self._window() for _ in rows]
         mirrored = [self.flip > 0 and float(torch.rand(())) < self.flip for _ in rows]
         readers = self._readers()
+        take = shared_memory if shared else self._memory.take
         specs = {spec.name: spec for spec in self.layout.arrays}
         whole: dict[str, Any] = {
-            name: self._memory.take((len(rows), *self._shape(specs[name])), self._type(specs[name]))
-            for name in self.arrays
+            name: take((len(rows), *self._shape(specs[name])), self._type(specs[name])) for name in self.arrays
         }
 
         def fill(number: int) -> None:

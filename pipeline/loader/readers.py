@@ -10,6 +10,7 @@ from torch.utils.data import get_worker_info
 from pipeline.errors import ForkError
 from pipeline.inputs import storage
 from pipeline.store.layout import Layout, open_arrays
+from pipeline.store.open_shards import OpenShards
 from pipeline.store.shard_reader import ArrayReader
 
 __all__ = ["Readers"]
@@ -41,8 +42,9 @@ class Readers:
             _threaded_in = self.process
         specs = {spec.name: spec for spec in layout.arrays}
         arrays = open_arrays(store, names)
+        shards = OpenShards()
         self._readers = {
-            name: ArrayReader.of(store, arrays[name], specs[name], layout.rows_per_shard) for name in names
+            name: ArrayReader.of(store, arrays[name], specs[name], layout.rows_per_shard, shards) for name in names
         }
         self._of_thread = threading.local()
         # A DataLoader's worker is one of several; alone, a process has all cores.

@@ -153,7 +153,7 @@ def tile_of(size: tuple[int, int], channels: int, wanted: int | None) -> tuple[i
     Args:
         size: (height, width) of an image of the store.
         channels: of its features, float16.
-        wanted: pixels that a side has at most. By default a quarter of the image's side, in chunks of 64 to 640 KiB,
+        wanted: pixels that a side has at most. By default a quarter of the image's side, in chunks of at most 640 KiB,
             rather of a length that divides the side.
     """
 

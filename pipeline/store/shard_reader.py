@@ -4,18 +4,14 @@ zarr-python spends more time on arranging the read of a tile than the tile takes
 one checksum, one decompression, and one copy to where its values belong, which also converts their type.
 """
 
-import os
 import sys
-import weakref
 from bisect import bisect_right
-from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from math import prod
 from typing import Any, TypeAlias, cast
 
-import google_crc32c
 import numpy as np
 import torch
 from numcodecs import blosc
@@ -25,65 +21,13 @@ from torch import Tensor
 from pipeline.errors import StoreError, StoreFormatError
 from pipeline.inputs import storage
 from pipeline.store.layout import AnyArray, ArraySpec
+from pipeline.store.open_shards import CRC_BYTES, Bytes, DamagedShardError, OpenShard, OpenShards, Source, is_intact
 
 __all__ = ["ArrayReader", "Window"]
 
 Window: TypeAlias = tuple[int, int, int, int]
 """(top, left, height, width) in pixels."""
-Bytes: TypeAlias = NDArray[np.uint8]
-_CRC_BYTES = 4
-# The crc32c of any bytes with their own crc32c behind them, little-endian: the check needs no copy without its end.
-_CRC_OF_CHECKED = 0x48674BC7
 _MISSING = 2**64 - 1
-_LOCAL_SHARDS, _REMOTE_SHARDS = 64, 1024
-# A call costs as much as so many bytes more: to the system, and to an object store.
-_LOCAL_GAP, _REMOTE_GAP = 16 << 10, 1 << 20
-
-
-class _DamagedShardError(Exception):
-    """What is wrong with a shard."""
-
-
-class _LocalShard:
-    """A file that stays open, so that what its index says remains true when another file takes its place."""
-
-    gap = _LOCAL_GAP
-
-    def __init__(self, place: str) -> None:
-        self._file = os.open(storage.local_path(place), os.O_RDONLY | os.O_CLOEXEC)
-        weakref.finalize(self, os.close, self._file)
-        self.size = os.fstat(self._file).st_size
-
-    def read_into(self, target: Bytes, start: int) -> None:
-        """Fill ``target`` with the bytes from ``start`` on; what lies behind the file's end is left as it is."""
-        done = 0
-        while done < len(target):
-            count = os.preadv(self._file, [target.data[done:]], start + done)
-            if not count:
-                return
-            done += count
-
-
-class _RemoteShard:
-    """An object, of which ranges are read."""
-
-    gap = _REMOTE_GAP
-
-    def __init__(self, place: str) -> None:
-        self._place = place
-        self.size = storage.stat(place).size
-
-    def read_into(self, target: Bytes, start: int) -> None:
-        """Fill ``target`` with the bytes from ``start`` on."""
-        target[:] = np.frombuffer(storage.fetch(self._place, start, start + len(target)), np.uint8)
-
-
-@dataclass
-class _OpenShard:
-    """A shard and its index: ``[rows, *tiles, 2]``, (offset, length) of each chunk; none where it is one chunk."""
-
-    source: _LocalShard | _RemoteShard
-    index: NDArray[np.uint64] | None
 
 
 @dataclass
@@ -94,12 +38,14 @@ class ArrayReader:
     spec: ArraySpec
     rows_per_shard: int
     _key: Callable[[int], str]
-    _shards: "OrderedDict[int, _OpenShard | None]" = field(default_factory=OrderedDict)
+    _shards: OpenShards
     # What was read last; memory that is used again has no pages to be mapped.
     _buffer: Bytes = field(default_factory=lambda: np.empty(0, np.uint8))
 
     @staticmethod
-    def of(store: str, array: AnyArray, spec: ArraySpec, rows_per_shard: int) -> "ArrayReader":
+    def of(
+        store: str, array: AnyArray, spec: ArraySpec, rows_per_shard: int, shards: OpenShards | None = None
+    ) -> "ArrayReader":
         """The reader of an array.
 
         Args:
@@ -107,6 +53,7 @@ class ArrayReader:
             array: the array, as zarr-python opens it.
             spec: what the store's layout says of it.
             rows_per_shard: of the store.
+            shards: those that are open, of all readers of the store; by default of this one.
 
         Raises:
             StoreFormatError: the array is not encoded as this program does it.
@@ -127,11 +74,12 @@ class ArrayReader:
                 f"{store}: the array {spec.name} has chunks of {chunk}, encoded by {names}, where its layout says "
                 f"{wanted} by bytes, blosc, crc32c: another program wrote it; read it by zarr.open"
             )
-        return ArrayReader(store, spec, rows_per_shard, partial(_chunk_key, metadata.chunk_key_encoding, array.ndim))
+        key = partial(_chunk_key, metadata.chunk_key_encoding, array.ndim)
+        return ArrayReader(store, spec, rows_per_shard, key, shards or OpenShards())
 
     def copy(self) -> "ArrayReader":
         """A reader of the same array for another thread."""
-        return ArrayReader(self.store, self.spec, self.rows_per_shard, self._key)
+        return ArrayReader(self.store, self.spec, self.rows_per_shard, self._key, self._shards)
 
     def read(self, row: int, out: Tensor, window: Window | None = None, mirrored: bool = False) -> None:
         """Read one row, or a window of it.
@@ -150,9 +98,9 @@ class ArrayReader:
         for last in (False, True):
             try:
                 return self._read(number, offset, out, window, mirrored)
-            except _DamagedShardError as error:
+            except DamagedShardError as error:
                 # An object that was replaced since its index was read is looked at once more.
-                self._shards.pop(number, None)
+                self._shards.drop(self._place(number))
                 if last:
                     raise StoreError(
                         f"{self._place(number)}, row {row}: {error}: the store is damaged; featup verify {self.store} "
@@ -160,7 +108,9 @@ class ArrayReader:
                     ) from error
 
     def _read(self, number: int, offset: int, out: Tensor, window: Window | None, mirrored: bool) -> None:
-        shard = self._open(number)
+        grid = [-(-side // chunk) for side, chunk in zip(self.spec.row_shape, self.spec.chunk, strict=True)]
+        shape = (self.rows_per_shard, *grid) if grid else None
+        shard = self._shards.get(self._place(number), shape)
         if not self.spec.row_shape:
             out.fill_(self._all_of(shard)[offset].item())
             return
@@ -183,9 +133,13 @@ class ArrayReader:
                 target.fill_(self.spec.fill)
                 continue
             values = torch.from_numpy(self._decode(chunk, count).reshape(tile)[y0 - y : y1 - y, x0 - x : x1 - x])
-            target.copy_(values.flip(1) if mirrored else values)
+            if mirrored and values.dtype == torch.uint16:  # which torch does not flip
+                values = values.view(torch.int16).flip(1).view(torch.uint16)
+            elif mirrored:
+                values = values.flip(1)
+            target.copy_(values)
 
-    def _chunks(self, shard: _OpenShard | None, offset: int, tiles: list[tuple[int, int]]) -> list[Bytes | None]:
+    def _chunks(self, shard: OpenShard | None, offset: int, tiles: list[tuple[int, int]]) -> list[Bytes | None]:
         """The encoded chunk of each tile of a row, valid until the next read; ``None`` where there is none."""
         if shard is None or shard.index is None:
             chunks: list[Bytes | None] = [None] * len(tiles)
@@ -197,13 +151,13 @@ class ArrayReader:
             found = iter(self._fetch(shard.source, spans))
             chunks = [None if start == _MISSING else next(found) for start, _ in entries]
         if self.spec.name == "features" and any(chunk is None for chunk in chunks):
-            raise _DamagedShardError("a chunk of the features of a good sample is missing")
+            raise DamagedShardError("a chunk of the features of a good sample is missing")
         return chunks
 
-    def _fetch(self, source: _LocalShard | _RemoteShard, spans: list[tuple[int, int]]) -> list[Bytes]:
+    def _fetch(self, source: Source, spans: list[tuple[int, int]]) -> list[Bytes]:
         """The bytes of spans (start, stop); those near each other by one call."""
         if any(stop > source.size for _, stop in spans):
-            raise _DamagedShardError("its index points beyond its end")
+            raise DamagedShardError("its index points beyond its end")
         groups: list[tuple[int, int]] = []
         for start, stop in sorted(spans):
             if groups and start - groups[-1][1] <= source.gap:
@@ -223,7 +177,7 @@ class ArrayReader:
         shift_of = {start: shifts[bisect_right(shifts, (start, sys.maxsize)) - 1][1] for start, _ in spans}
         return [self._buffer[start - shift_of[start] : stop - shift_of[start]] for start, stop in spans]
 
-    def _all_of(self, shard: _OpenShard | None) -> NDArray[Any]:
+    def _all_of(self, shard: OpenShard | None) -> NDArray[Any]:
         """The values of a shard that is one chunk."""
         if shard is None:
             return np.full(self.rows_per_shard, self.spec.fill, self.spec.dtype)
@@ -231,45 +185,17 @@ class ArrayReader:
         return self._decode(chunk, self.rows_per_shard)
 
     def _decode(self, chunk: Bytes, count: int) -> NDArray[Any]:
-        if google_crc32c.value(chunk) != _CRC_OF_CHECKED:
-            raise _DamagedShardError("a chunk is not what was written (its checksum differs)")
+        if not is_intact(chunk):
+            raise DamagedShardError("a chunk is not what was written (its checksum differs)")
         decoded = np.empty(count, self.spec.dtype)
         try:
-            blosc.decompress(chunk[:-_CRC_BYTES], decoded)
+            blosc.decompress(chunk[:-CRC_BYTES], decoded)
         except (RuntimeError, ValueError) as error:
-            raise _DamagedShardError(f"a chunk cannot be decoded ({error})") from error
+            raise DamagedShardError(f"a chunk cannot be decoded ({error})") from error
         return decoded
 
     def _place(self, number: int) -> str:
         return storage.join(self.store, "features.zarr", self.spec.name, self._key(number))
-
-    def _open(self, number: int) -> _OpenShard | None:
-        """The shard of a number; ``None`` where it holds nothing but fill values and is no file."""
-        if number in self._shards:
-            self._shards.move_to_end(number)
-            return self._shards[number]
-        place = self._place(number)
-        local = storage.is_local(place)
-        try:
-            source = _LocalShard(place) if local else _RemoteShard(place)
-        except FileNotFoundError:
-            shard = None
-        else:
-            shard = _OpenShard(source, self._index(source) if self.spec.row_shape else None)
-        self._shards[number] = shard
-        if len(self._shards) > (_LOCAL_SHARDS if local else _REMOTE_SHARDS):
-            self._shards.popitem(last=False)
-        return shard
-
-    def _index(self, source: _LocalShard | _RemoteShard) -> NDArray[np.uint64]:
-        grid = [-(-side // chunk) for side, chunk in zip(self.spec.row_shape, self.spec.chunk, strict=True)]
-        length = 16 * self.rows_per_shard * prod(grid) + _CRC_BYTES
-        if source.size < length:
-            raise _DamagedShardError(f"it has {source.size} bytes, and its index alone has {length}")
-        (data,) = self._fetch(source, [(source.size - length, source.size)])
-        if google_crc32c.value(data) != _CRC_OF_CHECKED:
-            raise _DamagedShardError("its index is not what was written (its checksum differs)")
-        return np.frombuffer(data[:-_CRC_BYTES].tobytes(), "<u8").reshape(self.rows_per_shard, *grid, 2)
 
 
 def _chunk_key(encoding: Any, dimensions: int, shard: int) -> str:

@@ -130,7 +130,8 @@ class FeatureColours:
     def _components(self, number: int) -> NDArray[np.floating]:
         features = without_padding(self.dataset[number])
         components: NDArray[np.floating] = (
-            features[..., :3] if self.pca is None else self.pca.project(features)
+            # Without the others: of many samples these would fill the memory.
+            features[..., :3].clone() if self.pca is None else self.pca.project(features)
         ).numpy()
         return components
 

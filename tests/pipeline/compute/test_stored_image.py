@@ -10,7 +10,7 @@ import zarr
 
 from pipeline.compute.estimate import estimate
 from pipeline.compute.source_check import check_source
-from pipeline.errors import StoreMismatchError
+from pipeline.errors import ConfigError, StoreMismatchError
 from pipeline.options import Size
 from pipeline.store.layout import open_arrays, stored_layout
 from pipeline.store.provenance import stored_config
@@ -119,10 +119,10 @@ def forget_tile(out: Path) -> None:
 
 
 def test_a_store_of_before_the_option_is_finished_without_an_image(folder: Path) -> None:
-    begin(folder, store_image=False, codec="zstd", tile=32).run(units=1)
+    begin(folder, store_image=False, codec="zstd", compression_level=3, tile=32).run(units=1)
     forget(folder / "out")
     forget_tile(folder / "out")
-    resumed = begin(folder)
+    resumed = begin(folder, compression_level=3)
     assert resumed.lines == [
         f"{folder}/out was made before there was the option {option}, and goes on as it is: {option}={value}"
         for option, value in (("store_image", False), ("codec", "zstd"))
@@ -131,7 +131,7 @@ def test_a_store_of_before_the_option_is_finished_without_an_image(folder: Path)
     assert (resumed.config.store_image, resumed.layout.image) == (False, False)
     assert resumed.run().ok == 5
     assert not (folder / "out" / "features.zarr" / "image").exists()
-    begin(folder, "whole", store_image=False, codec="zstd", tile=32).run()
+    begin(folder, "whole", store_image=False, codec="zstd", compression_level=3, tile=32).run()
     assert array_files(folder / "out") == array_files(folder / "whole")
     config, _ = stored_config(resumed.config.out)
     assert not config.store_image
@@ -139,8 +139,8 @@ def test_a_store_of_before_the_option_is_finished_without_an_image(folder: Path)
     assert verify_unit(resumed.config.out, resumed.plan, 1, check_source).problems == ()
     # It grows as well, and says no where it was asked for no image.
     write_tar(folder / "b.tar", [member for n in range(2) for member in good_sample(f"b{n}", 20 + n)])
-    assert begin(folder).run().ok == 7
-    assert begin(folder, store_image=False, codec="zstd").lines == []
+    assert begin(folder, compression_level=3).run().ok == 7
+    assert begin(folder, store_image=False, codec="zstd", compression_level=3).lines == []
 
 
 def test_the_dry_run_counts_the_image(folder: Path) -> None:
@@ -153,3 +153,10 @@ def test_the_dry_run_counts_the_image(folder: Path) -> None:
     text = estimate(config)
     assert text.startswith("store:    ")
     assert "bytes:    image" not in text
+
+
+def test_a_level_of_compression_is_for_zstd(folder: Path) -> None:
+    text = "compression_level=2 is of zstd, and codec='lz4' has one level; give --codec zstd with it"
+    with pytest.raises(ConfigError, match=text):
+        begin(folder, compression_level=2)
+    begin(folder, compression_level=2, codec="zstd")

@@ -116,7 +116,6 @@ def test_paths_are_never_empty(kind: type[Checked]) -> None:
         ({"image_exts": ("JPG",)}, "image_exts=('JPG',) must be lower-case extensions without a dot"),
         ({"object_store_mb": 0}, "object_store_mb=0 must be at least 75"),
         ({"tile": 100_000}, "tile=100000 is larger than the stored features, 224x224 (HEIGHTxWIDTH); give at most 224"),
-        ({"compression_level": 2}, "compression_level=2 is of zstd, and codec='lz4' has one level; give --codec zstd"),
         ({"tile": 65, "output_size": Size(32, 64)}, "tile=65 is larger than the stored features, 32x64"),
         ({"rows_per_shard": 65537}, "rows_per_shard=65537 must be between 1 and 65536"),
         ({"std": (0.5, 0.0, 0.5)}, "std=(0.5, 0.0, 0.5) must be more than 0"),

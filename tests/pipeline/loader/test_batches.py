@@ -1,6 +1,7 @@
 """Crops, flips, and the batches of a DataLoader."""
 
 import dataclasses
+import pickle
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,10 +10,12 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map
 from torch.utils.data import ConcatDataset, DataLoader, Dataset, Subset, default_collate
 
 from pipeline.errors import ConfigError
 from pipeline.loader import FeatureDataset
+from pipeline.loader.memory import BatchMemory
 from pipeline.store.create import create_store
 from pipeline.store.writer import StoreWriter
 from tests.pipeline.loader.conftest import ALL, GOOD, STATUS
@@ -26,6 +29,7 @@ from tests.pipeline.store.test_layout import IDENTITY, KEYS, LAYOUT, Blocks, uni
         ({"crop": (7, 2)}, "crop (height, width) = (7, 2) is not inside the features' 6x10 (height x width)"),
         ({"crop": (2, 0)}, "crop (height, width) = (2, 0) is not inside"),
         ({"crop": (2, 2), "window": (0, 0, 2, 2)}, "window=(0, 0, 2, 2) is one place and crop=(2, 2) another one each"),
+        ({"crop": 100}, "crop=100 must be two numbers, (height, width), such as (112, 112)"),
         ({"flip": 1.5}, "flip=1.5 is a probability, from 0 to 1"),
     ],
 )
@@ -130,22 +134,91 @@ def test_batches_are_what_torch_makes_of_the_samples(store: tuple[str, Blocks]) 
     assert torch.equal(joined["features"], plain["features"])
 
 
-def test_a_batch_that_is_held_is_not_written_over(tmp_path: Path) -> None:
-    """Memory of batches is used again, and only once nobody holds a part of it."""
-    layout = dataclasses.replace(LAYOUT, height=300, width=500, tile=(100, 100), labels=(), valid_mask=False)
-    url = str(tmp_path)
-    create_store(url, layout, IDENTITY)
+LARGE = dataclasses.replace(LAYOUT, height=600, width=500, tile=(100, 100))
+
+
+@pytest.fixture(scope="module")
+def large(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A store whose arrays all take more than a megabyte for a batch of four."""
+    url = str(tmp_path_factory.mktemp("large"))
+    create_store(url, LARGE, IDENTITY)
     for number, status in enumerate(STATUS):
-        StoreWriter(url, layout).write(KEYS[number], unit_blocks(layout, status, number))
+        StoreWriter(url, LARGE).write(KEYS[number], unit_blocks(LARGE, status, number))
     finish_store(url, STATUS)
-    dataset = FeatureDataset(url)
-    wanted = [dataset[index]["features"].clone() for index in range(len(GOOD))]
-    held = [next(iter(DataLoader(dataset, 1)))["features"][0, 7:9], dataset[1]["features"]]
-    places = set()
-    for _ in range(4):
-        for index, batch in enumerate(DataLoader(dataset, 1)):
-            assert torch.equal(batch["features"][0], wanted[index])
-            places.add(batch["features"].data_ptr())
-    assert torch.equal(held[0], wanted[0][7:9])
-    assert torch.equal(held[1], wanted[1])
-    assert len(places) < 6, "of 20 batches"
+    return url
+
+
+def test_memory_is_used_again_once_nobody_holds_a_part_of_it(large: str) -> None:
+    arrays = ("features", "image", "seg", "depth", "valid")
+    dataset = FeatureDataset(large, arrays)
+    wanted = [dict(dataset[index]) for index in range(len(GOOD))]
+    memory = dataset._memory
+    for _ in range(5):
+        for batch in DataLoader(dataset, 4):
+            del batch
+    made = memory.made
+    held = []
+    for _ in range(5):
+        for number, batch in enumerate(DataLoader(dataset, 4)):
+            for name in arrays:
+                for value, whole in zip(batch[name], wanted[4 * number :], strict=False):
+                    assert torch.equal(value.nan_to_num(-1.0), whole[name].nan_to_num(-1.0)), name
+            del batch
+    assert memory.made == made, "all of it was there"
+    held = [next(iter(DataLoader(dataset, 4)))["features"][1, 7:9] for _ in range(3)]
+    for batch in DataLoader(dataset, 4):
+        del batch
+    for part in held:
+        assert torch.equal(part, wanted[1]["features"][7:9]), "a part of a batch that is held is not written over"
+    assert memory.made > made
+
+
+def test_memory_of_sizes_that_are_not_asked_for_is_let_go() -> None:
+    memory = BatchMemory()
+    for size in range(1, 100):
+        memory.take((size, 1 << 20), torch.uint8)
+    assert sum(map(len, memory._free.values())) <= 12
+    made = memory.made
+    memory.take((99, 1 << 20), torch.uint8)
+    assert memory.made == made
+    for protocol in range(6):
+        copy = pickle.loads(pickle.dumps(memory, protocol))
+        assert copy.take((2, 3), torch.float32).shape == (2, 3)
+
+
+@pytest.mark.parametrize("mode", [torch.inference_mode, torch.no_grad])
+def test_batches_are_read_in_any_mode_of_torch(store: tuple[str, Blocks], mode: Any) -> None:
+    """Threads that read do not know of the mode, and an inference tensor is written to in that mode alone."""
+    dataset = FeatureDataset(store[0])
+    wanted = dataset[0]["features"]
+    with mode():
+        (batch, _) = DataLoader(dataset, 4)
+    assert torch.equal(batch["features"][0], wanted)
+    batch["features"] += 1  # as any tensor
+
+
+def test_a_sample_is_a_plain_dictionary(store: tuple[str, Blocks], tmp_path: Path) -> None:
+    sample = FeatureDataset(store[0])[0]
+    assert type(sample) is dict
+    torch.save(sample, tmp_path / "sample.pt")
+    assert torch.equal(torch.load(tmp_path / "sample.pt")["features"], sample["features"])
+    doubled = tree_map(lambda value: value * 2, {"features": sample["features"], "whole": sample})
+    assert torch.equal(doubled["whole"]["features"], 2 * sample["features"])
+
+
+def shared(samples: list[dict[str, Any]]) -> list[bool]:
+    return [sample["features"].is_shared() for sample in samples]
+
+
+@pytest.mark.timeout(120)
+@pytest.mark.filterwarnings("ignore:This DataLoader will create")  # on one core
+def test_only_batches_lie_in_memory_of_several_processes(store: tuple[str, Blocks]) -> None:
+    """Each tensor in it takes a file descriptor: of single samples that are copied anyway there would be thousands."""
+    dataset = FeatureDataset(store[0])
+    for wanted, whole in (
+        (True, dataset),
+        (False, ConcatDataset([dataset, dataset])),
+        (False, FeatureDataset(store[0], transform=scaled)),
+    ):
+        (found, *_) = DataLoader(whole, 4, num_workers=1, multiprocessing_context="fork", collate_fn=shared)
+        assert found == [wanted] * 4

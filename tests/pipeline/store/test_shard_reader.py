@@ -1,6 +1,8 @@
 """Our reader of shards against zarr-python's, and what becomes of shards that are damaged or replaced."""
 
 import dataclasses
+import os
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -13,8 +15,10 @@ from zarr.codecs import BytesCodec, GzipCodec
 
 from pipeline.errors import StoreError, StoreFormatError
 from pipeline.inputs import storage
+from pipeline.inputs.plan import UnitKey
 from pipeline.store.create import create_store
-from pipeline.store.layout import OK, Codec, Layout, open_arrays
+from pipeline.store.layout import FAILED, OK, Codec, Layout, open_arrays
+from pipeline.store.open_shards import OpenShards
 from pipeline.store.shard_reader import ArrayReader, Window
 from pipeline.store.writer import StoreWriter
 from tests.pipeline.store.test_layout import IDENTITY, KEYS, LAYOUT, unit_blocks
@@ -23,9 +27,11 @@ ARRAYS = [spec.name for spec in LAYOUT.arrays]
 SIZE = (LAYOUT.height, LAYOUT.width)
 
 
-def readers(url: str, layout: Layout = LAYOUT) -> dict[str, ArrayReader]:
+def readers(url: str, layout: Layout = LAYOUT, shards: OpenShards | None = None) -> dict[str, ArrayReader]:
     arrays = open_arrays(url, [spec.name for spec in layout.arrays])
-    return {spec.name: ArrayReader.of(url, arrays[spec.name], spec, layout.rows_per_shard) for spec in layout.arrays}
+    return {
+        spec.name: ArrayReader.of(url, arrays[spec.name], spec, layout.rows_per_shard, shards) for spec in layout.arrays
+    }
 
 
 def write(url: str, layout: Layout = LAYOUT, seed: int = 0) -> None:
@@ -79,6 +85,9 @@ def test_every_codec_is_read_and_is_zarrs_own(tmp_path: Path, codec: Codec, seg_
         for row in range(7):
             wanted = np.asarray(plain[name][row])  # type: ignore[index]
             assert np.array_equal(read(reader, row), wanted, equal_nan=wanted.dtype.kind == "f"), (name, row)
+            if wanted.ndim >= 2:
+                turned = read(reader, row, (0, 0, *SIZE), mirrored=True)
+                assert np.array_equal(turned, wanted[:, ::-1], equal_nan=wanted.dtype.kind == "f"), (name, row)
             assert np.array_equal(np.asarray(fast[name][row]), wanted, equal_nan=wanted.dtype.kind == "f"), (name, row)
 
 
@@ -167,15 +176,69 @@ def test_arrays_that_others_encoded_are_refused_by_name(tmp_path: Path) -> None:
         readers(str(tmp_path))
 
 
+def test_an_object_that_is_replaced_by_one_with_more_samples_is_not_read_by_its_old_index(tmp_path: Path) -> None:
+    """Without compression all chunks are equally long: the old index names intact chunks of other samples."""
+    url, layout = f"memory://test_shifted{tmp_path}", dataclasses.replace(LAYOUT, codec="none")
+    create_store(url, layout, IDENTITY)
+    blocks = unit_blocks(layout, (FAILED, OK, OK, OK))
+    StoreWriter(url, layout).write(KEYS[0], blocks)
+    now = [0.0]
+    reader = readers(url, layout, OpenShards(clock=lambda: now[0]))["features"]
+    assert np.array_equal(read(reader, 1), blocks["features"][1])
+    blocks["features"][0] = blocks["features"][1] + 1
+    StoreWriter(url, layout).write(KEYS[0], blocks)
+    now[0] = 61.0
+    for row in range(4):
+        assert np.array_equal(read(reader, row), blocks["features"][row]), row
+    storage.remove(storage.join(url, "features.zarr", "features", "c/0/0/0/0"))
+    # Its index is trusted still; then it is looked for.
+    with pytest.raises(StoreError, match="row 1: a chunk of the features of a good sample is missing"):
+        read(reader, 1)
+
+
+def test_a_file_that_is_cut_while_it_is_open_is_an_error(tmp_path: Path) -> None:
+    """What was read before lay in the memory still, and was taken for the row's."""
+    layout = dataclasses.replace(LAYOUT, codec="none")
+    write(str(tmp_path), layout)
+    reader = readers(str(tmp_path), layout)["features"]
+    read(reader, 0)
+    os.truncate(place_of(str(tmp_path), "features"), 0)
+    with pytest.raises(StoreError, match="row 1: it has 0 bytes, and its index alone has"):
+        read(reader, 1)
+
+
+def opened(folder: Path) -> int:
+    return sum(str(folder) in str(link.resolve()) for link in Path("/proc/self/fd").iterdir())
+
+
 def test_files_are_closed(tmp_path: Path) -> None:
     write(str(tmp_path))
-
-    def opened() -> int:
-        return sum(str(tmp_path) in str(link.resolve()) for link in Path("/proc/self/fd").iterdir())
-
     reader = readers(str(tmp_path))["features"]
     read(reader, 0)
     read(reader, 5)
-    assert opened() == 2
+    assert opened(tmp_path) == 2
     del reader
-    assert opened() == 0
+    assert opened(tmp_path) == 0
+
+
+def test_so_many_files_are_open_and_no_more(tmp_path: Path) -> None:
+    """Each thread and each array had 64 of its own, and a training ran out of descriptors."""
+    layout = dataclasses.replace(LAYOUT, rows=80)
+    create_store(str(tmp_path), layout, IDENTITY)
+    for shard in range(20):
+        StoreWriter(str(tmp_path), layout).write(
+            UnitKey(shard, 0, 4 * shard, 4 * shard + 4, 4 * shard), unit_blocks(layout, (OK,) * 4, shard)
+        )
+    all_readers = readers(str(tmp_path), layout, OpenShards(most_files=7))
+    whole = np.asarray(open_arrays(str(tmp_path), ["features"])["features"][:])
+
+    def task(thread: int) -> None:
+        mine = {name: reader.copy() for name, reader in all_readers.items()}
+        for row in np.random.default_rng(thread).permutation(80).tolist():
+            assert np.array_equal(read(mine["features"], row), whole[row])
+            read(mine["seg"], row)
+            assert opened(tmp_path) <= 7 + 2 * 4, "those of the table, and what a thread reads now"
+
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(task, range(4)))
+    assert opened(tmp_path) == 7
