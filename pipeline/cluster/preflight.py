@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from pipeline.cluster.connect import connect
-from pipeline.cluster.resources import await_resources, cluster_machines, cluster_resources
+from pipeline.cluster.resources import await_resources, cluster_machines
 from pipeline.compute.allotment import Allotment, Work, allot, this_machine
 from pipeline.config.precompute import PrecomputeConfig
 
@@ -18,7 +18,7 @@ def check_cores(config: PrecomputeConfig) -> None:
         ConfigError: the job would wait for ever.
     """
     has = this_machine()
-    await_resources(lambda: _allotment(config, [has]).missing(has), seconds=0.0, report=print)
+    await_resources(lambda: _allotment(config, [has]).missing([has]), seconds=0.0, report=print)
 
 
 def _allotment(
@@ -49,7 +49,7 @@ def start_ray(config: PrecomputeConfig, on_cluster: bool) -> tuple[PrecomputeCon
     connect(config.object_store_mb)
     allotment = _allotment(config, cluster_machines())
     await_resources(
-        lambda: allotment.missing(cluster_resources()),
+        lambda: allotment.missing(cluster_machines()),
         # On one machine nothing will join.
         seconds=config.resource_timeout if on_cluster else 0.0,
         report=lambda text: print(text, flush=True),

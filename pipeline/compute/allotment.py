@@ -65,9 +65,9 @@ class Allotment:
         """GPUs without which the job would wait for ever."""
         return self.actors * self.gpus_per_actor
 
-    def missing(self, has: Mapping[str, float]) -> str:
-        """What a cluster with so much ``CPU`` and ``GPU`` lacks, and the cure; empty where nothing is missing."""
-        cpus, gpus = has.get("CPU", 0.0), has.get("GPU", 0.0)
+    def missing(self, machines: Sequence[Mapping[str, float]]) -> str:
+        """What machines with so much ``CPU`` and ``GPU`` lack, and the cure; empty where nothing is missing."""
+        cpus, gpus = (sum(machine.get(kind, 0.0) for machine in machines) for kind in ("CPU", "GPU"))
         texts = []
         if self.cpus > cpus + 1e-6:
             texts.append(
@@ -79,6 +79,15 @@ class Allotment:
             texts.append(
                 f"{self.actors} actors of {self.gpus_per_actor:g} GPUs need {self.gpus:g} GPUs, there are {gpus:g}; "
                 "give fewer --actors, or --gpus-per-actor 0 to run on CPUs"
+            )
+        # An actor lies on one machine, however much all of them have together.
+        fit = _places(machines, self.cpus_per_actor, self.gpus_per_actor)
+        if not texts and fit < self.actors:
+            largest = max(machines, key=lambda machine: (machine.get("GPU", 0.0), machine.get("CPU", 0.0)))
+            texts.append(
+                f"of {self.actors} actors of {self.cpus_per_actor:g} CPUs and {self.gpus_per_actor:g} GPUs each, {fit} "
+                f"fit on {len(machines)} machines, the largest of {largest.get('CPU', 0.0):g} CPUs and "
+                f"{largest.get('GPU', 0.0):g} GPUs; give fewer --actors, or less --cpus-per-actor or --gpus-per-actor"
             )
         return "; ".join(texts)
 
@@ -124,6 +133,9 @@ def allot(
         # Hundredths: Ray counts resources in ten-thousandths, and people read these numbers.
         share = floor(100 * (cpus - loader_cpus) / count) / 100
         cpus_per_actor = min(1.0, max(0.01, share))
+        # Machines are not divided evenly by it: two of two cores have room for four of 0.7, not for five.
+        while cpus_per_actor > 0.01 and _places(machines, cpus_per_actor, 0.0) < count:
+            cpus_per_actor = round(cpus_per_actor - 0.01, 2)
         if cpus_per_actor == loader_cpus:
             cpus_per_actor -= 0.01
     # Machines without a GPU share in nothing where actors have GPUs.
@@ -138,6 +150,12 @@ def _room(machine: Mapping[str, float], cpus_per_actor: float | None, gpus_per_a
     gpus = machine.get("GPU", 0.0)
     # A process has a share of one GPU, or whole GPUs.
     return int(gpus) * floor(1 / gpus_per_actor + 1e-6) if gpus_per_actor < 1 else floor(gpus / gpus_per_actor + 1e-6)
+
+
+def _places(machines: Sequence[Mapping[str, float]], cpus_per_actor: float, gpus_per_actor: float) -> int:
+    """Actors that fit on machines, each on one."""
+    needs = {0.0, gpus_per_actor}
+    return sum(min(_room(machine, cpus_per_actor, gpus) for gpus in needs) for machine in machines)
 
 
 def _fitting(

@@ -45,7 +45,6 @@ __all__ = ["predict"]
 
 
 _LISTED = 20
-# Seconds from one line of progress to the next.
 
 
 @dataclass(frozen=True, eq=False)

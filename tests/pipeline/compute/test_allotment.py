@@ -21,7 +21,7 @@ def allotted(cpus: float, gpus: float = 0, nodes: int = 1, **options: Any) -> Al
 
 
 def lacks(allotment: Allotment, cpus: float, gpus: float = 0) -> str:
-    return allotment.missing({"CPU": cpus, "GPU": gpus})
+    return allotment.missing([{"CPU": cpus, "GPU": gpus}])
 
 
 @given(cpus=st.integers(1, 256), actors=st.one_of(st.integers(1, 64), st.just("auto")))
@@ -53,6 +53,36 @@ def test_a_machine_with_room_gets_whole_cores() -> None:
 def test_what_cannot_come_is_named(options: dict[str, Any], texts: list[str]) -> None:
     text = lacks(allotted(2, **options), 2)
     assert all(part in text for part in texts), text
+
+
+@pytest.mark.parametrize(
+    ("machine", "options", "text"),
+    [
+        (
+            {"CPU": 8.0, "GPU": 1.0},
+            {"gpus_per_actor": 2.0},
+            "of 1 actors of 1 CPUs and 2 GPUs each, 0 fit on 2 machines",
+        ),
+        ({"CPU": 2.0}, {"cpus_per_actor": 3.0}, "0 fit on 2 machines, the largest of 2 CPUs and 0 GPUs; give fewer"),
+        ({"CPU": 3.0}, {"cpus_per_actor": 2.0, "actors": 2}, ""),
+        ({"CPU": 3.0}, {"cpus_per_actor": 1.8, "actors": 3}, "of 3 actors of 1.8 CPUs and 0 GPUs each, 2 fit on 2"),
+    ],
+)
+def test_what_no_single_machine_has_is_named(machine: dict[str, float], options: dict[str, Any], text: str) -> None:
+    """Both together have it, and the job waited for ever."""
+    machines = [machine, machine]
+    for actors in (options.pop("actors", 1), "auto"):
+        if actors == "auto" and "3 actors" in text:
+            continue
+        found = allot(machines, **(OPTIONS | {"actors": actors} | options)).missing(machines)
+        assert text in found, found
+        assert bool(text) == bool(found)
+
+
+@given(cores=st.lists(st.integers(1, 64), min_size=1, max_size=6), actors=st.integers(1, 40))
+def test_a_share_of_the_cores_fits_on_single_machines(cores: list[int], actors: int) -> None:
+    machines = [{"CPU": float(count)} for count in cores]
+    assert allot(machines, **(OPTIONS | {"actors": actors})).missing(machines) == ""
 
 
 def test_gpus_are_used_where_there_are_any_and_unused_ones_are_named() -> None:
