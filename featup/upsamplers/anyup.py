@@ -79,7 +79,7 @@ class AnyUp(Upsampler):
             yield rows, (tile if channel_map is None else tile + channel_map.bias.to(dtype)).to(features.dtype)
 
     def _encode_image(self, guidance: Tensor, low: tuple[int, int]) -> tuple[Bands, Tensor]:
-        """``[1, H, W, 3]`` in [0, 1] to the queries ``[1, H, W, D]`` and the image's part of the keys, ``[1, h, w, D]``."""
+        """``[1, H, W, 3]`` in [0, 1] to what queries ``[1, H, W, D]`` and keys ``[1, h, w, D]`` are made of."""
         image = (guidance - guidance.new_tensor(IMAGENET_MEAN)) / guidance.new_tensor(IMAGENET_STD)
         rows, columns = self.rope.angles((image.shape[1], image.shape[2]))
         if wants_gradient(guidance, *self.parameters()):
@@ -108,17 +108,21 @@ class AnyUp(Upsampler):
         planes = functional.normalize(features, dim=-1).permute(0, 3, 1, 2)
         both = torch.cat([image_keys.permute(0, 3, 1, 2), self.key_features_encoder(planes)], 1)
         keys = self.aggregation(_reflect(both)).permute(0, 2, 3, 1)[0]
-        attention = self.cross_decode["cross_attn"]
-        weight, bias = (part.chunk(3)[1] for part in _input_projection(attention))
-        return functional.linear(attention["norm_k"](keys), weight, bias)
+        return self._project(keys, 1, "norm_k")
 
     def _queries(self, encoded: Bands, rows: Taps, columns: Taps) -> Tensor:
         """Queries ``[n, W', D]`` of the output positions that ``rows`` and ``columns``, of one more each side, read."""
         smoothed = self.cross_decode["conv2d"](_pool(encoded, rows, columns).permute(0, 3, 1, 2))
-        attention = self.cross_decode["cross_attn"]
-        weight, bias = (part.chunk(3)[0] for part in _input_projection(attention))
-        queries = functional.linear(attention["norm_q"](smoothed.permute(0, 2, 3, 1)[0]), weight, bias)
-        return queries / math.sqrt(self.width // HEADS)
+        return self._project(smoothed.permute(0, 2, 3, 1)[0], 0, "norm_q") / math.sqrt(self.width // HEADS)
+
+    def _project(self, x: Tensor, part: int, norm: str) -> Tensor:
+        """The attention's norm and input projection of queries (``part`` 0) or keys (1), for all heads."""
+        parts = self.cross_decode["cross_attn"]
+        assert isinstance(parts, nn.ModuleDict)
+        attention = parts["attention"]
+        assert isinstance(attention, nn.MultiheadAttention)
+        weight, bias = (values.chunk(3)[part] for values in (attention.in_proj_weight, attention.in_proj_bias))
+        return functional.linear(parts[norm](x), weight, bias)
 
     def _attend(
         self, encoded: Bands, keys: Tensor, values: Tensor, size: tuple[int, int]
@@ -145,7 +149,7 @@ class AnyUp(Upsampler):
             # The next tile reads from the row above its first.
             encoded.release(int(down.index[bottom, 0]))
             queries = queries.view(bottom - top, blocks, block, HEADS, -1).permute(1, 3, 0, 2, 4).flatten(2, 3)
-            nearby = keys[window][:, cells].unflatten(-1, (HEADS, -1)).permute(1, 3, 4, 0, 2).flatten(3)
+            nearby = keys.view(*low, HEADS, -1)[window][:, cells].permute(1, 3, 4, 0, 2).flatten(3)
             logits = queries @ nearby
             row = torch.arange(window.start, window.stop, device=keys.device)
             bounds = torch.tensor([first[top:bottom], stop[top:bottom]], device=keys.device)[:, :, None]
@@ -154,13 +158,8 @@ class AnyUp(Upsampler):
             weights = logits.softmax(-1).mean(1)
             del logits
             tile = weights @ values[window][:, cells].transpose(0, 1).flatten(1, 2)
-            tile = tile.unflatten(1, (-1, block)).transpose(0, 1).flatten(1, 2)
+            tile = tile.view(blocks, -1, block, tile.shape[-1]).transpose(0, 1).flatten(1, 2)
             yield slice(top, bottom), tile[None, :, : size[1]]
-
-
-def _input_projection(attention: nn.ModuleDict) -> tuple[Tensor, Tensor]:
-    projection = attention["attention"]
-    return projection.in_proj_weight, projection.in_proj_bias
 
 
 def _block(high: int, low: int) -> int:

@@ -5,6 +5,7 @@ The parameters are named as in the published state dict.
 
 import math
 from collections.abc import Iterator, Sequence
+from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
@@ -25,7 +26,7 @@ class Bands:
     """A map ``[1, H, W, D]`` in bands of rows, each a tensor of its own that can be released before the others."""
 
     def __init__(self, bands: Sequence[Tensor]) -> None:
-        self.bands: list[Tensor | None] = list(bands)
+        self.bands = list(bands)
         lengths = [band.shape[1] for band in bands]
         self.starts = [sum(lengths[:number]) for number in range(len(lengths) + 1)]
 
@@ -35,13 +36,13 @@ class Bands:
         _, height, across, _ = like.shape
         count = max(1, min(height, height * across * width * like.element_size() // _BAND_BYTES))
         edges = [height * number // count for number in range(count + 1)]
-        return cls([like.new_empty(1, b - a, across, width) for a, b in zip(edges, edges[1:], strict=False)])
+        return cls([like.new_empty(1, b - a, across, width) for a, b in pairwise(edges)])
 
     def rows(self, start: int, stop: int) -> Tensor:
         """Rows ``start`` to ``stop``: ``[1, stop - start, W, D]``, a view where they lie in one band."""
         parts = []
         for first, band in zip(self.starts, self.bands, strict=False):
-            if band is not None and first < stop and first + band.shape[1] > start:
+            if first < stop and first + band.shape[1] > start:
                 parts.append(band[:, max(0, start - first) : stop - first])
         return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
 
@@ -49,13 +50,12 @@ class Bands:
         """Release the bands that end at or above ``row``."""
         for number, stop in enumerate(self.starts[1:]):
             if stop <= row:
-                self.bands[number] = None
+                self.bands[number] = self.bands[number].new_empty(1, 0, 0, 0)
 
     def tiles(self) -> Iterator[Tensor]:
         """All positions, ``[P, D]`` at a time: views."""
         for band in self.bands:
-            assert band is not None
-            yield from band.view(-1, band.shape[-1]).split(_POSITIONS.get(band.device.type, 1 << 18))
+            yield from torch.split(band.view(-1, band.shape[-1]), _POSITIONS.get(band.device.type, 1 << 18))
 
 
 class ResidualBlock(nn.Module):
@@ -90,16 +90,19 @@ class ResidualBlock(nn.Module):
             The statistics of the updated stream.
         """
         first, _, expand, second, _, contract = self.block
+        assert isinstance(first, nn.GroupNorm)
+        assert isinstance(second, nn.GroupNorm)
+        expanding, contracting = _matrix(expand), _matrix(contract)
         scale, shift = moments.affine(first)
         between, after = _Moments(scratch), _Moments(scratch)
         for source, target in zip(stream.tiles(), hidden.tiles(), strict=True):
             activated = torch.addcmul(shift, source, scale, out=scratch[: len(source)])
-            torch.mm(functional.silu(activated, inplace=True), expand.weight.flatten(1).T, out=target)
+            torch.mm(functional.silu(activated, inplace=True), expanding, out=target)
             between.add(target)
         scale, shift = between.affine(second)
         for source, target in zip(hidden.tiles(), stream.tiles(), strict=True):
             activated = torch.addcmul(shift, source, scale, out=scratch[: len(source)])
-            target.addmm_(functional.silu(activated, inplace=True), contract.weight.flatten(1).T)
+            target.addmm_(functional.silu(activated, inplace=True), contracting)
             after.add(target)
         return after
 
@@ -121,15 +124,23 @@ class Encoder(nn.Sequential):
             target: ``[1, H, W, D]``.
         """
         first, *blocks = self
+        weight = _matrix(first)
         # One block of memory for all tiles: the C library would return each tile's to the system, page by page.
         scratch = torch.empty_like(max(target.tiles(), key=len))
         moments = _Moments(scratch)
         for tile, encoded in zip(source, target.tiles(), strict=True):
-            encoded.copy_(torch.mm(tile, first.weight.flatten(1).T, out=scratch[: len(tile)]))
+            encoded.copy_(torch.mm(tile, weight, out=scratch[: len(tile)]))
             moments.add(encoded)
-        hidden = Bands([torch.empty_like(band) for band in target.bands if band is not None])
+        hidden = Bands([torch.empty_like(band) for band in target.bands])
         for block in blocks:
+            assert isinstance(block, ResidualBlock)
             moments = block.update(target, hidden, moments, scratch)
+
+
+def _matrix(convolution: nn.Module) -> Tensor:
+    """The matrix ``[C, D]`` of a 1x1 convolution of channels-last positions."""
+    assert isinstance(convolution, nn.Conv2d)
+    return convolution.weight.flatten(1).T
 
 
 class _Moments:
