@@ -15,7 +15,7 @@ __all__ = ["Bands", "Encoder", "FeatureUnification", "ResidualBlock", "Rotation"
 
 GROUPS = 8
 # Bytes of a band. The C library returns larger blocks to the system as soon as they are released.
-_BAND_BYTES = 33 << 20
+_BAND_BYTES = 32 << 20
 # Positions that a band is computed in at once: their channels stay in a CPU's cache.
 _POSITIONS = {"cpu": 1 << 12, "cuda": 1 << 18}
 # Responses to the patterns of the unification that are held at once, at most.
