@@ -67,8 +67,8 @@ def fetch(file: PublishedFile, folder: str | Path | None = None) -> Path:
             torch.hub.download_url_to_file(file.url, str(path), hash_prefix=file.sha256, progress=False)
         except (URLError, OSError) as error:
             raise WeightsError(
-                f"{file.url} cannot be downloaded to {path} ({error}). Likely cause: no network. Get this file elsewhere "
-                f"(sha256 {file.sha256}) and put it there, or give it by --checkpoint FILE"
+                f"{file.url} cannot be downloaded to {path} ({error}). Likely cause: no network. Get this file "
+                f"elsewhere (sha256 {file.sha256}) and put it there, or give it by --checkpoint FILE"
             ) from error
         except RuntimeError as error:
             raise WeightsError(
