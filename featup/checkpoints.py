@@ -1,6 +1,6 @@
 """Checkpoints of PCAs, probes and trained upsamplers: safetensors files with a JSON description in the metadata.
 
-The JBU stack can also be read from official FeatUp ``.ckpt`` files.
+The JBU stack can also be read from official FeatUp ``.ckpt`` files, and AnyUp from official state dicts.
 """
 
 import json
@@ -16,9 +16,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from featup.errors import WeightsError
+from featup.errors import GeometryError, WeightsError
 from featup.evaluation.probes import Probe
 from featup.projection import PCA
+from featup.upsamplers.anyup import AnyUp
 from featup.upsamplers.base import ChannelMap, Upsampler
 from featup.upsamplers.carafe import CARAFE
 from featup.upsamplers.ifa import IFA
@@ -34,6 +35,7 @@ __all__ = [
     "CHECKPOINT_FORMAT",
     "ProbeFile",
     "check_backbone",
+    "load_anyup",
     "load_jbu",
     "load_pca",
     "load_probe",
@@ -217,7 +219,7 @@ def upsampler_bytes(upsampler: Upsampler, **provenance: Any) -> bytes:
 
 
 def load_upsampler(path: str | Path, name: str) -> Upsampler:
-    """Read the upsampler ``name`` from a file of :func:`upsampler_bytes`, or ``jbu`` from an official ``.ckpt``.
+    """Read the upsampler ``name`` from a file of :func:`upsampler_bytes`, or ``jbu`` or ``anyup`` from official ones.
 
     Raises:
         WeightsError: the file is damaged, holds something else, or its shapes do not fit together.
@@ -225,6 +227,8 @@ def load_upsampler(path: str | Path, name: str) -> Upsampler:
     path = Path(path)
     if name == "jbu" and path.suffix != ".safetensors":
         return load_jbu(path)
+    if name == "anyup":
+        return load_anyup(path)
     upsampler_class, arguments = _TRAINABLE[name]
     description, tensors = _unpack(path, name, arguments)
     upsampler = upsampler_class(**{argument: description[name] for name, argument in arguments.items()})
@@ -242,7 +246,7 @@ def check_backbone(path: str | Path, backbone: "Backbone") -> None:
     if path.suffix != ".safetensors":
         return
     with safe_open(path, framework="pt") as file:
-        provenance = json.loads((file.metadata() or {})["featup"]).get("provenance", {})
+        provenance = json.loads((file.metadata() or {}).get("featup", "{}")).get("provenance", {})
     trained = provenance.get("backbone")
     if isinstance(trained, str) and {"layer", "weights"} <= provenance.keys():  # A PCA's.
         trained = {"name": trained, "layer": provenance["layer"], "digest": provenance["weights"]}
@@ -258,6 +262,27 @@ def check_backbone(path: str | Path, backbone: "Backbone") -> None:
         f"{backbone.norm}, with weights {backbone.digest[:12]}.... Give the backbone, layer and norm it was made "
         "for, or train or fit one for these"
     )
+
+
+def load_anyup(path: str | Path) -> AnyUp:
+    """Read AnyUp from an official state dict, pickled or as safetensors; it serves features of any channels.
+
+    Raises:
+        WeightsError: the file is damaged, holds something else, or its shapes do not fit together.
+    """
+    state = load_state_dict(path)
+    first = state.get("image_encoder.0.weight")
+    if first is None or first.dim() != 4:
+        raise WeightsError(
+            f"{path}: no AnyUp in it; expected keys like 'image_encoder.0.weight' [width, 3, 1, 1], found "
+            f"{sorted(state)[:5]}; give an official AnyUp checkpoint such as anyup_multi_backbone.pth"
+        )
+    try:
+        anyup = AnyUp(first.shape[0])
+    except GeometryError as error:
+        raise WeightsError(f"{path}: not the weights of an AnyUp ({error}); give an official checkpoint") from error
+    load_strict(anyup, state, str(path))
+    return anyup.eval().requires_grad_(False)
 
 
 def load_jbu(path: str | Path) -> JBU:

@@ -17,7 +17,7 @@ from featup.checkpoints import check_backbone, load_pca
 from featup.errors import GeometryError
 from featup.images import ImageLike, as_images, resize_images
 from featup.maps import as_size, nearest_fit, times
-from featup.names import TrainableName, UpsamplerName
+from featup.names import PublishedName, TrainableName, UpsamplerName
 from featup.projection import PCA, PCAFit
 from featup.upsamplers import ChannelMap, Upsampler, create_upsampler
 
@@ -216,7 +216,8 @@ def load(
         pretrained: ``False`` leaves the weights random where no file is given: for tests and timings.
         jbu: The checkpoint of a JBU, from ``featup train-jbu`` or an official FeatUp ``.ckpt``. The official ones were
             trained on features with ``norm="layer"``, save those named ``no_norm``.
-        checkpoint: That of another trained upsampler, which ``upsampler`` names.
+        checkpoint: That of another trained upsampler, which ``upsampler`` names; by default ``anyup`` downloads its
+            published one.
         image_size: (height, width) in pixels, or one number for a square, of the images given to the backbone; see
             :meth:`Model.forward`. Some models are created for one size, by default that of their training.
         layer, stride, norm, mean, std, kwargs: Choose the backbone's map and arguments; see
@@ -235,10 +236,11 @@ def load(
             f"jbu={jbu} with upsampler={_name(method)!r} and checkpoint={checkpoint}: jbu= names the upsampler and its "
             "checkpoint; leave the others out, or give upsampler= and checkpoint= without it"
         )
-    if file is not None and method not in get_args(TrainableName):
+    takers = (*get_args(TrainableName), *get_args(PublishedName))
+    if file is not None and method not in takers:
         raise GeometryError(
             f"checkpoint={file} with upsampler={_name(method)!r}, which takes none; give upsampler= one of "
-            f"{', '.join(get_args(TrainableName))}, or leave the checkpoint out"
+            f"{', '.join(takers)}, or leave the checkpoint out"
         )
     if not isinstance(method, Upsampler) and method not in get_args(UpsamplerName):
         if str(method) == "implicit":

@@ -2,9 +2,13 @@
 
 from typing import Literal
 
-__all__ = ["FitBase", "RangeKernel", "TrainableName", "UpsamplerName"]
+__all__ = ["FitBase", "PublishedName", "RangeKernel", "TrainableName", "UpsamplerName"]
 
 TrainableName = Literal["jbu", "resize_conv", "carafe", "sapa", "ifa"]
-UpsamplerName = Literal["nearest", "bilinear", "bicubic", "bilateral", "jbu", "resize_conv", "carafe", "sapa", "ifa"]
+PublishedName = Literal["anyup"]
+"""Upsamplers with a published checkpoint for all backbones, which is used where no other is given."""
+UpsamplerName = Literal[
+    "nearest", "bilinear", "bicubic", "bilateral", "anyup", "jbu", "resize_conv", "carafe", "sapa", "ifa"
+]
 FitBase = Literal["bilinear", "bilateral", "jbu"]
 RangeKernel = Literal["projection", "distance"]

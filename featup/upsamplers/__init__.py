@@ -9,6 +9,7 @@ from typing import get_args
 from featup.errors import GeometryError
 from featup.kernels.resample import BICUBIC_A
 from featup.names import RangeKernel, TrainableName, UpsamplerName
+from featup.upsamplers.anyup import AnyUp
 from featup.upsamplers.base import ChannelMap, Upsampler
 from featup.upsamplers.bilateral import Bilateral
 from featup.upsamplers.carafe import CARAFE
@@ -24,6 +25,7 @@ __all__ = [
     "IFA",
     "JBU",
     "SAPA",
+    "AnyUp",
     "Bilateral",
     "ChannelMap",
     "DeepImagePrior",
@@ -50,18 +52,26 @@ def create_upsampler(
 
     Args:
         channels: Of the backbone's features.
-        checkpoint: For the trained methods: our safetensors file, or for ``jbu`` an official FeatUp ``.ckpt``.
+        checkpoint: For the trained methods: our safetensors file, or for ``jbu`` an official FeatUp ``.ckpt``. For
+            ``anyup``: an official state dict; by default the published one, downloaded and cached.
         sigma_space, sigma_colour: For ``bilateral``; see :class:`Bilateral`.
 
     Raises:
         GeometryError: an unknown name, no checkpoint where one is needed, or one for another number of channels.
-        WeightsError: a checkpoint that cannot be read.
+        WeightsError: a checkpoint that cannot be read, or be downloaded.
     """
     match name:
         case "nearest" | "bilinear" | "bicubic":
             upsampler: Upsampler = Interpolate(name)
         case "bilateral":
             upsampler = Bilateral(sigma_space, sigma_colour)
+        case "anyup":
+            from featup.checkpoints import load_anyup
+            from featup.published import checkpoint_file
+
+            file = checkpoint_file(name, checkpoint)
+            assert file is not None
+            upsampler = load_anyup(file)
         case "jbu" | "resize_conv" | "carafe" | "sapa" | "ifa":
             if checkpoint is None:
                 raise GeometryError(

@@ -16,6 +16,7 @@ from featup.errors import GeometryError
 from featup.images import resize_images
 from featup.multiview.implicit import Fit, Implicit
 from featup.projection import PCA, PCAFit
+from featup.published import checkpoint_file
 from featup.upsamplers import ChannelMap, Upsampler, create_upsampler
 from featup.weights import file_digest
 from pipeline.compute.device import choose_device
@@ -122,9 +123,9 @@ class Extractor:
         self.device = choose_device(config.gpus_per_actor)
         self.backbone: Backbone = (backbone or make_backbone(config, weights)).to(self.device)
         self.grid = self.backbone.grid(config.size)
-        checkpoint = storage.local_copy(config.checkpoint) if config.checkpoint else None
         # Of implicit fitting this is what a fit starts from.
         name = config.fit_base if config.upsampler == "implicit" else config.upsampler
+        checkpoint = checkpoint_file(name, storage.local_copy(config.checkpoint) if config.checkpoint else None)
         self.upsampler: Upsampler = create_upsampler(
             name,
             channels=self.backbone.channels,

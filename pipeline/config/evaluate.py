@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import get_args
 
-from featup.names import TrainableName, UpsamplerName
+from featup.names import PublishedName, TrainableName, UpsamplerName
 from pipeline.config.base import BackboneConfig
 from pipeline.decode.options import DepthOptions
 from pipeline.options import option
@@ -13,18 +13,20 @@ __all__ = ["EvaluateConfig"]
 
 
 _TRAINED = get_args(TrainableName)
+_WITH_FILE = (*_TRAINED, *get_args(PublishedName))
 _UNTRAINED = (
     *(name for name in get_args(UpsamplerName) if name not in _TRAINED),
     *("strided", "large_image", "deep_image_prior", "implicit", "implicit=bilinear", "implicit=bilateral"),
 )
 _METHODS = (
-    f"{', '.join(_UNTRAINED)}, nor NAME=FILE with one of {', '.join(_TRAINED)}, nor implicit=FILE.safetensors of a jbu"
+    f"{', '.join(_UNTRAINED)}, nor NAME=FILE with one of {', '.join(_WITH_FILE)}, "
+    "nor implicit=FILE.safetensors of a jbu"
 )
 
 
 def _is_method(row: str) -> bool:
     name, _, file = row.partition("=")
-    trained = name in _TRAINED or (name == "implicit" and file.endswith(".safetensors"))
+    trained = name in _WITH_FILE or (name == "implicit" and file.endswith(".safetensors"))
     return row in _UNTRAINED or (trained and bool(file))
 
 
@@ -58,9 +60,9 @@ class EvaluateConfig(DepthOptions, BackboneConfig):
 
     rows: tuple[str, ...] = option(
         ("nearest", "bilinear", "bicubic", "strided", "large_image", "bilateral"),
-        "of the table, one a method: nearest, bilinear, bicubic, bilateral, strided, large_image; trained, as "
-        "NAME=FILE: jbu, resize_conv, carafe, sapa, ifa; fitted to each image: deep_image_prior, implicit (its initial "
-        "map by bilateral) or implicit=FILE (by a jbu)",
+        "of the table, one a method: nearest, bilinear, bicubic, bilateral, anyup, strided, large_image; trained, as "
+        "NAME=FILE: anyup, jbu, resize_conv, carafe, sapa, ifa; fitted to each image: deep_image_prior, implicit (its "
+        "initial map by bilateral) or implicit=FILE (by a jbu)",
         group="upsampler",
         path=True,
     )

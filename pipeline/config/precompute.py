@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, get_args
 
 from featup.errors import GeometryError
-from featup.names import FitBase, TrainableName, UpsamplerName
+from featup.names import FitBase, PublishedName, TrainableName, UpsamplerName
 from pipeline.config.base import LARGEST_SEED, InputConfig, whole_gpus
 from pipeline.decode.options import LabelOptions
 from pipeline.errors import Reason
@@ -32,13 +32,14 @@ class PrecomputeConfig(LabelOptions, InputConfig):
 
     upsampler: UpsamplerName | Literal["implicit"] = option(
         "bilateral",
-        "nearest, bilinear, bicubic, bilateral (training-free); jbu, resize_conv, carafe, sapa, ifa (trained); or "
-        "implicit (fitted to every image, seconds each)",
+        "nearest, bilinear, bicubic, bilateral (training-free); anyup (trained for any backbone); jbu, "
+        "resize_conv, carafe, sapa, ifa (trained for one); or implicit (fitted to every image, seconds each)",
         group="upsampler",
     )
     checkpoint: str | None = option(
         None,
-        "of a trained upsampler: our .safetensors, or for jbu an official FeatUp .ckpt",
+        "of a trained upsampler: our .safetensors, for jbu an official FeatUp .ckpt, for anyup an official state dict "
+        "(by default the published one is downloaded)",
         group="upsampler",
         run=True,
         path=True,
@@ -193,10 +194,11 @@ class PrecomputeConfig(LabelOptions, InputConfig):
                 f"label_dir={self.label_dir} goes with --images; in tars labels lie beside their image",
             ),
             (
-                (self._feed_forward in get_args(TrainableName)) != (self.checkpoint is not None),
+                self._feed_forward not in get_args(PublishedName)
+                and (self._feed_forward in get_args(TrainableName)) != (self.checkpoint is not None),
                 f"upsampler={self.upsampler!r} with checkpoint={self.checkpoint!r}: those that are trained "
-                f"({', '.join(get_args(TrainableName))}; implicit with fit_base=jbu) need a checkpoint, the others "
-                "take none",
+                f"({', '.join(get_args(TrainableName))}; implicit with fit_base=jbu) need a checkpoint, "
+                f"{', '.join(get_args(PublishedName))} may have one, the others take none",
             ),
             (
                 self.upsampler == "implicit" and not self.projects,

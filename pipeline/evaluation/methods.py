@@ -12,6 +12,7 @@ from featup.checkpoints import check_backbone
 from featup.evaluation.large_image import large_image_features, strided_features
 from featup.multiview.implicit import Fit, FitOptions, Implicit
 from featup.projection import PCAFit
+from featup.published import checkpoint_file
 from featup.upsamplers import (
     ChannelMap,
     DeepImagePrior,
@@ -217,7 +218,7 @@ def create_methods(config: EvaluateConfig, backbone: Backbone, device: torch.dev
 def _upsampler_method(
     config: EvaluateConfig, backbone: Backbone, device: torch.device, name: str, file: str
 ) -> UpsamplerMethod:
-    checkpoint = storage.local_copy(file) if file else None
+    checkpoint = checkpoint_file(name, storage.local_copy(file) if file else None)
     upsampler = create_upsampler(
         name,  # type: ignore[arg-type]  # the config has checked it
         channels=backbone.channels,
@@ -229,5 +230,5 @@ def _upsampler_method(
         return UpsamplerMethod(name, upsampler)
     check_backbone(checkpoint, backbone)
     checkpoints = [row for row in config.rows if row.partition("=")[0] == name]
-    title = name if len(checkpoints) <= 1 else f"{name} {Path(file).with_suffix('')}"
+    title = name if len(checkpoints) <= 1 or not file else f"{name} {Path(file).with_suffix('')}"
     return UpsamplerMethod(title, upsampler, {"checkpoint": file_digest(checkpoint)})

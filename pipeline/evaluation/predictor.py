@@ -19,6 +19,7 @@ from torch.nn import functional
 
 from featup.checkpoints import read_probe
 from featup.errors import WeightsError
+from featup.published import checkpoint_file
 from featup.upsamplers.base import ChannelMap, row_slices
 from featup.weights import file_digest
 from pipeline.compute.load import decode_options
@@ -212,6 +213,10 @@ def load_predictor(
         classes = read_classes(names, task.channels)
     digests: dict[str, str] = features["setup"]["digests"]
     source = checkpoint or features["checkpoint"]
+    if source is None and "checkpoint" in digests:
+        # The store was made with the published one; another program may know a later one.
+        published = checkpoint_file(features["options"]["upsampler"], None)
+        source = None if published is None else str(published)
     if source is not None:
         _check_checkpoint(path, source, digests)
     config = read_features(features, file.pca, source)

@@ -16,7 +16,7 @@ from featup.backbones import create_backbone
 from featup.checkpoints import load_pca, pca_bytes, upsampler_bytes
 from featup.images import resize_images
 from featup.multiview.implicit import FitOptions, Implicit
-from featup.upsamplers import JBU, Bilateral
+from featup.upsamplers import JBU, AnyUp, Bilateral
 from pipeline.loader.dataset import FeatureDataset
 from tests.e2e import support
 from tests.e2e.in_process import run
@@ -176,6 +176,21 @@ def _mixed_shard(path: Path) -> Path:
         members += [(f"m{number}.png", photograph), (f"m{number}.depth.npy", file.getvalue())]
         members += [(f"m{number}.cls", str(number * 7).encode())]
     return support.write_tar(path, members)
+
+
+@pytest.mark.ray
+def test_a_store_by_anyup_resumes_and_holds_to_its_checkpoint(shards: Path, tmp_path: Path) -> None:
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        torch.save(AnyUp(16).state_dict(), tmp_path / f"anyup{seed}.pth")
+    command = ("precompute", "--shards", shards / "train-0000.tar", "--out", tmp_path / "out", *OPTIONS)
+    command = (*command, "--upsampler", "anyup", "--checkpoint")
+    assert "input 7 = ok 7 + failed 0" in run(*command, tmp_path / "anyup1.pth")
+    before = zarr.open(tmp_path / "out" / "features.zarr", mode="r")["features"][:]
+    assert np.isfinite(before[:7]).all()
+    shutil.copy(tmp_path / "anyup1.pth", tmp_path / "moved.pth")
+    assert "input 7 = ok 7 + failed 0" in run(*command, tmp_path / "moved.pth")
+    assert "checkpoint digest" in run(*command, tmp_path / "anyup2.pth", status=1)
 
 
 @pytest.mark.ray

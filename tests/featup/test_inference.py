@@ -199,7 +199,7 @@ def test_weights_come_from_a_local_file(tmp_path: Path) -> None:
 
 
 def test_upsamplers_by_name_and_as_modules() -> None:
-    assert featup.list_upsamplers()[:5] == ["nearest", "bilinear", "bicubic", "bilateral", "jbu"]
+    assert featup.list_upsamplers()[:6] == ["nearest", "bilinear", "bicubic", "bilateral", "anyup", "jbu"]
     own = Bilateral(sigma_space=2.0)
     assert small(upsampler=own).upsampler is own
     with pytest.raises(GeometryError, match="unknown upsampler 'bilinar'; there are nearest, bilinear"):
