@@ -15,6 +15,7 @@ import pyarrow.types as pt
 
 from pipeline.errors import EnvironmentFault, InputError, Reason
 from pipeline.inputs import storage
+from pipeline.inputs.column_types import is_bytes, is_text, is_whole
 from pipeline.inputs.folder import FoundFile, look_up
 from pipeline.inputs.found import FoundSample
 from pipeline.inputs.lists import folder_of, label_member, split, whole_number
@@ -161,8 +162,8 @@ def choose_columns(schema: pa.Schema, place: str, chosen: str | None, kinds: Col
     """
     images = _image_columns(schema)
     if chosen is not None:
-        if chosen not in images and not (chosen in schema.names and _is_bytes(schema.field(chosen).type)):
-            if chosen in schema.names and pt.is_string(schema.field(chosen).type):
+        if chosen not in images and not (chosen in schema.names and is_bytes(schema.field(chosen).type)):
+            if chosen in schema.names and is_text(schema.field(chosen).type):
                 return None  # a list of paths
             raise InputError(
                 f"{place} has no images in a column {chosen!r} (--image-column); its columns are {schema.names}, of "
@@ -189,10 +190,10 @@ def choose_columns(schema: pa.Schema, place: str, chosen: str | None, kinds: Col
             labels["seg"] = named[0]
     if "depth" in kinds and "depth" in others:
         labels["depth"] = "depth"
-    numbers = [name for name in schema.names if pt.is_integer(schema.field(name).type)]
+    numbers = [name for name in schema.names if is_whole(schema.field(name).type)]
     if "cls" in kinds and (cls := next((name for name in _CLS if name in numbers), None)):
         labels["cls"] = cls
-    texts = [name for name in schema.names if pt.is_string(schema.field(name).type)]
+    texts = [name for name in schema.names if is_text(schema.field(name).type)]
     return Columns(image, labels, next((name for name in _KEYS if name in [*numbers, *texts]), None))
 
 
@@ -210,12 +211,8 @@ def _image_columns(schema: pa.Schema) -> list[str]:
         field.name
         for field in schema
         if (pt.is_struct(field.type) and {"bytes", "path"} >= {part.name for part in field.type} >= {"bytes"})
-        or (field.name == "image" and _is_bytes(field.type))
+        or (field.name == "image" and is_bytes(field.type))
     ]
-
-
-def _is_bytes(kind: pa.DataType) -> bool:
-    return bool(pt.is_binary(kind) or pt.is_large_binary(kind))
 
 
 def _images(columns: Columns) -> list[str]:

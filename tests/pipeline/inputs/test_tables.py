@@ -100,6 +100,42 @@ def test_rows_are_called_by_their_key_or_id(tmp_path: Path) -> None:
     assert keys(listed(tmp_path / "one", tmp_path / "two"))[4:] == ["7", "8", "9", "two/000003"]
 
 
+@pytest.mark.parametrize("text", [pa.string(), pa.large_string(), pa.string_view()], ids=str)
+@pytest.mark.parametrize("data", [pa.binary(), pa.large_binary(), pa.binary_view()], ids=str)
+@pytest.mark.parametrize("nested", [False, True], ids=["bytes", "struct"])
+def test_each_of_arrows_types_of_text_and_bytes_is_taken(
+    tmp_path: Path, text: pa.DataType, data: pa.DataType, nested: bool
+) -> None:
+    """A key of large_string, as polars and pandas 3 write it, was left out in silence: rows had their numbers."""
+    kind = pa.struct([("bytes", data), ("path", text)]) if nested else data
+    images = cells("a", "b", "c") if nested else [b"a", b"b", b"c"]
+    table = pa.table({"image": pa.array(images, kind), "key": pa.array(["x", "y", None], text)})
+    pq.write_table(table, tmp_path / "t.parquet")
+    found = listed(tmp_path / "t.parquet")
+    assert (keys(found), read(found)) == (["x", "y", "t/000002"], [{"jpg": b"a"}, {"jpg": b"b"}, {"jpg": b"c"}])
+
+
+@pytest.mark.parametrize("value", [pa.string(), pa.large_string(), pa.int64(), pa.uint8()], ids=str)
+def test_keys_and_classes_may_be_categories(tmp_path: Path, value: pa.DataType) -> None:
+    """Dictionaries: what pandas calls a category."""
+    whole = pa.types.is_integer(value)
+    names = pa.array([7, 5, 7, None] if whole else ["u", "v", "u", None], value).dictionary_encode()
+    classes = pa.array([1, 0, 1, None], pa.int16()).dictionary_encode()
+    pq.write_table(pa.table({"image": [b"a", b"b", b"c", b"d"], "id": names, "cls": classes}), tmp_path / "t.parquet")
+    found = listed(tmp_path / "t.parquet")
+    assert keys(found) == [*(["7", "5"] if whole else ["u", "v"]), "t/000002", "t/000003"]
+    wanted = [{"jpg": b"a", "cls": b"1"}, {"jpg": b"b", "cls": b"0"}, {"jpg": b"c", "cls": b"1"}, {"jpg": b"d"}]
+    assert read(found) == wanted
+
+
+@pytest.mark.parametrize("kind", [pa.string(), pa.large_string(), pa.string_view(), "category"], ids=str)
+def test_a_column_of_paths_is_one_in_each_type_of_text(tmp_path: Path, kind: Any) -> None:
+    (tmp_path / "a.jpg").write_bytes(b"a")
+    column = pa.array(["a.jpg"]).dictionary_encode() if kind == "category" else pa.array(["a.jpg"], kind)
+    pq.write_table(pa.table({"photo": column}), tmp_path / "list.parquet")
+    assert read(listed(tmp_path / "list.parquet", image_column="photo")) == [{"jpg": b"a"}]
+
+
 def test_images_that_are_files_and_images_that_are_not_there(tmp_path: Path) -> None:
     """What is no image is a sample that fails, so that the account is that of the data set."""
     rows = [*cells("a.jpg"), {"bytes": None, "path": "far/b.png"}, None, {"bytes": None, "path": None}]
