@@ -11,6 +11,7 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
+import pyarrow.parquet as pq
 import pyarrow.types as pt
 
 from pipeline.errors import EnvironmentFault, InputError, Reason
@@ -21,7 +22,7 @@ from pipeline.inputs.found import FoundSample
 from pipeline.inputs.lists import folder_of, label_member, split, whole_number
 from pipeline.inputs.places import Place, file_mark
 from pipeline.inputs.read import INLINE
-from pipeline.inputs.table_rows import open_arrow, open_parquet
+from pipeline.inputs.table_rows import column_bytes, damage_of, open_arrow, open_parquet, row_batches
 from pipeline.inputs.tar import Member
 
 __all__ = ["Columns", "choose_columns", "is_saved_dataset", "list_parquet", "list_saved_dataset", "parquet_columns"]
@@ -97,10 +98,11 @@ def list_saved_dataset(
     for entry in dataset.cache_files:
         file = look_up(entry["filename"], folder)
         table = open_arrow(file.url)
-        rows = _Rows(file, table.num_rows, columns, label_exts)
+        rows = _Rows(file, columns, label_exts)
         for batch in table.select(_needed(columns)).to_batches():
+            sizes = {one: batch.column(one).nbytes // max(1, batch.num_rows) for one in _images(columns)}
             yield from rows.samples(
-                pa.table(batch), lambda row, at=first: (f"{at + row:06d}", f"{name}/{at + row:06d}")
+                pa.table(batch), sizes, lambda row, at=first: (f"{at + row:06d}", f"{name}/{at + row:06d}")
             )
         first += table.num_rows
 
@@ -118,11 +120,11 @@ def list_parquet(file: FoundFile, columns: Columns, label_exts: Mapping[str, Seq
     """
     table = open_parquet(file.url)
     stem = split(file.name)[0]
-    rows = _Rows(file, table.metadata.num_rows, columns, label_exts)
+    rows = _Rows(file, columns, label_exts)
     for group in range(table.metadata.num_row_groups):
         facts = table.metadata.row_group(group)
         chunks = {facts.column(n).path_in_schema: facts.column(n) for n in range(facts.num_columns)}
-        names = []
+        names, contents = [], []
         for name in _needed(columns):
             bytes_name, path_name = f"{name}.bytes", f"{name}.path"
             if name not in _images(columns):
@@ -131,13 +133,39 @@ def list_parquet(file: FoundFile, columns: Columns, label_exts: Mapping[str, Seq
             own = bytes_name if bytes_name in chunks else name
             statistics = chunks[own].statistics
             if statistics is None or not statistics.has_null_count or statistics.null_count:
-                names.append(own)
+                contents.append(own)
             if path_name in chunks:
                 names.append(path_name)
-        block = table.read_row_group(group, columns=names)
-        if not names:
-            block = pa.table({"": pa.nulls(facts.num_rows)})
-        yield from rows.samples(block, lambda row: (f"{stem}/{row:06d}", f"{file.name}/{row:06d}"))
+        sizes = {one: column_bytes(table, group, [one]) // max(1, facts.num_rows) for one in _images(columns)}
+        for block in _blocks(file.url, table, group, names, contents):
+            yield from rows.samples(block, sizes, lambda row: (f"{stem}/{row:06d}", f"{file.name}/{row:06d}"))
+
+
+def _blocks(
+    url: str, file: pq.ParquetFile, group: int, names: Sequence[str], contents: Sequence[str]
+) -> Iterator[pa.Table]:
+    """A group of rows by parts; of ``contents``, the images, no more than up to damage: reading them will say of it."""
+    count, done = file.metadata.row_group(group).num_rows, 0
+    wanted = [*names, *contents]
+    while wanted:
+        at = 0
+        try:
+            for batch in row_batches(file, group, wanted):
+                at += len(batch)
+                if at > done:
+                    new, done = batch.slice(max(0, len(batch) - (at - done))), at
+                    yield pa.Table.from_batches([new])
+            return
+        except (pa.ArrowException, OSError) as error:
+            damage = damage_of(error)
+            if damage is None:
+                raise
+            if wanted == names:
+                raise InputError(
+                    f"{url}: {', '.join(names)} in group {group} of its rows cannot be read ({damage}); copy it again"
+                ) from error
+            wanted = [*names]
+    yield pa.table({"": pa.nulls(count - done)})
 
 
 def choose_columns(schema: pa.Schema, place: str, chosen: str | None, kinds: Collection[str]) -> Columns | None:
@@ -227,14 +255,21 @@ def _needed(columns: Columns) -> list[str]:
 class _Rows:
     """Samples of a file's rows, block by block."""
 
-    def __init__(self, file: FoundFile, count: int, columns: Columns, label_exts: Mapping[str, Sequence[str]]) -> None:
+    def __init__(self, file: FoundFile, columns: Columns, label_exts: Mapping[str, Sequence[str]]) -> None:
         self.file, self.columns, self.label_exts = file, columns, label_exts
-        self.size = file.size // max(1, count)
+        self.sizes: Mapping[str, int] = {}
         self.mark = file_mark(file.size)
         self.next = 0
 
-    def samples(self, block: pa.Table, names: Any) -> Iterator[FoundSample]:
-        """The rows that follow those of before; ``names(row)`` are keys of a row that has none itself."""
+    def samples(self, block: pa.Table, sizes: Mapping[str, int], names: Any) -> Iterator[FoundSample]:
+        """The rows that follow those of before, as a block.
+
+        Args:
+            block: their columns, without what of images need not be read.
+            sizes: the mean bytes of a cell of each column of images: what its cells are taken to have.
+            names: of a row, the keys of one that has none itself.
+        """
+        self.sizes = sizes
         contents = {name: _contents(block, name) for name in _images(self.columns)}
         key, cls = self.columns.key, self.columns.labels.get("cls")
         keys = block.column(key).to_pylist() if key else [None] * block.num_rows
@@ -271,7 +306,7 @@ class _Rows:
 
     def _at(self, column: str, row: int, ext: str) -> Member:
         url = str(Place(self.file.url, "row", row, column=column))
-        return Member(ext, 0, self.size, self.mark, url, self.file.stamp)
+        return Member(ext, 0, self.sizes[column], self.mark, url, self.file.stamp)
 
 
 def _contents(block: pa.Table, name: str) -> list[tuple[bool, str]]:

@@ -1,9 +1,9 @@
 """Tables of images: saved Hugging Face data sets and parquet files, by their columns, keys, gaps and changes."""
 
 import os
-import re
 import sys
 import warnings
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipeline.errors import EnvironmentFault, InputChangedError, InputError, Reason, SampleError
-from pipeline.inputs.images import ImageList, list_images
+from pipeline.inputs.images import ImageList
 from pipeline.inputs.manifest import load_manifest
 from pipeline.inputs.manifest_update import update_manifests
 from pipeline.inputs.plan import Plan
@@ -20,38 +20,19 @@ from pipeline.inputs.plan_update import update_plan
 from pipeline.inputs.read import read_samples
 from pipeline.inputs.tables import choose_columns
 from pipeline.inputs.tar import ShardIndex
+from tests.pipeline.inputs.tables import IMAGE, cells, keys, listed, read
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
     import datasets
 
-EXTS = ("jpg", "jpeg", "png")
 KEPT = ["000000.images.parquet"]
-LABELS = {"seg": ("seg.png",), "depth": ("depth.png", "depth.npy"), "cls": ("cls", "cls.txt")}
 KINDS = ("seg", "depth", "cls")
-IMAGE = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
 
 
 @pytest.fixture(autouse=True)
 def _quiet() -> None:
     datasets.disable_progress_bars()
-
-
-def listed(*places: object, **options: Any) -> ImageList:
-    return list_images([str(place) for place in places], EXTS, LABELS, {}, **options)
-
-
-def read(images: ImageList) -> list[Any]:
-    return read_samples(ShardIndex("", 0, "", tuple(images.samples), ()), 0, len(images.samples))
-
-
-def keys(images: ImageList) -> list[str]:
-    return [sample.key for sample in images.samples]
-
-
-def cells(*names: str) -> list[dict[str, Any]]:
-    """Images whose bytes are their names, with paths."""
-    return [{"bytes": name.encode(), "path": name} for name in names]
 
 
 def data_set(columns: dict[str, list[Any]], **features: Any) -> datasets.Dataset:
@@ -205,97 +186,6 @@ def test_a_parquet_file_in_a_bucket_is_read_there(s3: str) -> None:
     assert read(images) == [{"png": b"a.png"}, {"png": b"b.png"}, {"png": b"c.png"}]
 
 
-@pytest.fixture
-def reads(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
-    """The groups of rows that are read, by whichever method."""
-    found: list[Any] = []
-
-    def counted(name: str) -> None:
-        method = getattr(pq.ParquetFile, name)
-
-        def read(self: pq.ParquetFile, *given: Any, **options: Any) -> Any:
-            found.append(options.get("row_groups", given[:1]))
-            return method(self, *given, **options)
-
-        monkeypatch.setattr(pq.ParquetFile, name, read)
-
-    counted("read_row_group")
-    counted("iter_batches")
-    return found
-
-
-def test_each_group_is_read_once_for_all_columns(tmp_path: Path, reads: list[Any]) -> None:
-    """Image, seg and depth pushed each other out of the cache: a group was read three times for each sample."""
-    names = [str(number) for number in range(12)]
-    columns = {name: pa.array(cells(*(name + one for one in names)), IMAGE) for name in ("image", "seg", "depth")}
-    pq.write_table(pa.table(columns), tmp_path / "t.parquet", row_group_size=4)
-    images = listed(tmp_path / "t.parquet")
-    reads.clear()
-    wanted = [
-        {ext: f"{name}{one}".encode() for ext, name in (("jpg", "image"), ("seg.png", "seg"), ("depth.png", "depth"))}
-        for one in names
-    ]
-    assert read(images) == wanted
-    assert reads == [[0], [1], [2]]
-    index = ShardIndex("", 0, "", tuple(images.samples), ())
-    assert [read_samples(index, row, row + 1) for row in (9, 6, 8, 5)] == [[wanted[row]] for row in (9, 6, 8, 5)]
-    assert reads == [[0], [1], [2]]
-
-
-def damage(path: Path, group: int, column: str) -> None:
-    """Overwrite the last bytes of what a column has in a group."""
-    facts = pq.ParquetFile(path).metadata.row_group(group)
-    (chunk,) = (one for n in range(facts.num_columns) if (one := facts.column(n)).path_in_schema == column)
-    with path.open("r+b") as stream:
-        start = chunk.dictionary_page_offset if chunk.has_dictionary_page else chunk.data_page_offset
-        stream.seek(start + chunk.total_compressed_size - 60)
-        stream.write(b"\xff" * 60)
-
-
-@pytest.mark.parametrize("compression", ["snappy", "zstd"])
-@pytest.mark.parametrize("remote", [False, True])
-def test_rows_of_a_damaged_group_fail_alone(
-    tmp_path: Path, compression: str, remote: bool, reads: list[Any], s3: str
-) -> None:
-    """Damaged data came as OSError: tried five times, then the whole unit failed, in every run."""
-    path = tmp_path / "t.parquet"
-    images = [
-        {"bytes": " ".join(map(str, range(number, 3000))).encode(), "path": f"{number}.jpg"} for number in range(6)
-    ]
-    table = pa.table({"image": pa.array(images, IMAGE), "seg": pa.array(cells(*"abcdef"), IMAGE)})
-    pq.write_table(table, path, row_group_size=2, compression=compression, use_dictionary=False)
-    whole = read(listed(path))
-    damage(path, 1, "image.bytes")
-    place = str(path)
-    if remote:
-        import s3fs
-
-        place = f"{s3}/in/t.parquet"
-        s3fs.S3FileSystem().pipe_file(place.removeprefix("s3://"), path.read_bytes())
-    found = listed(place)
-    reads.clear()
-    good = read(found)
-    assert reads == [[0], [1], [2]]
-    assert [*good[:2], *good[4:]] == [*whole[:2], *whole[4:]]
-    for row, error in enumerate(good[2:4], 2):
-        assert isinstance(error, SampleError)
-        assert error.reason is Reason.UNDECODABLE
-        text = rf"row {row}: group 1 of {place} cannot be read from row 2 on \(.*(snappy|ZSTD).*\); copy it again"
-        assert re.match(text, error.detail), error.detail
-
-
-def test_of_a_large_group_a_part_is_held(tmp_path: Path) -> None:
-    """A group of 645 MB was read whole for one sample."""
-    rows = [{"bytes": bytes([number]) * (1 << 20), "path": f"{number}.jpg"} for number in range(96)]
-    options = {"compression": "none", "use_dictionary": False, "write_batch_size": 4}
-    pq.write_table(pa.table({"image": pa.array(rows, IMAGE)}), tmp_path / "t.parquet", **options)
-    index = ShardIndex("", 0, "", tuple(listed(tmp_path / "t.parquet").samples), ())
-    before = pa.total_allocated_bytes()
-    for row in (0, 95, 40, 41, 3):
-        assert read_samples(index, row, row + 1) == [{"jpg": rows[row]["bytes"]}]
-        assert pa.total_allocated_bytes() - before < 70 << 20
-
-
 def schema(**columns: str) -> pa.Schema:
     """Columns by their kinds: image, text, number."""
     kinds = {
@@ -381,6 +271,25 @@ def test_an_image_column_without_a_table_is_refused_and_lists_have_one_too(tmp_p
     assert read(listed(tmp_path / "list.csv", image_column="photo")) == [{"jpg": b"a", "cls": b"3"}]
     pq.write_table(pa.table({"photo": ["a.jpg"]}), tmp_path / "list.parquet")
     assert read(listed(tmp_path / "list.parquet", image_column="photo")) == [{"jpg": b"a"}]
+
+
+def test_sizes_are_estimates_of_the_images_alone(tmp_path: Path) -> None:
+    """A heavy other column counted; a store that was made so takes its table for unchanged."""
+    table = pa.table({"image": [b"a" * 100, b"b" * 300], "sound": [bytes(50_000)] * 2})
+    pq.write_table(table, tmp_path / "t.parquet", compression="none", use_dictionary=False)
+    images = listed(tmp_path / "t.parquet")
+    assert all(200 <= member.size < 500 for sample in images.samples for member in sample.members)
+    old = [replace(one, members=tuple(replace(m, size=50_000) for m in one.members)) for one in images.samples]
+    plan_dir = str(tmp_path / "plan")
+    (place,) = update_manifests(plan_dir, ImageList(old))
+    assert update_manifests(plan_dir, images, KEPT) == [place]
+    assert load_manifest(place).samples == tuple(old)
+    # A file that moved is known again as well.
+    os.rename(tmp_path / "t.parquet", tmp_path / "u.parquet")
+    moved = listed(tmp_path / "u.parquet")
+    moved.samples = [replace(one, key=f"t/{n:06d}") for n, one in enumerate(moved.samples)]
+    update_manifests(plan_dir, moved, KEPT)
+    assert [one.members[0].size for one in load_manifest(place).samples] == [50_000, 50_000]
 
 
 def test_new_files_are_appended_and_changed_ones_refused(tmp_path: Path) -> None:
