@@ -122,3 +122,27 @@ def test_of_a_large_group_a_part_is_held(tmp_path: Path) -> None:
     for row in (0, 95, 40, 41, 3):
         assert read_samples(index, row, row + 1) == [{"jpg": rows[row]["bytes"]}]
         assert pa.total_allocated_bytes() - before < 70 << 20
+
+
+def test_a_list_is_refused_by_its_columns_alone(tmp_path: Path, reads: list[Any]) -> None:
+    """A table of bytes was read whole, at four times its size, to say that it has no column of paths."""
+    pq.write_table(pa.table({"jpg": [b"a"], "path": [b"b"], "cls": [1]}), tmp_path / "t.parquet")
+    text = (
+        r"columns \['jpg', 'path', 'cls'\]; .* give its name by --image-column; images themselves may be in jpg, path"
+    )
+    with pytest.raises(InputError, match=text):
+        listed(tmp_path / "t.parquet")
+    assert reads == []
+
+
+def test_of_a_list_paths_and_labels_alone_are_read(tmp_path: Path, reads: list[Any]) -> None:
+    (tmp_path / "a.jpg").write_bytes(b"a")
+    (tmp_path / "b.jpg").write_bytes(b"b")
+    table = pa.table({"path": ["a.jpg", "b.jpg"], "cls": [3, 4], "thumbnail": [b"x" * 5000, b"y" * 5000]})
+    pq.write_table(table, tmp_path / "t.parquet", row_group_size=1, use_dictionary=False)
+    damage(tmp_path / "t.parquet", 1, "thumbnail")
+    assert read(listed(tmp_path / "t.parquet")) == [{"jpg": b"a", "cls": b"3"}, {"jpg": b"b", "cls": b"4"}]
+    assert reads == [[0], [1]]
+    damage(tmp_path / "t.parquet", 1, "path")
+    with pytest.raises(InputError, match=r"t\.parquet: group 1 of its rows cannot be read \(.+\); copy it again"):
+        listed(tmp_path / "t.parquet")
