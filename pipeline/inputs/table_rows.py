@@ -11,17 +11,21 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pyarrow.types as pt
 
+from pipeline.console import human_bytes
 from pipeline.errors import InputError, Reason, SampleError
 from pipeline.inputs import storage
 from pipeline.inputs.places import Place
 from pipeline.inputs.remote import filesystem, mapped_errors
 from pipeline.inputs.retry import retried
+from pipeline.redaction import redact
 
-__all__ = ["column_bytes", "damage_of", "open_arrow", "open_parquet", "read_cell", "row_batches"]
+__all__ = ["column_bytes", "damage_of", "large_groups", "open_arrow", "open_parquet", "read_cell", "row_batches"]
 
 # Of a group of rows at most about so many bytes, and so many rows, are held at once. Smaller groups are held whole, so
 # that rows may be asked for in any order.
 _WINDOW, _ROWS = 32 << 20, 1024
+# Bytes of a group that are worth a remark.
+_LARGE_GROUP = 256_000_000
 # What is read of a column at once. By default Arrow reads all that the columns have in a group before the first row.
 _BUFFER = 4 << 20
 _IN_PARTS: dict[str, Any] = {"buffer_size": _BUFFER, "pre_buffer": False}
@@ -150,6 +154,32 @@ def column_bytes(file: pq.ParquetFile, group: int, columns: Collection[str]) -> 
     chunks = (facts.column(number) for number in range(facts.num_columns))
     own = tuple(f"{name}." for name in columns)
     return sum(int(chunk.total_uncompressed_size) for chunk in chunks if f"{chunk.path_in_schema}.".startswith(own))
+
+
+def large_groups(cells: Iterable[Place]) -> list[str]:
+    """A remark where the parquet files that cells lie in have groups of rows of more than 256 MB of them.
+
+    Raises:
+        InputError: a file is none that can be read.
+        OSError: it cannot be read, after retries.
+    """
+    columns: dict[str, set[str]] = {}
+    for cell in cells:
+        if not cell.file.endswith(".arrow"):
+            columns.setdefault(cell.file, set()).add(cell.column)
+    largest, rows, url = 0, 0, ""
+    for place, names in columns.items():
+        file = open_parquet(place)
+        for group in range(file.metadata.num_row_groups):
+            if (size := column_bytes(file, group, names)) > largest:
+                largest, rows, url = size, file.metadata.row_group(group).num_rows, place
+    if largest <= _LARGE_GROUP:
+        return []
+    return [
+        f"groups of rows of up to {human_bytes(largest)} ({rows} rows, in {redact(url)}): what reads from the middle "
+        "of one reads all before it; write smaller groups, such as by "
+        f"pyarrow.parquet.write_table(..., row_group_size={max(1, rows * _WINDOW // largest)})"
+    ]
 
 
 def row_batches(file: pq.ParquetFile, group: int, columns: Iterable[str]) -> Iterator[pa.RecordBatch]:

@@ -97,7 +97,8 @@ def test_the_bytes_of_a_cell_count_and_not_their_estimate(tmp_path: Path) -> Non
     jpg = sample()["jpg"]
     limit = len(jpg) + 1000
     large = jpg + bytes(9 * limit)
-    pq.write_table(pa.table({"image": [jpg, large, jpg], "sound": [bytes(9 * limit)] * 3}), tmp_path / "t.parquet")
+    table = pa.table({"image": [jpg, large, jpg], "sound": [bytes(9 * limit)] * 3})
+    pq.write_table(table, tmp_path / "t.parquet", compression="none", use_dictionary=False)
     images = list_images([str(tmp_path / "t.parquet")], ("jpg",), {}, {})
     index = ShardIndex("", 0, "", tuple(images.samples), ())
     options = replace(IMAGES, max_bytes=limit)

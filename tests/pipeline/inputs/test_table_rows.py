@@ -9,7 +9,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipeline.errors import InputError, Reason, SampleError
+from pipeline.inputs.places import Place
 from pipeline.inputs.read import read_samples
+from pipeline.inputs.table_rows import large_groups
 from pipeline.inputs.tar import ShardIndex
 from tests.pipeline.inputs.tables import IMAGE, cells, keys, listed, read
 
@@ -146,3 +148,16 @@ def test_of_a_list_paths_and_labels_alone_are_read(tmp_path: Path, reads: list[A
     damage(tmp_path / "t.parquet", 1, "path")
     with pytest.raises(InputError, match=r"t\.parquet: group 1 of its rows cannot be read \(.+\); copy it again"):
         listed(tmp_path / "t.parquet")
+
+
+def test_a_large_group_is_remarked_on_with_a_size_that_fits(tmp_path: Path) -> None:
+    """By its footer, and by the columns that are read: nobody reads the sound."""
+    rows = pa.table({"image": [bytes(1)] * 33, "sound": [bytes(9 << 20)] * 33, "take": ["a"] * 33})
+    kinds = {"compression": "zstd", "use_dictionary": False}
+    pq.write_table(rows, tmp_path / "t.parquet", **kinds)
+    assert large_groups([Place(str(tmp_path / "t.parquet"), "row", 0, column="image")]) == []
+    (text,) = large_groups([Place(str(tmp_path / "t.parquet"), "row", 0, column="sound")])
+    wanted = rf"groups of rows of up to 311\.\d MB \(33 rows, in {tmp_path}/t\.parquet\): .* row_group_size=3\)"
+    assert re.fullmatch(wanted, text), text
+    pq.write_table(rows, tmp_path / "u.parquet", row_group_size=3, **kinds)
+    assert large_groups([Place(str(tmp_path / "u.parquet"), "row", 0, column="sound")]) == []
