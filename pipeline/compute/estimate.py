@@ -2,6 +2,7 @@
 
 import tempfile
 import time
+from collections.abc import Iterator
 from dataclasses import replace
 
 import numpy as np
@@ -16,7 +17,10 @@ from pipeline.compute.prepare import as_stored, check_members, complete_plan, la
 from pipeline.config.precompute import PrecomputeConfig
 from pipeline.console import human_bytes, human_seconds
 from pipeline.errors import InputError, Reason, SampleError
+from pipeline.inputs.manifest import is_manifest
+from pipeline.inputs.places import Place
 from pipeline.inputs.plan import IndexAll, Plan, UnitKey
+from pipeline.inputs.table_rows import large_groups
 from pipeline.inputs.tar import describe_ignored
 from pipeline.store.create import create_store
 from pipeline.store.layout import OK
@@ -83,6 +87,7 @@ def _estimate(config: PrecomputeConfig, index_all: IndexAll | None, folder: str)
         f"input:    {len(shards)} shards, {plan.samples} samples",
         *(f"          fault: {fault}" for fault in plan.faults),
         *([f"          ignored by rule: {describe_ignored(plan.ignored)}"] if plan.ignored else []),
+        *(f"          {remark}" for remark in large_groups(_places(plan))),
         f"models:   {config.backbone}, map {extractor.backbone.layer} of stride {extractor.backbone.stride[0]}, "
         f"{extractor.backbone.channels} channels, {extractor.grid[0]}x{extractor.grid[1]}; "
         f"{config.upsampler} to {config.target_size}, {channels} channels stored",
@@ -104,6 +109,17 @@ def _estimate(config: PrecomputeConfig, index_all: IndexAll | None, folder: str)
         f"{allotment.hint or f'actors: {actors}'}",
     ]
     return "\n".join(lines)
+
+
+def _places(plan: Plan) -> Iterator[Place]:
+    """The cells of tables that the plan reads."""
+    for number, shard in enumerate(plan.shards):
+        if is_manifest(shard.url):
+            for sample in plan.index(number).samples:
+                for member in sample.members:
+                    place = Place.parse(member.url)
+                    if place is not None and place.kind == "row":
+                        yield place
 
 
 def _time_handful(

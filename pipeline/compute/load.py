@@ -21,6 +21,7 @@ from pipeline.decode.worker import DecoderProcess
 from pipeline.errors import Fault, PipelineError, Reason, SampleError, fault_of
 from pipeline.inputs import storage
 from pipeline.inputs.changes import check_unchanged
+from pipeline.inputs.places import Place
 from pipeline.inputs.plan import Plan, UnitKey
 from pipeline.inputs.read import Sample, iter_samples
 from pipeline.inputs.storage import RangeReader
@@ -195,8 +196,8 @@ def read_members(
 ) -> list[Sample | SampleError]:
     """The image and labels of samples ``start`` to ``stop`` as bytes, or why a sample has none that can be used.
 
-    Members that are not decoded, and samples with members of more than ``options.max_bytes``, are not read. That the
-    image and all labels are there is not checked.
+    Members that are not decoded, and samples with files of more than ``options.max_bytes``, are not read; frames and
+    cells of tables are measured when they are decoded. That the image and all labels are there is not checked.
 
     Raises:
         InputChangedError: the shard is not the one that was indexed.
@@ -219,7 +220,9 @@ def _limited(entry: IndexedSample, options: DecodeOptions) -> IndexedSample:
     selected = select_members({member.ext for member in entry.members}, options).values()
     members = tuple(member for member in entry.members if member.ext in selected)
     try:
-        check_bytes(((member.ext, member.size) for member in members), options.max_bytes)
+        # Of frames and cells only an estimate is known: they are measured when they were read.
+        known = (member for member in members if Place.parse(member.url) is None)
+        check_bytes(((member.ext, member.size) for member in known), options.max_bytes)
     except SampleError as error:
         return replace(entry, problem=entry.problem or (error.reason, error.detail))
     return replace(entry, members=members)

@@ -3,13 +3,17 @@
 import csv
 import io
 import re
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import pyarrow as pa
 
 from pipeline.errors import InputError
 from pipeline.inputs import storage
+from pipeline.inputs.column_types import is_bytes, is_text
 from pipeline.inputs.folder import FoundFile, look_up
 from pipeline.inputs.read import INLINE
-from pipeline.inputs.table_rows import open_parquet
+from pipeline.inputs.table_rows import damage_of, open_parquet, row_batches
 from pipeline.inputs.tar import Member
 
 __all__ = ["LIST_ENDINGS", "folder_of", "label_ext", "label_member", "list_images_of", "split", "whole_number"]
@@ -60,31 +64,70 @@ def folder_of(place: str) -> str:
 def _rows(place: str, kinds: Collection[str], image_column: str | None) -> Iterator[dict[str, str]]:
     """The lines of a list: ``image`` and, where there are any, the kinds of labels."""
     if place.lower().endswith(".parquet"):
-        table = open_parquet(place).read()
-        columns, rows = table.column_names, iter(table.to_pylist())
-    else:
-        try:
-            text = _text(storage.read_bytes(place), place)
-        except FileNotFoundError as error:
-            raise InputError(f"there is no list of images at {place}; check the path") from error
-        if place.lower().endswith(".txt"):
-            for line in text.splitlines():
-                if line.strip():
-                    yield {"image": line.strip()}
-            return
-        reader = csv.DictReader(io.StringIO(text), delimiter="\t" if place.lower().endswith(".tsv") else ",")
-        columns, rows = list(reader.fieldnames or ()), iter(reader)
+        yield from _table_rows(place, kinds, image_column)
+        return
+    try:
+        text = _text(storage.read_bytes(place), place)
+    except FileNotFoundError as error:
+        raise InputError(f"there is no list of images at {place}; check the path") from error
+    if place.lower().endswith(".txt"):
+        for line in text.splitlines():
+            if line.strip():
+                yield {"image": line.strip()}
+        return
+    reader = csv.DictReader(io.StringIO(text), delimiter="\t" if place.lower().endswith(".tsv") else ",")
+    columns = list(reader.fieldnames or ())
+    yield from _named(place, reader, _path_column(place, columns, columns, image_column), columns, kinds)
+
+
+def _table_rows(place: str, kinds: Collection[str], image_column: str | None) -> Iterator[dict[str, str]]:
+    """The rows of a parquet file; of its columns only those of paths and labels are read."""
+    table = open_parquet(place)
+    schema = table.schema_arrow
+    texts = [name for name in schema.names if is_text(schema.field(name).type)]
+    contents = [name for name in schema.names if is_bytes(schema.field(name).type)]
+    name = _path_column(place, schema.names, texts, image_column, contents)
+    wanted = {name, *(kind for kind in kinds if kind in schema.names)}
+
+    def rows() -> Iterator[dict[str, Any]]:
+        for group in range(table.metadata.num_row_groups):
+            try:
+                for batch in row_batches(table, group, wanted):
+                    yield from batch.to_pylist()
+            except (pa.ArrowException, OSError) as error:
+                damage = damage_of(error)
+                if damage is None:
+                    raise
+                raise InputError(
+                    f"{place}: group {group} of its rows cannot be read ({damage}); copy it again"
+                ) from error
+
+    yield from _named(place, rows(), name, schema.names, kinds)
+
+
+def _path_column(
+    place: str, columns: Sequence[str], texts: Sequence[str], image_column: str | None, contents: Sequence[str] = ()
+) -> str:
+    """The column of paths, which is one of ``texts``; ``contents`` are columns that may hold images themselves."""
     names = (image_column,) if image_column else _IMAGE_COLUMNS
-    name = next((one for one in names if one in columns), None)
+    name = next((one for one in names if one in texts), None)
     if name is None:
+        others = f"; images themselves may be in {', '.join(contents)}: name that column" if contents else ""
         raise InputError(
             f"{place} has columns {columns}; name that of the paths {' or '.join(names)}, or give its name by "
-            "--image-column"
+            f"--image-column{others}"
         )
+    return name
+
+
+def _named(
+    place: str, rows: Iterable[Mapping[str, Any]], name: str, columns: Sequence[str], kinds: Collection[str]
+) -> Iterator[dict[str, str]]:
+    """Rows with the path, which is in the column ``name``, as ``image``, and the labels as text."""
+    labels = [kind for kind in kinds if kind in columns and kind != name]
     for number, row in enumerate(rows):
         if not row[name]:
             raise InputError(f"{place}: row {number} names no image; fill the column {name!r}, or leave the row out")
-        labels = [kind for kind in kinds if kind in columns and kind != name]
         yield {"image": str(row[name])} | {kind: whole_number(row[kind]) for kind in labels}
 
 

@@ -10,7 +10,7 @@ from pipeline.inputs.images import ImageList
 from pipeline.inputs.manifest import is_manifest, manifest_bytes, manifest_name, manifest_samples
 from pipeline.inputs.places import Place
 from pipeline.inputs.read import INLINE
-from pipeline.inputs.tar import IndexedSample
+from pipeline.inputs.tar import IndexedSample, Member
 from pipeline.redaction import redact
 
 __all__ = ["update_manifests"]
@@ -52,7 +52,10 @@ def update_manifests(folder: str, listed: ImageList, kept: Sequence[str] = ()) -
                 f"{len(gone)} images that the store was made from are gone, first {gone[0]}; put them back (a store "
                 "keeps the images it was made from; new ones may be added), or start a new store with another --out"
             )
-        now = [replace(remaining.pop(url), key=sample.key) for url, sample in zip(urls, old, strict=True)]
+        now = [
+            replace(_sized_as(sample, remaining.pop(url)), key=sample.key)
+            for url, sample in zip(urls, old, strict=True)
+        ]
         for before, after in zip(old, now, strict=True):
             _check_same(before, after)
         taken.update(sample.key for sample in now)
@@ -106,8 +109,22 @@ def _place_of(sample: IndexedSample, remaining: Mapping[str, IndexedSample], by_
         return image.url
     other = remaining[url].members[0]
     # What moved is compared byte by byte before anything is added.
-    same = (other.ext, other.size, other.mark) == (image.ext, image.size, image.mark)
+    same = (other.ext, other.mark) == (image.ext, image.mark) and (other.size == image.size or _is_cell(image))
     return url if same else image.url
+
+
+def _is_cell(member: Member) -> bool:
+    place = Place.parse(member.url)
+    return place is not None and place.kind == "row"
+
+
+def _sized_as(before: IndexedSample, after: IndexedSample) -> IndexedSample:
+    """With the sizes that cells were given: these are estimates, which an earlier program made in another way."""
+    sizes = {member.ext: member.size for member in before.members if _is_cell(member)}
+    members = (
+        replace(one, size=sizes[one.ext]) if one.ext in sizes and _is_cell(one) else one for one in after.members
+    )
+    return replace(after, members=tuple(members))
 
 
 def _stored(place: str) -> tuple[tuple[IndexedSample, ...], dict[str, int]]:

@@ -1,6 +1,6 @@
 """Samples of an indexed tar, by byte range; of a manifest, from files, videos and tables."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from itertools import groupby, pairwise, repeat
@@ -158,6 +158,9 @@ def _read_parts(
 ) -> dict[int, SampleError]:
     """Read members that lie in videos and tables. Returns the errors, by the id of the sample."""
     errors: dict[int, SampleError] = {}
+    columns: dict[str, set[str]] = {}
+    for _, _, place in parts:
+        columns.setdefault(place.file, set()).add(place.column)
     for sample, member, place in parts:
         try:
             if place.kind == "frame":
@@ -165,7 +168,7 @@ def _read_parts(
                     raise given_up[place.file]
                 data = read_frame(place, f"{member.mark} {member.stamp}", limits)
             else:
-                data = _cell(place, member)
+                data = _cell(place, member, columns[place.file])
             sample[member.ext] = data
         except SampleError as error:
             errors[id(sample)] = error
@@ -179,8 +182,8 @@ def _read_parts(
     return errors
 
 
-def _cell(place: Place, member: Member) -> bytes:
-    data = read_cell(place, f"{member.mark} {member.stamp}")
+def _cell(place: Place, member: Member, columns: Collection[str]) -> bytes:
+    data = read_cell(place, f"{member.mark} {member.stamp}", columns)
     if data is None:
         raise SampleError(Reason.IMAGE_MISSING, f"row {place.number} of {place.file} has no {place.column}")
     return data

@@ -11,16 +11,18 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
+import pyarrow.parquet as pq
 import pyarrow.types as pt
 
 from pipeline.errors import EnvironmentFault, InputError, Reason
 from pipeline.inputs import storage
+from pipeline.inputs.column_types import is_bytes, is_text, is_whole
 from pipeline.inputs.folder import FoundFile, look_up
 from pipeline.inputs.found import FoundSample
 from pipeline.inputs.lists import folder_of, label_member, split, whole_number
 from pipeline.inputs.places import Place, file_mark
 from pipeline.inputs.read import INLINE
-from pipeline.inputs.table_rows import open_arrow, open_parquet
+from pipeline.inputs.table_rows import column_bytes, damage_of, open_arrow, open_parquet, row_batches
 from pipeline.inputs.tar import Member
 
 __all__ = ["Columns", "choose_columns", "is_saved_dataset", "list_parquet", "list_saved_dataset", "parquet_columns"]
@@ -96,10 +98,11 @@ def list_saved_dataset(
     for entry in dataset.cache_files:
         file = look_up(entry["filename"], folder)
         table = open_arrow(file.url)
-        rows = _Rows(file, table.num_rows, columns, label_exts)
+        rows = _Rows(file, columns, label_exts)
         for batch in table.select(_needed(columns)).to_batches():
+            sizes = {one: batch.column(one).nbytes // max(1, batch.num_rows) for one in _images(columns)}
             yield from rows.samples(
-                pa.table(batch), lambda row, at=first: (f"{at + row:06d}", f"{name}/{at + row:06d}")
+                pa.table(batch), sizes, lambda row, at=first: (f"{at + row:06d}", f"{name}/{at + row:06d}")
             )
         first += table.num_rows
 
@@ -117,11 +120,11 @@ def list_parquet(file: FoundFile, columns: Columns, label_exts: Mapping[str, Seq
     """
     table = open_parquet(file.url)
     stem = split(file.name)[0]
-    rows = _Rows(file, table.metadata.num_rows, columns, label_exts)
+    rows = _Rows(file, columns, label_exts)
     for group in range(table.metadata.num_row_groups):
         facts = table.metadata.row_group(group)
         chunks = {facts.column(n).path_in_schema: facts.column(n) for n in range(facts.num_columns)}
-        names = []
+        names, contents = [], []
         for name in _needed(columns):
             bytes_name, path_name = f"{name}.bytes", f"{name}.path"
             if name not in _images(columns):
@@ -130,13 +133,39 @@ def list_parquet(file: FoundFile, columns: Columns, label_exts: Mapping[str, Seq
             own = bytes_name if bytes_name in chunks else name
             statistics = chunks[own].statistics
             if statistics is None or not statistics.has_null_count or statistics.null_count:
-                names.append(own)
+                contents.append(own)
             if path_name in chunks:
                 names.append(path_name)
-        block = table.read_row_group(group, columns=names)
-        if not names:
-            block = pa.table({"": pa.nulls(facts.num_rows)})
-        yield from rows.samples(block, lambda row: (f"{stem}/{row:06d}", f"{file.name}/{row:06d}"))
+        sizes = {one: column_bytes(table, group, [one]) // max(1, facts.num_rows) for one in _images(columns)}
+        for block in _blocks(file.url, table, group, names, contents):
+            yield from rows.samples(block, sizes, lambda row: (f"{stem}/{row:06d}", f"{file.name}/{row:06d}"))
+
+
+def _blocks(
+    url: str, file: pq.ParquetFile, group: int, names: Sequence[str], contents: Sequence[str]
+) -> Iterator[pa.Table]:
+    """A group of rows by parts; of ``contents``, the images, no more than up to damage: reading them will say of it."""
+    count, done = file.metadata.row_group(group).num_rows, 0
+    wanted = [*names, *contents]
+    while wanted:
+        at = 0
+        try:
+            for batch in row_batches(file, group, wanted):
+                at += len(batch)
+                if at > done:
+                    new, done = batch.slice(max(0, len(batch) - (at - done))), at
+                    yield pa.Table.from_batches([new])
+            return
+        except (pa.ArrowException, OSError) as error:
+            damage = damage_of(error)
+            if damage is None:
+                raise
+            if wanted == names:
+                raise InputError(
+                    f"{url}: {', '.join(names)} in group {group} of its rows cannot be read ({damage}); copy it again"
+                ) from error
+            wanted = [*names]
+    yield pa.table({"": pa.nulls(count - done)})
 
 
 def choose_columns(schema: pa.Schema, place: str, chosen: str | None, kinds: Collection[str]) -> Columns | None:
@@ -161,8 +190,8 @@ def choose_columns(schema: pa.Schema, place: str, chosen: str | None, kinds: Col
     """
     images = _image_columns(schema)
     if chosen is not None:
-        if chosen not in images and not (chosen in schema.names and _is_bytes(schema.field(chosen).type)):
-            if chosen in schema.names and pt.is_string(schema.field(chosen).type):
+        if chosen not in images and not (chosen in schema.names and is_bytes(schema.field(chosen).type)):
+            if chosen in schema.names and is_text(schema.field(chosen).type):
                 return None  # a list of paths
             raise InputError(
                 f"{place} has no images in a column {chosen!r} (--image-column); its columns are {schema.names}, of "
@@ -189,10 +218,10 @@ def choose_columns(schema: pa.Schema, place: str, chosen: str | None, kinds: Col
             labels["seg"] = named[0]
     if "depth" in kinds and "depth" in others:
         labels["depth"] = "depth"
-    numbers = [name for name in schema.names if pt.is_integer(schema.field(name).type)]
+    numbers = [name for name in schema.names if is_whole(schema.field(name).type)]
     if "cls" in kinds and (cls := next((name for name in _CLS if name in numbers), None)):
         labels["cls"] = cls
-    texts = [name for name in schema.names if pt.is_string(schema.field(name).type)]
+    texts = [name for name in schema.names if is_text(schema.field(name).type)]
     return Columns(image, labels, next((name for name in _KEYS if name in [*numbers, *texts]), None))
 
 
@@ -210,12 +239,8 @@ def _image_columns(schema: pa.Schema) -> list[str]:
         field.name
         for field in schema
         if (pt.is_struct(field.type) and {"bytes", "path"} >= {part.name for part in field.type} >= {"bytes"})
-        or (field.name == "image" and _is_bytes(field.type))
+        or (field.name == "image" and is_bytes(field.type))
     ]
-
-
-def _is_bytes(kind: pa.DataType) -> bool:
-    return bool(pt.is_binary(kind) or pt.is_large_binary(kind))
 
 
 def _images(columns: Columns) -> list[str]:
@@ -230,14 +255,21 @@ def _needed(columns: Columns) -> list[str]:
 class _Rows:
     """Samples of a file's rows, block by block."""
 
-    def __init__(self, file: FoundFile, count: int, columns: Columns, label_exts: Mapping[str, Sequence[str]]) -> None:
+    def __init__(self, file: FoundFile, columns: Columns, label_exts: Mapping[str, Sequence[str]]) -> None:
         self.file, self.columns, self.label_exts = file, columns, label_exts
-        self.size = file.size // max(1, count)
+        self.sizes: Mapping[str, int] = {}
         self.mark = file_mark(file.size)
         self.next = 0
 
-    def samples(self, block: pa.Table, names: Any) -> Iterator[FoundSample]:
-        """The rows that follow those of before; ``names(row)`` are keys of a row that has none itself."""
+    def samples(self, block: pa.Table, sizes: Mapping[str, int], names: Any) -> Iterator[FoundSample]:
+        """The rows that follow those of before, as a block.
+
+        Args:
+            block: their columns, without what of images need not be read.
+            sizes: the mean bytes of a cell of each column of images: what its cells are taken to have.
+            names: of a row, the keys of one that has none itself.
+        """
+        self.sizes = sizes
         contents = {name: _contents(block, name) for name in _images(self.columns)}
         key, cls = self.columns.key, self.columns.labels.get("cls")
         keys = block.column(key).to_pylist() if key else [None] * block.num_rows
@@ -274,7 +306,7 @@ class _Rows:
 
     def _at(self, column: str, row: int, ext: str) -> Member:
         url = str(Place(self.file.url, "row", row, column=column))
-        return Member(ext, 0, self.size, self.mark, url, self.file.stamp)
+        return Member(ext, 0, self.sizes[column], self.mark, url, self.file.stamp)
 
 
 def _contents(block: pa.Table, name: str) -> list[tuple[bool, str]]:

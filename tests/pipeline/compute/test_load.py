@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from pipeline.compute.load import LoadedUnit, load_row, load_sample, load_unit, unpack
@@ -18,7 +20,9 @@ from pipeline.compute.outcome import Outcome
 from pipeline.decode.options import DecodeOptions
 from pipeline.errors import EnvironmentFault, InputChangedError, InputError, Reason, SampleError, fault_of
 from pipeline.inputs import storage
+from pipeline.inputs.images import list_images
 from pipeline.inputs.plan import Plan, plan_shard
+from pipeline.inputs.tar import ShardIndex
 from pipeline.options import Size
 from pipeline.store.ledger import Ledger
 from pipeline.store.receipt import Receipt, SampleRecord
@@ -86,6 +90,24 @@ def test_a_member_with_too_many_bytes_is_not_read(make_plan: MakePlan) -> None:
     with pytest.raises(SampleError, match="more than max_bytes"):
         load_sample(plan.index(0), 1, options)
     assert load_sample(plan.index(0), 1, replace(options, max_bytes=size)).labels["cls"] == 3
+
+
+def test_the_bytes_of_a_cell_count_and_not_their_estimate(tmp_path: Path) -> None:
+    """All rows failed as too_many_bytes where another column, or another row's image, was heavy."""
+    jpg = sample()["jpg"]
+    limit = len(jpg) + 1000
+    large = jpg + bytes(9 * limit)
+    table = pa.table({"image": [jpg, large, jpg], "sound": [bytes(9 * limit)] * 3})
+    pq.write_table(table, tmp_path / "t.parquet", compression="none", use_dictionary=False)
+    images = list_images([str(tmp_path / "t.parquet")], ("jpg",), {}, {})
+    index = ShardIndex("", 0, "", tuple(images.samples), ())
+    options = replace(IMAGES, max_bytes=limit)
+    for row in (0, 2):
+        assert load_sample(index, row, options).image.any()
+    with pytest.raises(
+        SampleError, match=rf"too_many_bytes: jpg has {len(large)} bytes, more than max_bytes = {limit}"
+    ):
+        load_sample(index, 1, options)
 
 
 def test_scan_bombs_fail_alone_and_soon(make_plan: MakePlan) -> None:

@@ -3,6 +3,7 @@
 import os
 import sys
 import warnings
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipeline.errors import EnvironmentFault, InputChangedError, InputError, Reason, SampleError
-from pipeline.inputs.images import ImageList, list_images
+from pipeline.inputs.images import ImageList
 from pipeline.inputs.manifest import load_manifest
 from pipeline.inputs.manifest_update import update_manifests
 from pipeline.inputs.plan import Plan
@@ -19,38 +20,19 @@ from pipeline.inputs.plan_update import update_plan
 from pipeline.inputs.read import read_samples
 from pipeline.inputs.tables import choose_columns
 from pipeline.inputs.tar import ShardIndex
+from tests.pipeline.inputs.tables import IMAGE, cells, keys, listed, read
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
     import datasets
 
-EXTS = ("jpg", "jpeg", "png")
 KEPT = ["000000.images.parquet"]
-LABELS = {"seg": ("seg.png",), "depth": ("depth.png", "depth.npy"), "cls": ("cls", "cls.txt")}
 KINDS = ("seg", "depth", "cls")
-IMAGE = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
 
 
 @pytest.fixture(autouse=True)
 def _quiet() -> None:
     datasets.disable_progress_bars()
-
-
-def listed(*places: object, **options: Any) -> ImageList:
-    return list_images([str(place) for place in places], EXTS, LABELS, {}, **options)
-
-
-def read(images: ImageList) -> list[Any]:
-    return read_samples(ShardIndex("", 0, "", tuple(images.samples), ()), 0, len(images.samples))
-
-
-def keys(images: ImageList) -> list[str]:
-    return [sample.key for sample in images.samples]
-
-
-def cells(*names: str) -> list[dict[str, Any]]:
-    """Images whose bytes are their names, with paths."""
-    return [{"bytes": name.encode(), "path": name} for name in names]
 
 
 def data_set(columns: dict[str, list[Any]], **features: Any) -> datasets.Dataset:
@@ -97,6 +79,42 @@ def test_rows_are_called_by_their_key_or_id(tmp_path: Path) -> None:
     )
     assert keys(listed(tmp_path / "two")) == ["7", "8", "9", "000003"]
     assert keys(listed(tmp_path / "one", tmp_path / "two"))[4:] == ["7", "8", "9", "two/000003"]
+
+
+@pytest.mark.parametrize("text", [pa.string(), pa.large_string(), pa.string_view()], ids=str)
+@pytest.mark.parametrize("data", [pa.binary(), pa.large_binary(), pa.binary_view()], ids=str)
+@pytest.mark.parametrize("nested", [False, True], ids=["bytes", "struct"])
+def test_each_of_arrows_types_of_text_and_bytes_is_taken(
+    tmp_path: Path, text: pa.DataType, data: pa.DataType, nested: bool
+) -> None:
+    """A key of large_string, as polars and pandas 3 write it, was left out in silence: rows had their numbers."""
+    kind = pa.struct([("bytes", data), ("path", text)]) if nested else data
+    images = cells("a", "b", "c") if nested else [b"a", b"b", b"c"]
+    table = pa.table({"image": pa.array(images, kind), "key": pa.array(["x", "y", None], text)})
+    pq.write_table(table, tmp_path / "t.parquet")
+    found = listed(tmp_path / "t.parquet")
+    assert (keys(found), read(found)) == (["x", "y", "t/000002"], [{"jpg": b"a"}, {"jpg": b"b"}, {"jpg": b"c"}])
+
+
+@pytest.mark.parametrize("value", [pa.string(), pa.large_string(), pa.int64(), pa.uint8()], ids=str)
+def test_keys_and_classes_may_be_categories(tmp_path: Path, value: pa.DataType) -> None:
+    """Dictionaries: what pandas calls a category."""
+    whole = pa.types.is_integer(value)
+    names = pa.array([7, 5, 7, None] if whole else ["u", "v", "u", None], value).dictionary_encode()
+    classes = pa.array([1, 0, 1, None], pa.int16()).dictionary_encode()
+    pq.write_table(pa.table({"image": [b"a", b"b", b"c", b"d"], "id": names, "cls": classes}), tmp_path / "t.parquet")
+    found = listed(tmp_path / "t.parquet")
+    assert keys(found) == [*(["7", "5"] if whole else ["u", "v"]), "t/000002", "t/000003"]
+    wanted = [{"jpg": b"a", "cls": b"1"}, {"jpg": b"b", "cls": b"0"}, {"jpg": b"c", "cls": b"1"}, {"jpg": b"d"}]
+    assert read(found) == wanted
+
+
+@pytest.mark.parametrize("kind", [pa.string(), pa.large_string(), pa.string_view(), "category"], ids=str)
+def test_a_column_of_paths_is_one_in_each_type_of_text(tmp_path: Path, kind: Any) -> None:
+    (tmp_path / "a.jpg").write_bytes(b"a")
+    column = pa.array(["a.jpg"]).dictionary_encode() if kind == "category" else pa.array(["a.jpg"], kind)
+    pq.write_table(pa.table({"photo": column}), tmp_path / "list.parquet")
+    assert read(listed(tmp_path / "list.parquet", image_column="photo")) == [{"jpg": b"a"}]
 
 
 def test_images_that_are_files_and_images_that_are_not_there(tmp_path: Path) -> None:
@@ -253,6 +271,25 @@ def test_an_image_column_without_a_table_is_refused_and_lists_have_one_too(tmp_p
     assert read(listed(tmp_path / "list.csv", image_column="photo")) == [{"jpg": b"a", "cls": b"3"}]
     pq.write_table(pa.table({"photo": ["a.jpg"]}), tmp_path / "list.parquet")
     assert read(listed(tmp_path / "list.parquet", image_column="photo")) == [{"jpg": b"a"}]
+
+
+def test_sizes_are_estimates_of_the_images_alone(tmp_path: Path) -> None:
+    """A heavy other column counted; a store that was made so takes its table for unchanged."""
+    table = pa.table({"image": [b"a" * 100, b"b" * 300], "sound": [bytes(50_000)] * 2})
+    pq.write_table(table, tmp_path / "t.parquet", compression="none", use_dictionary=False)
+    images = listed(tmp_path / "t.parquet")
+    assert all(200 <= member.size < 500 for sample in images.samples for member in sample.members)
+    old = [replace(one, members=tuple(replace(m, size=50_000) for m in one.members)) for one in images.samples]
+    plan_dir = str(tmp_path / "plan")
+    (place,) = update_manifests(plan_dir, ImageList(old))
+    assert update_manifests(plan_dir, images, KEPT) == [place]
+    assert load_manifest(place).samples == tuple(old)
+    # A file that moved is known again as well.
+    os.rename(tmp_path / "t.parquet", tmp_path / "u.parquet")
+    moved = listed(tmp_path / "u.parquet")
+    moved.samples = [replace(one, key=f"t/{n:06d}") for n, one in enumerate(moved.samples)]
+    update_manifests(plan_dir, moved, KEPT)
+    assert [one.members[0].size for one in load_manifest(place).samples] == [50_000, 50_000]
 
 
 def test_new_files_are_appended_and_changed_ones_refused(tmp_path: Path) -> None:
