@@ -2,6 +2,7 @@
 
 import os
 import random
+import re
 import shutil
 import signal
 import sys
@@ -154,6 +155,27 @@ def test_a_video_that_is_cut_short_gives_its_frames_before_the_cut(tmp_path: Pat
     assert failed[59] is Reason.TRUNCATED
     assert "ends after" in str(found[59])
     assert "of 60 frames: it was cut short" in str(found[59])
+
+
+@pytest.mark.parametrize(("codec", "options"), [("mjpeg", {}), ("mpeg4", {"bf": "2"}), ("libx264", OPEN)])
+def test_an_avi_with_gaps_is_whole_and_one_that_is_cut_is_not(
+    tmp_path: Path, codec: str, options: dict[str, str]
+) -> None:
+    """The ticks of its gaps were counted as frames that were lost."""
+    times = [40 * (number + 3 * (number >= 20) + 3 * (number >= 40)) for number in range(60)]
+    whole = write_video(tmp_path / "whole.avi", 60, codec=codec, options=options, times=times, ticks=25, noise=200)
+    table = frame_table(look_up(str(whole), "."))
+    assert (table.count, table.lost) == (60, 0)
+    assert [number_of(one) for one in read(listed(whole))] == list(range(60))
+    data = whole.read_bytes()
+    chunks = [chunk.start() for chunk in re.finditer(b"00dc", data[: data.index(b"idx1")])]
+    cut = tmp_path / "cut.avi"
+    cut.write_bytes(data[: chunks[-6]])
+    table = frame_table(look_up(str(cut), "."))
+    assert (table.count, table.lost) == (54, 6)
+    failed = reasons(read(listed(cut)))
+    assert failed[59] is Reason.TRUNCATED
+    assert min(failed) >= 50
 
 
 @pytest.mark.parametrize("name", ["a.mp4", "a.mkv"])
