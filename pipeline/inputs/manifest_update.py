@@ -22,7 +22,8 @@ def update_manifests(folder: str, listed: ImageList, kept: Sequence[str] = ()) -
     """Write the manifests of images, and return their places.
 
     Images that are in a manifest stay there with their key, so that the rows of a store stay; new ones come in new
-    manifests behind them. Nothing is written before everything was compared.
+    manifests behind them. Nothing is written before everything was compared. A video of which no frame could be read
+    stays the failed sample that it was; once they can be read, its frames are new images.
 
     Args:
         folder: where the manifests are kept.
@@ -35,6 +36,7 @@ def update_manifests(folder: str, listed: ImageList, kept: Sequence[str] = ()) -
     """
     remaining = {sample.members[0].url: sample for sample in listed.samples}
     by_key = {sample.key: sample.members[0].url for sample in listed.samples}
+    readable = _videos(listed) if kept else set()
     taken: set[str] = set()
     ignored_then: Counter[str] = Counter()
     rewritten: dict[str, bytes] = {}
@@ -45,14 +47,18 @@ def update_manifests(folder: str, listed: ImageList, kept: Sequence[str] = ()) -
         own = {sample.members[0].url for sample in old}
         moved = {key: url for key, url in by_key.items() if url not in own}
         urls = [_place_of(sample, remaining, moved) for sample in old]
-        gone = [url for url in urls if url not in remaining]
+        mended = {sample.members[0].url for sample in old if sample.problem} & readable
+        gone = [url for url in urls if url not in remaining and url not in mended]
         if gone:
             _check_file(gone[0], old, listed)
             raise InputChangedError(
                 f"{len(gone)} images that the store was made from are gone, first {gone[0]}; put them back (a store "
                 "keeps the images it was made from; new ones may be added), or start a new store with another --out"
             )
-        now = [replace(remaining.pop(url), key=sample.key) for url, sample in zip(urls, old, strict=True)]
+        now = [
+            sample if url in mended else replace(remaining.pop(url), key=sample.key)
+            for url, sample in zip(urls, old, strict=True)
+        ]
         for before, after in zip(old, now, strict=True):
             _check_same(before, after)
         taken.update(sample.key for sample in now)
@@ -72,6 +78,12 @@ def update_manifests(folder: str, listed: ImageList, kept: Sequence[str] = ()) -
     for place, data in rewritten.items():
         storage.write_atomic(place, data)
     return places
+
+
+def _videos(listed: ImageList) -> set[str]:
+    """The videos of which frames are listed."""
+    places = (Place.parse(sample.members[0].url) for sample in listed.samples)
+    return {place.file for place in places if place is not None and place.kind == "frame"}
 
 
 def _check_file(url: str, old: Sequence[IndexedSample], listed: ImageList) -> None:
