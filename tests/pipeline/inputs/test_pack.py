@@ -64,6 +64,18 @@ def test_shards_end_before_they_are_too_large(tmp_path: Path) -> None:
     assert not list(tmp_path.glob(".*"))
 
 
+def test_of_a_video_the_bytes_of_its_frames_count(tmp_path: Path) -> None:
+    """Of a video's few bytes one tar of many times the size was made."""
+    video = write_video(tmp_path / "a.mp4", 5, size=(360, 480))
+    assert video.stat().st_size < 100 << 10
+    assert main([str(video), str(tmp_path / "p-%d.tar"), "--shard-mb", "1"]) == 0
+    # Of 518,400 bytes each.
+    tars = [grouped_by_webdataset(tmp_path / f"p-{number}.tar") for number in range(3)]
+    assert [[key for key, _ in tar] for tar in tars] == [
+        ["a/000000", "a/000001"], ["a/000002", "a/000003"], ["a/000004"]
+    ]  # fmt: skip
+
+
 @pytest.mark.parametrize("pattern", ["out/p.tar", "out/%s.tar", "out/%d-%d.tar", "s3://bucket/%06d.tar"])
 def test_names_without_a_number_are_refused(tmp_path: Path, pattern: str, capsys: pytest.CaptureFixture[str]) -> None:
     write(tmp_path, "a.jpg")
