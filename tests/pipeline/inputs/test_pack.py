@@ -38,13 +38,26 @@ def test_what_is_packed_is_what_webdataset_reads(tmp_path: Path, capsys: pytest.
 def test_what_cannot_be_read_is_left_out_by_name(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     whole = write_video(tmp_path / "w.mp4", 20, noise=99, container_options={"movflags": "faststart"})
     (tmp_path / "cut.mp4").write_bytes(whole.read_bytes()[: whole.stat().st_size // 2])
-    assert main([str(tmp_path / "cut.mp4"), str(tmp_path / "p-%d.tar"), "--every", "4"]) == 0
+    assert main([str(tmp_path / "cut.mp4"), str(tmp_path / "p-%d.tar"), "--every", "4"]) == 1
     packed = grouped_by_webdataset(tmp_path / "p-0.tar")
     assert [key for key, _ in packed] == ["cut/000000", "cut/000004"]
     assert {tuple(members) for _, members in packed} == {("ppm",)}
-    text = capsys.readouterr().out
-    assert "cut/000016 is left out: truncated: " in text
-    assert "2 samples in 1 shards; 3 could not be read" in text
+    printed = capsys.readouterr()
+    assert "cut/000016 is left out: truncated: " in printed.out
+    assert "2 samples in 1 shards\n" in printed.out
+    assert "3 of 5 samples could not be read and are left out; the reasons stand above" in printed.err
+    assert printed.err.count("\n") == 1
+
+
+def test_where_nothing_can_be_read_no_shard_is_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A tar without samples was written, and the exit status was 0."""
+    (tmp_path / "a.mp4").write_bytes(b"no video")
+    assert main([str(tmp_path / "a.mp4"), str(tmp_path / "out" / "p-%d.tar")]) == 1
+    assert not list((tmp_path / "out").iterdir())
+    printed = capsys.readouterr()
+    assert "a is left out: undecodable: " in printed.out
+    assert "0 samples in 0 shards" in printed.out
+    assert "not one of 1 samples could be read, so no shard is written" in printed.err
 
 
 def test_a_table_is_packed_by_the_column_that_is_chosen(tmp_path: Path) -> None:
