@@ -217,6 +217,21 @@ def test_frames_and_rows_are_photographs_too(
     assert capsys.readouterr().out.splitlines()[-1] == "input 6 = ok 4 + failed 2"
 
 
+def test_files_in_a_folder_may_be_named_from_here(
+    fitted: Fitted, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The folder of a relative path was put before it once more."""
+    write_video(tmp_path / "in" / "clip.mp4", 1, size=(60, 80))
+    pq.write_table(pa.table({"image": [encode(photograph(20))]}), tmp_path / "in" / "rows.parquet")
+    (tmp_path / "in" / "a.jpg").write_bytes(encode(photograph(21)))
+    monkeypatch.chdir(tmp_path)
+    images = ("in/clip.mp4", "in/rows.parquet", "in/a.jpg")
+    results = predict(config_of(fitted, tmp_path / "out", images=images))
+    assert [(one["name"], one["status"]) for one in results["images"]] == [
+        ("clip/000000", "ok"), ("rows/000000", "ok"), ("a", "ok")
+    ]  # fmt: skip
+
+
 def test_labels_in_shards_are_compared(fitted: Fitted, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     members = samples(0, 3)
     # One without a label, one with a label of another size, one of a class that the probe does not know.

@@ -67,6 +67,20 @@ def test_a_table_is_packed_by_the_column_that_is_chosen(tmp_path: Path) -> None:
     assert dict(grouped_by_webdataset(tmp_path / "p-0.tar")) == {"5": {"jpg": b"a"}, "6": {"jpg": b"b"}}
 
 
+def test_files_in_a_folder_may_be_named_from_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The folder of a relative path was put before it once more."""
+    write(tmp_path, "in/a.jpg", "in/b.jpg")
+    (tmp_path / "in" / "list.txt").write_text("b.jpg\n")
+    write_video(tmp_path / "in" / "clip.mp4", 1)
+    pq.write_table(pa.table({"image": [b"row"]}), tmp_path / "in" / "rows.parquet")
+    monkeypatch.chdir(tmp_path)
+    places = ["in/a.jpg", "./in/list.txt", "in/clip.mp4", "file:in/rows.parquet"]
+    assert main([*places, "out/p-%d.tar"]) == 0
+    packed = dict(grouped_by_webdataset(tmp_path / "out" / "p-0.tar"))
+    assert list(packed) == ["a", "b", "clip/000000", "rows/000000"]
+    assert [packed[key]["jpg"] for key in ("a", "b", "rows/000000")] == [b"in/a.jpg", b"in/b.jpg", b"row"]
+
+
 def test_shards_end_before_they_are_too_large(tmp_path: Path) -> None:
     (tmp_path / "photos").mkdir()
     for number in range(5):
