@@ -8,9 +8,9 @@ from pipeline.errors import InputChangedError, InputError
 from pipeline.inputs import storage
 from pipeline.inputs.images import ImageList
 from pipeline.inputs.manifest import is_manifest, manifest_bytes, manifest_name, manifest_samples
-from pipeline.inputs.places import Place
+from pipeline.inputs.places import place_of
 from pipeline.inputs.read import INLINE
-from pipeline.inputs.tar import IndexedSample
+from pipeline.inputs.tar import IndexedSample, Member
 from pipeline.redaction import redact
 
 __all__ = ["update_manifests"]
@@ -50,7 +50,7 @@ def update_manifests(folder: str, listed: ImageList, kept: Sequence[str] = ()) -
         mended = {sample.members[0].url for sample in old if sample.problem} & readable
         gone = [url for url in urls if url not in remaining and url not in mended]
         if gone:
-            _check_file(gone[0], old, listed)
+            _check_file(next(sample.members[0] for sample in old if sample.members[0].url == gone[0]), listed)
             raise InputChangedError(
                 f"{len(gone)} images that the store was made from are gone, first {gone[0]}; put them back (a store "
                 "keeps the images it was made from; new ones may be added), or start a new store with another --out"
@@ -82,27 +82,26 @@ def update_manifests(folder: str, listed: ImageList, kept: Sequence[str] = ()) -
 
 def _videos(listed: ImageList) -> set[str]:
     """The videos of which frames are listed."""
-    places = (Place.parse(sample.members[0].url) for sample in listed.samples)
+    places = (place_of(sample.members[0]) for sample in listed.samples)
     return {place.file for place in places if place is not None and place.kind == "frame"}
 
 
-def _check_file(url: str, old: Sequence[IndexedSample], listed: ImageList) -> None:
+def _check_file(gone: Member, listed: ImageList) -> None:
     """Say why a frame or row is gone whose file is there: it is another file, or others of it are chosen now."""
-    whole = Place.parse(url)
+    whole = place_of(gone)
     marks = {
         place.file: member.mark
         for sample in listed.samples
         for member in sample.members[:1]
-        if (place := Place.parse(member.url))
+        if (place := place_of(member))
     }
     if whole is None or whole.file not in marks:
         return
-    mark = next(sample.members[0].mark for sample in old if sample.members[0].url == url)
-    if marks[whole.file] == mark:
+    if marks[whole.file] == gone.mark:
         raise InputChangedError(
-            f"{url} is in the store and not among what is chosen of the file now; give --every and --image-column as "
-            "they were (a store keeps the images it was made from; a divisor of --every adds frames), or start a new "
-            "store with another --out"
+            f"{gone.url} is in the store and not among what is chosen of the file now; give --every and --image-column "
+            "as they were (a store keeps the images it was made from; a divisor of --every adds frames), or start a "
+            "new store with another --out"
         )
     raise InputChangedError(
         f"{whole.file} is not what the store was made from: its size is another now. Put the old one back, or start a "
@@ -143,7 +142,7 @@ def _check_same(before: IndexedSample, after: IndexedSample) -> None:
             place = next(member.url for member in (new, old) if member is not None)
             if inline:
                 place, then, today = after.members[0].url, str(old and old.url), str(new and new.url)
-            elif old and new and (whole := Place.parse(place)):
+            elif old and new and (whole := place_of(new)):
                 place, then, today = whole.file, "another size", f"a file of {storage.stat(whole.file).size} bytes"
             raise InputChangedError(
                 f"{place} is not what the store was made from: {today} now, {then} then. Put the old one back, or "

@@ -4,6 +4,8 @@ import os
 import shutil
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from pipeline.errors import InputChangedError, Reason, SampleError
@@ -91,3 +93,35 @@ def test_a_video_that_can_be_read_again_is_appended_to_its_store(tmp_path: Path)
     path.unlink()
     with pytest.raises(InputChangedError, match=r"1 images that the store was made from are gone, first .*a\.mp4;"):
         update_manifests(plan_dir, listed(folder), KEPT)
+
+
+def test_a_file_that_is_called_like_a_part_is_a_file(tmp_path: Path) -> None:
+    """It was looked for in a table of the name's first half."""
+    folder, plan_dir = tmp_path / "in", str(tmp_path / "plan")
+    write_video(folder / "clip.mp4", 2)
+    pq.write_table(pa.table({"image": [b"row 0", b"row 1"]}), folder / "rows.parquet")
+    names = ["left#row=1&column=a.jpg", "rows.parquet#row=1&column=image.jpg", "clip.mp4#frame=1"]
+    for name in names:
+        (folder / name).write_bytes(name.encode())
+    images = listed(folder, folder / names[2])
+    (url,) = update_manifests(plan_dir, images)
+    assert update_manifests(plan_dir, images, KEPT) == [url]
+    index = load_manifest(url)
+    found = dict(zip([sample.key for sample in index.samples], read_samples(index, 0, 7), strict=True))
+    contents = {key: list(one.values()) for key, one in found.items() if isinstance(one, dict)}
+    assert contents.keys() == found.keys()
+    frames = [contents.pop(f"clip/00000{number}") for number in range(2)]
+    assert [number_of(pixels(data)) for (data,) in frames] == [0, 1]
+    assert contents == {
+        "left#row=1&column=a": [names[0].encode()],
+        "rows.parquet#row=1&column=image": [names[1].encode()],
+        "rows/000000": [b"row 0"],
+        "rows/000001": [b"row 1"],
+        "clip": [names[2].encode()],
+    }
+    (folder / names[0]).write_bytes(b"changed")
+    with pytest.raises(InputChangedError, match=r"left#row=1&column=a\.jpg is not what the store .*: 7 bytes now, 23"):
+        update_manifests(plan_dir, listed(folder, folder / names[2]), KEPT)
+    (folder / names[0]).unlink()
+    with pytest.raises(InputChangedError, match=r"are gone, first .*left#row=1&column=a\.jpg; put them back"):
+        update_manifests(plan_dir, listed(folder, folder / names[2]), KEPT)
