@@ -1,7 +1,7 @@
 """The manifests of a store held against its images as they are now: grown, moved, or changed."""
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import replace
 
 from pipeline.errors import InputChangedError, InputError
@@ -45,8 +45,7 @@ def update_manifests(folder: str, listed: ImageList, kept: Sequence[str] = ()) -
         old, ignored = _stored(place)
         ignored_then.update(ignored)
         own = {sample.members[0].url for sample in old}
-        moved = {key: url for key, url in by_key.items() if url not in own}
-        urls = [_place_of(sample, remaining, moved) for sample in old]
+        urls = [_place_of(sample, remaining, by_key, own) for sample in old]
         mended = {sample.members[0].url for sample in old if sample.problem} & readable
         gone = [url for url in urls if url not in remaining and url not in mended]
         if gone:
@@ -109,11 +108,16 @@ def _check_file(gone: Member, listed: ImageList) -> None:
     )
 
 
-def _place_of(sample: IndexedSample, remaining: Mapping[str, IndexedSample], by_key: Mapping[str, str]) -> str:
-    """Where an image of the store is now: at its place, or as the image of its key, extension and size elsewhere."""
+def _place_of(
+    sample: IndexedSample, remaining: Mapping[str, IndexedSample], by_key: Mapping[str, str], own: Set[str]
+) -> str:
+    """Where an image of the store is now: at its place, or as the image of its key, extension and size elsewhere.
+
+    The places in ``own`` are those of its manifest: none of them is where it moved to.
+    """
     image = sample.members[0]
     url = by_key.get(sample.key, image.url)
-    if image.url in remaining or url not in remaining:
+    if image.url in remaining or url in own or url not in remaining:
         return image.url
     other = remaining[url].members[0]
     # What moved is compared byte by byte before anything is added.
