@@ -12,7 +12,7 @@ from . import CommandParser, at_least, exit_status
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the job. Exit status 0: the shards are there; 1: they are not all there, and the text says why."""
+    """Run the job. Exit status 0: every sample is in the shards; 1: one is not, and the text says why."""
     parser = CommandParser("pack", __doc__)
     parser.add_argument(
         "images", nargs="+", type=os.path.expanduser, help="folders, lists (.txt, .csv, .tsv, .parquet), image files, "
@@ -41,7 +41,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def _run(args: argparse.Namespace) -> bool:
     from pipeline.decode.kinds import IMAGE_EXTS, LABEL_EXTENSIONS
-    from pipeline.errors import ConfigError
+    from pipeline.errors import ConfigError, JobFailedError
     from pipeline.inputs.images import list_images
     from pipeline.inputs.pack import pack
     from pipeline.inputs.tar import describe_ignored
@@ -59,8 +59,16 @@ def _run(args: argparse.Namespace) -> bool:
     )
     tars, failed = pack(listed, args.shards, args.shard_mb << 20)
     ignored = f"; ignored: {describe_ignored(tuple(listed.ignored.items()))}" if listed.ignored else ""
-    left_out = f"; {failed} could not be read" if failed else ""
-    print(f"{len(listed.samples) - failed} samples in {len(tars)} shards{left_out}{ignored}")
+    count = len(listed.samples)
+    print(f"{count - failed} samples in {len(tars)} shards{ignored}")
+    if failed:
+        raise JobFailedError(
+            f"{failed} of {count} samples could not be read and are left out; the reasons stand above. Use the shards "
+            "without them, or mend or leave out these files, remove the shards, and run the same command again"
+            if tars
+            else f"not one of {count} samples could be read, so no shard is written; the reasons stand above. Look at "
+            "the files, and run the same command again"
+        )
     return True
 
 

@@ -13,11 +13,11 @@ from pipeline.decode.options import DecodeOptions, LabelKind
 from pipeline.errors import EnvironmentFault, InputError, Reason, SampleError
 from pipeline.inputs import storage
 from pipeline.inputs.images import list_images
-from pipeline.inputs.places import Place
+from pipeline.inputs.places import place_of
 from pipeline.inputs.plan import Plan, make_plan
 from pipeline.inputs.read import Sample, read_samples
 from pipeline.inputs.spread import spread_place
-from pipeline.inputs.tar import ShardIndex, describe_ignored
+from pipeline.inputs.tar import Member, ShardIndex, describe_ignored
 from pipeline.inputs.video import FrameLimits
 from pipeline.redaction import redact
 
@@ -98,7 +98,7 @@ def _of_files(config: PredictConfig, options: DecodeOptions) -> Photographs:
         every=config.every,
         image_column=config.image_column,
     )
-    images = [(position, sample.members[0].url, sample.key) for position, sample in enumerate(listed.samples)]
+    images = [(position, sample.members[0], sample.key) for position, sample in enumerate(listed.samples)]
     chosen = [entry for entry in images if not _is_below(_file(entry[1]), config.out)]
     ignored = listed.ignored + Counter({"output of this job": len(images) - len(chosen)})
     remarks = (f"ignored: {describe_ignored(tuple(ignored.most_common()))}",) if ignored else ()
@@ -107,11 +107,11 @@ def _of_files(config: PredictConfig, options: DecodeOptions) -> Photographs:
     index = ShardIndex("", 0, "", tuple(listed.samples), ())
     limits = FrameLimits(options.max_pixels, options.decode_timeout)
 
-    def read(position: int, url: str) -> Sample:
+    def read(position: int, image: Member) -> Sample:
         try:
-            if Place.parse(url) is None and listed.samples[position].problem is None:
-                check_bytes([(url, storage.stat(url).size)], options.max_bytes)
-                return {options.image_exts[0]: storage.read_bytes(url)}
+            if place_of(image) is None and listed.samples[position].problem is None:
+                check_bytes([(image.url, storage.stat(image.url).size)], options.max_bytes)
+                return {options.image_exts[0]: storage.read_bytes(image.url)}
             (members,) = read_samples(index, position, position + 1, limits=limits)
         except (OSError, InputError, EnvironmentFault) as error:
             raise SampleError(Reason.IMAGE_MISSING, f"it cannot be read: {error}") from error
@@ -123,14 +123,14 @@ def _of_files(config: PredictConfig, options: DecodeOptions) -> Photographs:
     count = min(config.limit or len(chosen), len(chosen))
     chosen = [chosen[spread_place(number, count, len(chosen))] for number in range(count)]
     unique = _UniqueNames()
-    each = (Photograph(unique(key), url, partial(read, position, url)) for position, url, key in chosen)
+    each = (Photograph(unique(key), image.url, partial(read, position, image)) for position, image, key in chosen)
     return Photographs(len(chosen), each, remarks)
 
 
-def _file(url: str) -> str:
+def _file(image: Member) -> str:
     """The file that an image is, or lies in."""
-    place = Place.parse(url)
-    return place.file if place else url
+    place = place_of(image)
+    return place.file if place else image.url
 
 
 def _is_below(place: str, folder: str) -> bool:

@@ -91,19 +91,22 @@ def read_table(path: str) -> FrameTable:
     with container:
         if stream is None:
             return FrameTable(problem="has no pictures", pictures=False)
-        packets, times, keyframes = 0, [], 0
+        packets, times, keyframes, reached = 0, [], 0, 0
+        avi = "avi" in container.format.name
         # Damage ends it: what lies behind is counted below, where the container tells how much it is.
         with suppress(av.FFmpegError):
             for packet in container.demux(stream):
                 if packet.size:
                     packets += 1
                     keyframes += packet.is_keyframe
+                    # AVI counts ticks, also those at which the frame before stays.
+                    reached = packets if not avi or packet.dts is None else max(reached, packet.dts + 1)
                     if not packet.is_discard:
                         times.append(packet.pts)
-        lost = max(0, stream.frames - packets)
+        lost = max(0, stream.frames - reached)
         if not times or not keyframes:
             return FrameTable(lost=lost, problem="has no frame that can be decoded")
-        reorders = "avi" in container.format.name and stream.codec_context.has_b_frames
+        reorders = avi and stream.codec_context.has_b_frames
         known = [time for time in times if time is not None]
         if len(set(known)) < len(times) or (reorders and all(before < after for before, after in pairwise(known))):
             return FrameTable(len(times), None, lost)

@@ -68,6 +68,8 @@ def list_images(
             places, or no image at all.
         EnvironmentFault: what reads videos or data sets is not installed.
     """
+    # Else a file's place would be taken as relative to its own folder.
+    places = [os.path.abspath(storage.local_path(place)) if storage.is_local(place) else place for place in places]
     listed = ImageList()
     keys: set[str] = set()
     seen: set[str] = set()

@@ -1,14 +1,14 @@
 """The manifests of a store held against its images as they are now: grown, moved, or changed."""
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import replace
 
 from pipeline.errors import InputChangedError, InputError
 from pipeline.inputs import storage
 from pipeline.inputs.images import ImageList
 from pipeline.inputs.manifest import is_manifest, manifest_bytes, manifest_name, manifest_samples
-from pipeline.inputs.places import Place
+from pipeline.inputs.places import place_of
 from pipeline.inputs.read import INLINE
 from pipeline.inputs.tar import IndexedSample, Member
 from pipeline.redaction import redact
@@ -22,7 +22,8 @@ def update_manifests(folder: str, listed: ImageList, kept: Sequence[str] = ()) -
     """Write the manifests of images, and return their places.
 
     Images that are in a manifest stay there with their key, so that the rows of a store stay; new ones come in new
-    manifests behind them. Nothing is written before everything was compared.
+    manifests behind them. Nothing is written before everything was compared. A video of which no frame could be read
+    stays the failed sample that it was; once they can be read, its frames are new images.
 
     Args:
         folder: where the manifests are kept.
@@ -35,6 +36,7 @@ def update_manifests(folder: str, listed: ImageList, kept: Sequence[str] = ()) -
     """
     remaining = {sample.members[0].url: sample for sample in listed.samples}
     by_key = {sample.key: sample.members[0].url for sample in listed.samples}
+    readable = _videos(listed) if kept else set()
     taken: set[str] = set()
     ignored_then: Counter[str] = Counter()
     rewritten: dict[str, bytes] = {}
@@ -43,17 +45,17 @@ def update_manifests(folder: str, listed: ImageList, kept: Sequence[str] = ()) -
         old, ignored = _stored(place)
         ignored_then.update(ignored)
         own = {sample.members[0].url for sample in old}
-        moved = {key: url for key, url in by_key.items() if url not in own}
-        urls = [_place_of(sample, remaining, moved) for sample in old]
-        gone = [url for url in urls if url not in remaining]
+        urls = [_place_of(sample, remaining, by_key, own) for sample in old]
+        mended = {sample.members[0].url for sample in old if sample.problem} & readable
+        gone = [url for url in urls if url not in remaining and url not in mended]
         if gone:
-            _check_file(gone[0], old, listed)
+            _check_file(next(sample.members[0] for sample in old if sample.members[0].url == gone[0]), listed)
             raise InputChangedError(
                 f"{len(gone)} images that the store was made from are gone, first {gone[0]}; put them back (a store "
                 "keeps the images it was made from; new ones may be added), or start a new store with another --out"
             )
         now = [
-            replace(_sized_as(sample, remaining.pop(url)), key=sample.key)
+            sample if url in mended else replace(_sized_as(sample, remaining.pop(url)), key=sample.key)
             for url, sample in zip(urls, old, strict=True)
         ]
         for before, after in zip(old, now, strict=True):
@@ -77,23 +79,28 @@ def update_manifests(folder: str, listed: ImageList, kept: Sequence[str] = ()) -
     return places
 
 
-def _check_file(url: str, old: Sequence[IndexedSample], listed: ImageList) -> None:
+def _videos(listed: ImageList) -> set[str]:
+    """The videos of which frames are listed."""
+    places = (place_of(sample.members[0]) for sample in listed.samples)
+    return {place.file for place in places if place is not None and place.kind == "frame"}
+
+
+def _check_file(gone: Member, listed: ImageList) -> None:
     """Say why a frame or row is gone whose file is there: it is another file, or others of it are chosen now."""
-    whole = Place.parse(url)
+    whole = place_of(gone)
     marks = {
         place.file: member.mark
         for sample in listed.samples
         for member in sample.members[:1]
-        if (place := Place.parse(member.url))
+        if (place := place_of(member))
     }
     if whole is None or whole.file not in marks:
         return
-    mark = next(sample.members[0].mark for sample in old if sample.members[0].url == url)
-    if marks[whole.file] == mark:
+    if marks[whole.file] == gone.mark:
         raise InputChangedError(
-            f"{url} is in the store and not among what is chosen of the file now; give --every and --image-column as "
-            "they were (a store keeps the images it was made from; a divisor of --every adds frames), or start a new "
-            "store with another --out"
+            f"{gone.url} is in the store and not among what is chosen of the file now; give --every and --image-column "
+            "as they were (a store keeps the images it was made from; a divisor of --every adds frames), or start a "
+            "new store with another --out"
         )
     raise InputChangedError(
         f"{whole.file} is not what the store was made from: its size is another now. Put the old one back, or start a "
@@ -101,11 +108,16 @@ def _check_file(url: str, old: Sequence[IndexedSample], listed: ImageList) -> No
     )
 
 
-def _place_of(sample: IndexedSample, remaining: Mapping[str, IndexedSample], by_key: Mapping[str, str]) -> str:
-    """Where an image of the store is now: at its place, or as the image of its key, extension and size elsewhere."""
+def _place_of(
+    sample: IndexedSample, remaining: Mapping[str, IndexedSample], by_key: Mapping[str, str], own: Set[str]
+) -> str:
+    """Where an image of the store is now: at its place, or as the image of its key, extension and size elsewhere.
+
+    The places in ``own`` are those of its manifest: none of them is where it moved to.
+    """
     image = sample.members[0]
     url = by_key.get(sample.key, image.url)
-    if image.url in remaining or url not in remaining:
+    if image.url in remaining or url in own or url not in remaining:
         return image.url
     other = remaining[url].members[0]
     # What moved is compared byte by byte before anything is added.
@@ -114,7 +126,7 @@ def _place_of(sample: IndexedSample, remaining: Mapping[str, IndexedSample], by_
 
 
 def _is_cell(member: Member) -> bool:
-    place = Place.parse(member.url)
+    place = place_of(member)
     return place is not None and place.kind == "row"
 
 
@@ -148,7 +160,7 @@ def _check_same(before: IndexedSample, after: IndexedSample) -> None:
             place = next(member.url for member in (new, old) if member is not None)
             if inline:
                 place, then, today = after.members[0].url, str(old and old.url), str(new and new.url)
-            elif old and new and (whole := Place.parse(place)):
+            elif old and new and (whole := place_of(new)):
                 place, then, today = whole.file, "another size", f"a file of {storage.stat(whole.file).size} bytes"
             raise InputChangedError(
                 f"{place} is not what the store was made from: {today} now, {then} then. Put the old one back, or "

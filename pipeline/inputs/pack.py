@@ -3,15 +3,16 @@
 import os
 import re
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
+from itertools import chain
 
 from pipeline.errors import ConfigError, SampleError
 from pipeline.inputs import storage
 from pipeline.inputs.images import ImageList
 from pipeline.inputs.local import TEMPORARY, make_local_dirs
-from pipeline.inputs.read import read_samples
-from pipeline.inputs.tar import IndexedSample, ShardIndex
+from pipeline.inputs.read import Sample, read_samples
+from pipeline.inputs.tar import ShardIndex
 
 __all__ = ["pack"]
 
@@ -40,8 +41,6 @@ def pack(
         ConfigError: a pattern without a number, that is no local path, or whose first tar is there already.
         InputChangedError: a file changed since it was listed.
     """
-    import webdataset  # what only reads a store imports this folder, and its install has no webdataset
-
     if not storage.is_local(pattern) or not re.fullmatch(r"[^%]*%\d*d[^%]*", pattern):
         raise ConfigError(f"{pattern!r} must be a local path with one number in it, such as out/train-%06d.tar")
     path = os.path.abspath(storage.local_path(pattern))
@@ -49,42 +48,56 @@ def pack(
         raise ConfigError(f"{path % 0} is there already; give another name, or remove the shards that are there")
     make_local_dirs(os.path.dirname(path))
     keys = _keys([sample.key for sample in images.samples], report)
-    tars = []
-    failed = 0
-    for number, samples in enumerate(_shards(images.samples, largest_bytes)):
-        index = ShardIndex(pattern, 0, "", tuple(samples), ())
-        written = 0
-        temporary = os.path.join(os.path.dirname(path), f".{uuid.uuid4().hex}{TEMPORARY}")
-        try:
-            with open(temporary, "xb") as stream, webdataset.TarWriter(stream, encoder=False, mtime=_MTIME) as tar:
-                for position, entry in enumerate(samples):
-                    (members,) = read_samples(index, position, position + 1)
-                    if isinstance(members, SampleError):
-                        failed += 1
-                        report(f"{entry.key} is left out: {members}")
-                        continue
-                    tar.write({"__key__": keys[entry.key], **members})
-                    written += 1
-            os.replace(temporary, path % number)
-        finally:
-            with suppress(FileNotFoundError):
-                os.unlink(temporary)
-        tars.append(path % number)
-        report(f"{path % number}: {written} samples, {os.path.getsize(path % number)} bytes")
-    return tars, failed
+    tars: list[str] = []
+    written = 0
+    samples = _readable(images, report)
+    following = next(samples, None)
+    while following is not None:
+        tar = path % len(tars)
+        count, following = _write_tar(tar, chain([following], samples), keys, largest_bytes)
+        tars.append(tar)
+        written += count
+        report(f"{tar}: {count} samples, {os.path.getsize(tar)} bytes")
+    return tars, len(images.samples) - written
 
 
-def _shards(samples: list[IndexedSample], largest: int) -> Iterator[list[IndexedSample]]:
-    shard: list[IndexedSample] = []
-    size = 0
-    for sample in samples:
-        own = sum(member.size for member in sample.members)
-        if shard and size + own > largest:
-            yield shard
-            shard, size = [], 0
-        shard.append(sample)
-        size += own
-    yield shard
+def _readable(images: ImageList, report: Callable[[str], None]) -> Iterator[tuple[str, Sample]]:
+    """The samples that can be read, each with its key, one at a time; the others are reported."""
+    index = ShardIndex("", 0, "", tuple(images.samples), ())
+    for position, entry in enumerate(images.samples):
+        (members,) = read_samples(index, position, position + 1)
+        if isinstance(members, SampleError):
+            report(f"{entry.key} is left out: {members}")
+        else:
+            yield entry.key, members
+
+
+def _write_tar(
+    path: str, samples: Iterator[tuple[str, Sample]], keys: Mapping[str, str], largest: int
+) -> tuple[int, tuple[str, Sample] | None]:
+    """Write a tar. Returns how many samples it has, and the one that it has no room for (None: there are no more).
+
+    What counts are the bytes written: a frame has many more than its share of the video.
+    """
+    import webdataset  # what only reads a store imports this folder, and its install has no webdataset
+
+    count = size = 0
+    following = None
+    temporary = os.path.join(os.path.dirname(path), f".{uuid.uuid4().hex}{TEMPORARY}")
+    try:
+        with open(temporary, "xb") as stream, webdataset.TarWriter(stream, encoder=False, mtime=_MTIME) as tar:
+            for key, members in samples:
+                size += sum(map(len, members.values()))
+                if count and size > largest:
+                    following = key, members
+                    break
+                tar.write({"__key__": keys[key], **members})
+                count += 1
+        os.replace(temporary, path)
+    finally:
+        with suppress(FileNotFoundError):
+            os.unlink(temporary)
+    return count, following
 
 
 def _keys(keys: list[str], report: Callable[[str], None]) -> dict[str, str]:

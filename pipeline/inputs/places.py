@@ -5,7 +5,9 @@ import zlib
 from dataclasses import dataclass
 from typing import Literal
 
-__all__ = ["Place", "file_mark"]
+from pipeline.inputs.tar import Member
+
+__all__ = ["Place", "file_mark", "place_of"]
 
 _FORM = re.compile(
     r"(?P<file>.+)#(?P<kind>frame|row)=(?P<number>\d+)(?:&pts=(?P<pts>-?\d+))?(?:&column=(?P<column>.+))?", re.DOTALL
@@ -34,7 +36,7 @@ class Place:
 
     @staticmethod
     def parse(url: str) -> "Place | None":
-        """The place that a member's URL names; None where it is a file of its own."""
+        """The place that a text names; None where it names none. Files may be called alike: see :func:`place_of`."""
         match = _FORM.fullmatch(url)
         if match is None:
             return None
@@ -43,6 +45,14 @@ class Place:
         return Place(match["file"], kind, int(match["number"]), pts, match["column"] or "")
 
 
+def place_of(member: Member) -> Place | None:
+    """Where a member lies within a file that holds many; None where it is a file of its own, or lies in a tar.
+
+    The mark decides, which only parts of files have: a file may be called ``a#row=1&column=b.jpg``.
+    """
+    return Place.parse(member.url) if member.url and member.mark else None
+
+
 def file_mark(size: int) -> int:
-    """What stands for a file's size, in bytes, in each of the members that lie in it."""
-    return zlib.crc32(str(size).encode())
+    """What stands for a file's size, in bytes, in each of the members that lie in it; never 0, as files have."""
+    return zlib.crc32(str(size).encode()) or 1

@@ -9,7 +9,7 @@ from typing import TypeAlias
 from pipeline.child import ChildCrashedError, ChildTimeoutError
 from pipeline.errors import InputChangedError, InputError, Reason, SampleError
 from pipeline.inputs import storage
-from pipeline.inputs.places import Place, file_mark
+from pipeline.inputs.places import Place, file_mark, place_of
 from pipeline.inputs.storage import FileStat, RangeReader
 from pipeline.inputs.table_rows import read_cell
 from pipeline.inputs.tar import BLOCK, IndexedSample, Member, ShardIndex, header_mark
@@ -98,7 +98,7 @@ def iter_samples(
 
 
 def _has_frames(entry: IndexedSample) -> bool:
-    places = (Place.parse(member.url) for member in entry.members if member.url)
+    places = map(place_of, entry.members)
     return any(place is not None and place.kind == "frame" for place in places)
 
 
@@ -120,7 +120,7 @@ def _read(
         sample: Sample = dict.fromkeys((member.ext for member in members), b"")
         samples.append(sample)
         pairs.extend((sample, member) for member in members)
-    parts = {id(member): place for _, member in pairs if member.url and (place := Place.parse(member.url))}
+    parts = {id(member): place for _, member in pairs if (place := place_of(member))}
     _read_files([pair for pair in pairs if pair[1].url and id(pair[1]) not in parts], read)
     errors = _read_parts(
         [(sample, member, parts[id(member)]) for sample, member in pairs if id(member) in parts], limits, given_up

@@ -59,7 +59,8 @@ def frame_table(file: FoundFile, cache_dir: str | None = None, reader: ChildProc
 
     Args:
         file: the video. A remote one is copied to this machine.
-        cache_dir: where tables are kept; they are used again while a video's size and stamp stand.
+        cache_dir: where tables are kept; they are used again while a video's size and stamp stand. Those with a problem
+            are not: it may have been of the machine, such as a lack of memory.
         reader: the process that reads; by default this process has one.
 
     Raises:
@@ -68,14 +69,14 @@ def frame_table(file: FoundFile, cache_dir: str | None = None, reader: ChildProc
     place = storage.join(cache_dir, _table_name(file.url)) if cache_dir and file.stamp else None
     if place is not None and (saved := _saved(place, file)) is not None:
         return saved
+    seconds = _TABLE_SECONDS + file.size / _SLOWEST
     try:
-        path = storage.local_copy(file.url)
-        table: FrameTable = (reader or default_reader()).ask(path, _TABLE_SECONDS + file.size / _SLOWEST)
+        table: FrameTable = (reader or default_reader()).ask(storage.local_copy(file.url), seconds)
     except ChildTimeoutError:
-        table = FrameTable(problem="takes too long to be looked through; copy or encode it again")
+        table = FrameTable(problem=f"takes more than {seconds:.0f} s to be looked through")
     except ChildCrashedError as error:
-        table = FrameTable(problem=f"is damaged in a way that FFmpeg does not survive ({error})")
-    if place is not None:
+        table = FrameTable(problem=f"is damaged in a way that FFmpeg does not survive ({error}), or memory ran out")
+    if place is not None and not table.problem:
         about = {"format": _FORMAT, "url": file.url, "size": file.size, "stamp": file.stamp, **asdict(table)}
         storage.write_atomic(place, json.dumps(about).encode())
     return table
@@ -92,9 +93,11 @@ def _saved(place: str, file: FoundFile) -> FrameTable | None:
         version = [about.pop(name) for name in ("format", "url", "size", "stamp")]
         if version != [_FORMAT, file.url, file.size, file.stamp]:
             return None
-        return FrameTable(**about | {"pts": None if about["pts"] is None else tuple(about["pts"])})
+        table = FrameTable(**about | {"pts": None if about["pts"] is None else tuple(about["pts"])})
     except (FileNotFoundError, ValueError, KeyError, TypeError):
         return None
+    # Earlier versions kept problems too.
+    return None if table.problem else table
 
 
 def frames_of(table: FrameTable, url: str, every: int) -> Iterator[tuple[Place, SampleError | None]]:

@@ -200,13 +200,16 @@ def test_frames_and_rows_are_photographs_too(
     cells = [{"bytes": encode(photograph(20)), "path": None}, None]
     kind = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
     pq.write_table(pa.table({"photo": pa.array(cells, kind)}), tmp_path / "rows.parquet")
+    # Called as a cell is.
+    (tmp_path / "left#row=1&column=a.jpg").write_bytes(encode(photograph(21)))
     out = tmp_path / "out"
-    places = tuple(str(tmp_path / name) for name in ("clip.mp4", "noise.mkv", "rows.parquet"))
+    names = ("clip.mp4", "noise.mkv", "rows.parquet", "left#row=1&column=a.jpg")
+    places = tuple(str(tmp_path / name) for name in names)
     config = config_of(fitted, out, images=places, every=9, image_column="photo", max_failed_fraction=0.5)
     results = predict(config)
     assert [(one["name"], one["status"]) for one in results["images"]] == [
         ("clip/000000", "ok"), ("clip/000009", "ok"), ("clip/000018", "ok"), ("noise", "failed"),
-        ("rows/000000", "ok"), ("rows/000001", "failed"),
+        ("rows/000000", "ok"), ("rows/000001", "failed"), ("left#row=1&column=a", "ok"),
     ]  # fmt: skip
     assert [one.get("reason") for one in results["images"] if one["status"] == "failed"] == [
         "undecodable", "image_missing"
@@ -214,7 +217,22 @@ def test_frames_and_rows_are_photographs_too(
     frames = videos.read(videos.listed(clip))
     (expected,) = load_predictor(fitted.probe)([np.asarray(frames[9])])
     assert np.array_equal(np.array(read(out / "seg" / "clip" / "000009.png")), expected)
-    assert capsys.readouterr().out.splitlines()[-1] == "input 6 = ok 4 + failed 2"
+    assert capsys.readouterr().out.splitlines()[-1] == "input 7 = ok 5 + failed 2"
+
+
+def test_files_in_a_folder_may_be_named_from_here(
+    fitted: Fitted, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The folder of a relative path was put before it once more."""
+    write_video(tmp_path / "in" / "clip.mp4", 1, size=(60, 80))
+    pq.write_table(pa.table({"image": [encode(photograph(20))]}), tmp_path / "in" / "rows.parquet")
+    (tmp_path / "in" / "a.jpg").write_bytes(encode(photograph(21)))
+    monkeypatch.chdir(tmp_path)
+    images = ("in/clip.mp4", "in/rows.parquet", "in/a.jpg")
+    results = predict(config_of(fitted, tmp_path / "out", images=images))
+    assert [(one["name"], one["status"]) for one in results["images"]] == [
+        ("clip/000000", "ok"), ("rows/000000", "ok"), ("a", "ok")
+    ]  # fmt: skip
 
 
 def test_labels_in_shards_are_compared(fitted: Fitted, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -236,6 +236,32 @@ def test_images_that_moved_are_known_by_their_keys(tmp_path: Path) -> None:
     assert read_samples(Plan(update.shards, 2, cache).index(0), 0, 1) == [{"jpg": b"a.jpg"}]
 
 
+def test_images_that_moved_after_a_store_has_grown_stay_in_their_manifests(tmp_path: Path) -> None:
+    photos, folder = tmp_path / "photos", str(tmp_path / "plan")
+    write(photos, "b.jpg", "d.jpg")
+    update_manifests(folder, listed(photos))
+    write(photos, "a.jpg", "c.jpg")
+    update_manifests(folder, listed(photos), KEPT)
+    photos.rename(tmp_path / "moved")
+    write(tmp_path / "moved", "e.jpg")
+    urls = update_manifests(folder, listed(tmp_path / "moved"), [*KEPT, "000001.images.parquet"])
+    assert [[sample.key for sample in index.samples] for index in indices(urls)] == [["b", "d"], ["a", "c"], ["e"]]
+    places = [sample.members[0].url for index in indices(urls) for sample in index.samples]
+    assert places == [str(tmp_path / "moved" / f"{key}.jpg") for key in "bdace"]
+
+
+def test_an_image_of_the_store_is_not_where_another_moved_to(tmp_path: Path) -> None:
+    """Of the key, extension and size of the one that is gone."""
+    write(tmp_path, "cam0/1.jpg", "cam1/1.jpg")
+    places = [tmp_path / "cam0", tmp_path / "cam1"]
+    folder = str(tmp_path / "plan")
+    assert keys(listed(*places)) == ["1", "1.jpg"]
+    update_manifests(folder, listed(*places))
+    (tmp_path / "cam0" / "1.jpg").rename(tmp_path / "cam0" / "2.jpg")
+    with pytest.raises(InputChangedError, match=r"1 images that the store was made from are gone, first .*cam0/1\.jpg"):
+        update_manifests(folder, listed(*places), KEPT)
+
+
 def test_nothing_is_written_where_an_image_is_refused(tmp_path: Path) -> None:
     photos, folder = tmp_path / "photos", str(tmp_path / "plan")
     write(photos, "a.jpg", "b.jpg")

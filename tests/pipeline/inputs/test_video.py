@@ -1,8 +1,9 @@
 """Videos as input: which frames there are, in which order, at which cost, and what becomes of damage."""
 
+import json
 import os
 import random
-import shutil
+import re
 import signal
 import sys
 import time
@@ -13,20 +14,14 @@ import numpy as np
 import pytest
 
 from pipeline.child import ChildProcess
-from pipeline.errors import EnvironmentFault, InputChangedError, InputError, Reason, SampleError
+from pipeline.errors import EnvironmentFault, InputError, Reason, SampleError
 from pipeline.inputs.folder import look_up
 from pipeline.inputs.frames import FrameQuestion, read_ppm
-from pipeline.inputs.manifest import load_manifest
-from pipeline.inputs.manifest_update import update_manifests
 from pipeline.inputs.places import Place
-from pipeline.inputs.plan import Plan
-from pipeline.inputs.plan_update import update_plan
 from pipeline.inputs.read import iter_samples, read_samples
 from pipeline.inputs.video import FrameLimits, default_reader, frame_table, read_frame
 from tests.pipeline.inputs import videos
 from tests.pipeline.inputs.videos import CLOSED, OPEN, index_of, listed, number_of, read, write_sound, write_video
-
-KEPT = ["000000.images.parquet"]
 
 
 def reasons(found: list[object]) -> dict[int, Reason]:
@@ -156,6 +151,27 @@ def test_a_video_that_is_cut_short_gives_its_frames_before_the_cut(tmp_path: Pat
     assert "of 60 frames: it was cut short" in str(found[59])
 
 
+@pytest.mark.parametrize(("codec", "options"), [("mjpeg", {}), ("mpeg4", {"bf": "2"}), ("libx264", OPEN)])
+def test_an_avi_with_gaps_is_whole_and_one_that_is_cut_is_not(
+    tmp_path: Path, codec: str, options: dict[str, str]
+) -> None:
+    """The ticks of its gaps were counted as frames that were lost."""
+    times = [40 * (number + 3 * (number >= 20) + 3 * (number >= 40)) for number in range(60)]
+    whole = write_video(tmp_path / "whole.avi", 60, codec=codec, options=options, times=times, ticks=25, noise=200)
+    table = frame_table(look_up(str(whole), "."))
+    assert (table.count, table.lost) == (60, 0)
+    assert [number_of(one) for one in read(listed(whole))] == list(range(60))
+    data = whole.read_bytes()
+    chunks = [chunk.start() for chunk in re.finditer(b"00dc", data[: data.index(b"idx1")])]
+    cut = tmp_path / "cut.avi"
+    cut.write_bytes(data[: chunks[-6]])
+    table = frame_table(look_up(str(cut), "."))
+    assert (table.count, table.lost) == (54, 6)
+    failed = reasons(read(listed(cut)))
+    assert failed[59] is Reason.TRUNCATED
+    assert min(failed) >= 50
+
+
 @pytest.mark.parametrize("name", ["a.mp4", "a.mkv"])
 @pytest.mark.parametrize("options", [CLOSED, OPEN], ids=["closed", "open"])
 def test_damage_fails_the_frames_that_are_made_from_it_and_no_others(
@@ -270,50 +286,6 @@ def test_a_table_of_frames_is_kept_while_the_video_stays(tmp_path: Path) -> None
     assert frame_table(file, cache).problem, "looked through again"
 
 
-def test_a_new_video_is_appended_and_one_that_changed_is_refused(tmp_path: Path) -> None:
-    folder, plan_dir, cache = tmp_path / "in", str(tmp_path / "plan"), str(tmp_path / "index")
-    write_video(folder / "b.mp4", 4)
-    urls = update_manifests(plan_dir, listed(folder))
-    plan = Plan(update_plan(None, urls, cache).shards, 2, cache)
-    assert plan.samples == 4
-    # Touched: the same digest, and the bytes of what is finished are to be compared.
-    os.utime(folder / "b.mp4", (0, 0))
-    with pytest.raises(InputChangedError, match=r"b\.mp4 changed since it was listed"):
-        read_samples(plan.index(0), 0, 1)
-    write_video(folder / "a.mp4", 3)
-    update = update_plan(plan, update_manifests(plan_dir, listed(folder), KEPT), cache)
-    assert (update.to_recheck, update.appended) == ((0,), 1)
-    keys = [[sample.key for sample in load_manifest(shard.url).samples] for shard in update.shards]
-    assert keys == [[f"b/{n:06d}" for n in range(4)], [f"a/{n:06d}" for n in range(3)]]
-    kept = [*KEPT, "000001.images.parquet"]
-    with pytest.raises(InputChangedError, match=r"b\.mp4#frame=1&pts=\d+ is in the store and not among what is chosen"):
-        update_manifests(plan_dir, listed(folder, every=2), kept)
-    write_video(folder / "b.mp4", 4, noise=100)
-    with pytest.raises(InputChangedError, match=r"b\.mp4 is not what the store was made from: .* another size then"):
-        update_manifests(plan_dir, listed(folder), kept)
-    write_video(folder / "b.mp4", 3)
-    with pytest.raises(InputChangedError, match=r"b\.mp4 is not what the store was made from: its size is another"):
-        update_manifests(plan_dir, listed(folder), kept)
-
-
-def test_fewer_frames_are_skipped_later_and_the_others_appended(tmp_path: Path) -> None:
-    plan_dir = str(tmp_path / "plan")
-    path = write_video(tmp_path / "a.mp4", 6)
-    update_manifests(plan_dir, listed(path, every=3))
-    urls = update_manifests(plan_dir, listed(path), KEPT)
-    keys = [[int(sample.key.removeprefix("a/")) for sample in load_manifest(url).samples] for url in urls]
-    assert keys == [[0, 3], [1, 2, 4, 5]]
-
-
-def test_a_manifest_keeps_marks_and_problems(tmp_path: Path) -> None:
-    whole = write_video(tmp_path / "w.mp4", 20, noise=99, container_options={"movflags": "faststart"})
-    (tmp_path / "cut.mp4").write_bytes(whole.read_bytes()[: whole.stat().st_size // 2])
-    images = listed(tmp_path / "cut.mp4")
-    (url,) = update_manifests(str(tmp_path / "plan"), images)
-    assert load_manifest(url).samples == tuple(images.samples)
-    assert images.samples[-1].problem is not None
-
-
 def test_a_video_in_a_bucket_is_read_from_a_copy(s3: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import s3fs
 
@@ -327,21 +299,9 @@ def test_a_video_in_a_bucket_is_read_from_a_copy(s3: str, tmp_path: Path, monkey
     assert len([file for file in (tmp_path / "cache").rglob("a.mp4")]) == 1
 
 
-def test_a_moved_video_is_known_by_its_keys(tmp_path: Path) -> None:
-    folder, plan_dir, cache = tmp_path / "in", str(tmp_path / "plan"), str(tmp_path / "index")
-    write_video(folder / "a.mp4", 3)
-    plan = Plan(update_plan(None, update_manifests(plan_dir, listed(folder)), cache).shards, 2, cache)
-    shutil.move(folder, tmp_path / "moved")
-    update = update_plan(plan, update_manifests(plan_dir, listed(tmp_path / "moved"), KEPT), cache)
-    assert (update.to_recheck, update.appended) == ((0,), 0)
-    (one,) = read_samples(Plan(update.shards, 2, cache).index(0), 2, 3)
-    assert number_of(videos.pixels(one["ppm"])) == 2  # type: ignore[index]
-
-
-def test_a_crash_of_the_reader_fails_the_frame(tmp_path: Path) -> None:
-    images = listed(write_video(tmp_path / "a.mp4", 2))
-    place = Place.parse(images.samples[0].members[0].url)
-    assert place is not None
+@pytest.fixture
+def crashing_reader(tmp_path: Path) -> ChildProcess:
+    """A reader that ends at each question, as one that the kernel kills."""
     crashing = tmp_path / "python"
     program = tmp_path / "program.py"
     program.write_text(
@@ -353,11 +313,28 @@ def test_a_crash_of_the_reader_fails_the_frame(tmp_path: Path) -> None:
     )
     crashing.write_text(f"#!/bin/sh\nexec {sys.executable} {program}\n")
     crashing.chmod(0o755)
-    reader = ChildProcess("none", "video", str(crashing))
+    return ChildProcess("none", "video", str(crashing))
+
+
+def test_a_crash_of_the_reader_fails_the_frame(tmp_path: Path, crashing_reader: ChildProcess) -> None:
+    images = listed(write_video(tmp_path / "a.mp4", 2))
+    place = Place.parse(images.samples[0].members[0].url)
+    assert place is not None
     with pytest.raises(SampleError, match=r"FFmpeg crashed 2 times on frame 0 of .*a\.mp4.*SIGABRT") as caught:
-        read_frame(place, "", FrameLimits(10**8, 60.0), reader)
+        read_frame(place, "", FrameLimits(10**8, 60.0), crashing_reader)
     assert caught.value.reason is Reason.UNDECODABLE
-    assert "does not survive (signal SIGABRT)" in frame_table(look_up(place.file, "."), reader=reader).problem
+
+
+def test_a_crash_of_the_reader_is_not_kept_of_a_video(tmp_path: Path, crashing_reader: ChildProcess) -> None:
+    """One lack of memory lost a video for good."""
+    file, cache = look_up(str(write_video(tmp_path / "a.mp4", 2)), "."), tmp_path / "cache"
+    table = frame_table(file, str(cache), crashing_reader)
+    assert table.problem == "is damaged in a way that FFmpeg does not survive (signal SIGABRT), or memory ran out"
+    assert frame_table(file, str(cache)).count == 2
+    # As an earlier version kept it.
+    (kept,) = cache.iterdir()
+    kept.write_text(json.dumps(json.loads(kept.read_text()) | {"count": 0, "pts": None, "problem": table.problem}))
+    assert frame_table(file, str(cache)).count == 2
 
 
 def test_without_pyav_the_extra_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

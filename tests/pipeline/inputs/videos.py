@@ -39,12 +39,13 @@ def write_video(
     options: dict[str, str] | None = None,
     size: tuple[int, int] = (48, 64),
     times: Sequence[int] | None = None,
+    ticks: int = 1000,
     rotation: int = 0,
     mirrored: bool = False,
     noise: int = 0,
     container_options: dict[str, str] | None = None,
 ) -> Path:
-    """A video of ``count`` frames at 25 a second, or at ``times`` in milliseconds."""
+    """A video of ``count`` frames at 25 a second, or at ``times`` in milliseconds, stored as ``ticks`` a second."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with av.open(str(path), "w", container_options=container_options or {}) as container:
         stream = container.add_stream(codec, rate=25, options=options or {})
@@ -52,13 +53,13 @@ def write_video(
         stream.pix_fmt = "yuvj420p" if codec == "mjpeg" else "yuv420p"
         stream.codec_context.gop_size = 10
         if times is not None:
-            stream.codec_context.time_base = Fraction(1, 1000)
+            stream.codec_context.time_base = Fraction(1, ticks)
         if rotation or mirrored:
             stream.set_display_rotation(rotation, hflip=mirrored)
         for number in range(count):
             frame = av.VideoFrame.from_ndarray(picture(number, size, noise))
             if times is not None:
-                frame.pts, frame.time_base = times[number], Fraction(1, 1000)
+                frame.pts, frame.time_base = times[number] * ticks // 1000, Fraction(1, ticks)
             container.mux(stream.encode(frame))
         container.mux(stream.encode(None))
     return path
