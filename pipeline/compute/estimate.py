@@ -18,7 +18,7 @@ from pipeline.config.precompute import PrecomputeConfig
 from pipeline.console import human_bytes, human_seconds
 from pipeline.errors import InputError, Reason, SampleError
 from pipeline.inputs.manifest import is_manifest
-from pipeline.inputs.places import Place
+from pipeline.inputs.places import Place, place_of
 from pipeline.inputs.plan import IndexAll, Plan, UnitKey
 from pipeline.inputs.table_rows import large_groups
 from pipeline.inputs.tar import describe_ignored
@@ -117,7 +117,7 @@ def _places(plan: Plan) -> Iterator[Place]:
         if is_manifest(shard.url):
             for sample in plan.index(number).samples:
                 for member in sample.members:
-                    place = Place.parse(member.url)
+                    place = place_of(member)
                     if place is not None and place.kind == "row":
                         yield place
 

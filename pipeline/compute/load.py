@@ -21,7 +21,7 @@ from pipeline.decode.worker import DecoderProcess
 from pipeline.errors import Fault, PipelineError, Reason, SampleError, fault_of
 from pipeline.inputs import storage
 from pipeline.inputs.changes import check_unchanged
-from pipeline.inputs.places import Place
+from pipeline.inputs.places import place_of
 from pipeline.inputs.plan import Plan, UnitKey
 from pipeline.inputs.read import Sample, iter_samples
 from pipeline.inputs.storage import RangeReader
@@ -221,7 +221,7 @@ def _limited(entry: IndexedSample, options: DecodeOptions) -> IndexedSample:
     members = tuple(member for member in entry.members if member.ext in selected)
     try:
         # Of frames and cells only an estimate is known: they are measured when they were read.
-        known = (member for member in members if Place.parse(member.url) is None)
+        known = (member for member in members if place_of(member) is None)
         check_bytes(((member.ext, member.size) for member in known), options.max_bytes)
     except SampleError as error:
         return replace(entry, problem=entry.problem or (error.reason, error.detail))
