@@ -1,6 +1,5 @@
 """The fenced blocks of README, in an order in which each finds what it reads."""
 
-import os
 import re
 import subprocess
 import sys
@@ -81,7 +80,8 @@ def in_order(blocks: Sequence[Block]) -> list[Block]:
 def run(block: Block, folder: Path, environment: Mapping[str, str], seconds: float = 300) -> str:
     """Run a block of shell or Python in a folder, and return what it printed.
 
-    A failure names README's line, the command, and the end of what was printed.
+    A failure names README's line, the command, and the end of what was printed. The environment is all of it: a Ray
+    of this test process has its token in its own.
     """
     # Empty lines before it, so that the lines in messages and tracebacks are README's.
     if block.language == "sh":
@@ -94,7 +94,7 @@ def run(block: Block, folder: Path, environment: Mapping[str, str], seconds: flo
     done = subprocess.run(
         command,
         cwd=folder,
-        env={**os.environ, **environment},
+        env=dict(environment),
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
