@@ -1,11 +1,10 @@
 """What the main job asks of its machines, held against what they have, before anything is computed."""
 
-from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from pipeline.cluster.connect import connect
 from pipeline.cluster.resources import await_resources, cluster_machines
-from pipeline.compute.allotment import Allotment, Work, allot, this_machine
+from pipeline.compute.allotment import Allotment, Work, allotment_of, this_machine
 from pipeline.config.precompute import PrecomputeConfig
 
 __all__ = ["allot_work", "check_cores", "start_ray"]
@@ -18,20 +17,7 @@ def check_cores(config: PrecomputeConfig) -> None:
         ConfigError: the job would wait for ever.
     """
     has = this_machine()
-    await_resources(lambda: _allotment(config, [has]).missing([has]), seconds=0.0, report=print)
-
-
-def _allotment(
-    config: PrecomputeConfig, machines: Sequence[Mapping[str, float]], work: Work | None = None
-) -> Allotment:
-    return allot(
-        machines,
-        actors=config.actors,
-        cpus_per_actor=config.cpus_per_actor,
-        gpus_per_actor=config.gpus_per_actor,
-        loader_cpus=config.loader_cpus,
-        work=work,
-    )
+    await_resources(lambda: allotment_of(config, [has]).missing([has]), seconds=0.0, report=print)
 
 
 def start_ray(config: PrecomputeConfig, on_cluster: bool) -> tuple[PrecomputeConfig, Allotment]:
@@ -47,7 +33,7 @@ def start_ray(config: PrecomputeConfig, on_cluster: bool) -> tuple[PrecomputeCon
         EnvironmentFault: Ray cannot be started here.
     """
     connect(config.object_store_mb)
-    allotment = _allotment(config, cluster_machines())
+    allotment = allotment_of(config, cluster_machines())
     await_resources(
         lambda: allotment.missing(cluster_machines()),
         # On one machine nothing will join.
@@ -63,7 +49,7 @@ def allot_work(config: PrecomputeConfig, work: Work) -> tuple[PrecomputeConfig, 
     Returns:
         The options with all that was left open filled in, and what each process gets.
     """
-    allotment = _allotment(config, cluster_machines(), work)
+    allotment = allotment_of(config, cluster_machines(), work)
     if allotment.hint:
         print(allotment.hint, flush=True)
     filled = replace(

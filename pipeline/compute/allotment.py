@@ -14,7 +14,7 @@ from pipeline.config.precompute import PrecomputeConfig
 from pipeline.console import human_bytes
 from pipeline.store.layout import Layout
 
-__all__ = ["Allotment", "Work", "actor_bytes", "allot", "peak_bytes", "this_machine"]
+__all__ = ["UNITS_IN_MEMORY", "Allotment", "Work", "actor_bytes", "allot", "allotment_of", "peak_bytes", "this_machine"]
 
 # An actor takes seconds to start, and a unit about a second: one that gets fewer units would end later than without it.
 _UNITS_OF_AN_ACTOR = 4
@@ -22,8 +22,8 @@ _UNITS_OF_AN_ACTOR = 4
 _SHARE_OF_MEMORY = 0.8
 # Bytes of a forward pass for each byte of its float32 images: ViT-L needs about 14 (tokens of 16 pixels, their MLP).
 _ACTIVATIONS = 16
-# Two units are under way in an actor, one computed and one written; each has its encoding beside it.
-_UNITS_IN_MEMORY = 4
+UNITS_IN_MEMORY = 4
+"""Two units are under way in an actor, one computed and one written; each has its encoding beside it."""
 
 
 @dataclass(frozen=True)
@@ -92,6 +92,20 @@ class Allotment:
         return "; ".join(texts)
 
 
+def allotment_of(
+    config: PrecomputeConfig, machines: Sequence[Mapping[str, float]], work: Work | None = None
+) -> Allotment:
+    """What a run's options come to on machines; see :func:`allot`."""
+    return allot(
+        machines,
+        actors=config.actors,
+        cpus_per_actor=config.cpus_per_actor,
+        gpus_per_actor=config.gpus_per_actor,
+        loader_cpus=config.loader_cpus,
+        work=work,
+    )
+
+
 def allot(
     machines: Sequence[Mapping[str, float]],
     *,
@@ -134,7 +148,8 @@ def allot(
         share = floor(100 * (cpus - loader_cpus) / count) / 100
         cpus_per_actor = min(1.0, max(0.01, share))
         # Machines are not divided evenly by it: two of two cores have room for four of 0.7, not for five.
-        while cpus_per_actor > 0.01 and _places(machines, cpus_per_actor, 0.0) < count:
+        homes = [machine for machine, fits in zip(machines, room, strict=True) if fits] if gpus_per_actor else machines
+        while homes and cpus_per_actor > 0.01 and _places(homes, cpus_per_actor, 0.0) < count:
             cpus_per_actor = round(cpus_per_actor - 0.01, 2)
         if cpus_per_actor == loader_cpus:
             cpus_per_actor -= 0.01
@@ -191,7 +206,7 @@ def actor_bytes(config: PrecomputeConfig, layout: Layout, peak: int) -> int:
         peak: what the process that prepared the run has needed at most, with the same models in it.
     """
     images = 12 * config.batch_size * config.size.height * config.size.width
-    return peak + _ACTIVATIONS * images + _UNITS_IN_MEMORY * layout.rows_per_shard * layout.sample_bytes
+    return peak + _ACTIVATIONS * images + UNITS_IN_MEMORY * layout.rows_per_shard * layout.sample_bytes
 
 
 def peak_bytes() -> int:

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from featup.projection import PCA
-from pipeline.compute.allotment import Work, actor_bytes, allot, peak_bytes, this_machine
+from pipeline.compute.allotment import UNITS_IN_MEMORY, Work, actor_bytes, allotment_of, peak_bytes, this_machine
 from pipeline.compute.device import set_threads
 from pipeline.compute.load import decode_options, load_sample
 from pipeline.compute.models import Extractor, fit_pca, take_pca
@@ -62,14 +62,9 @@ def _estimate(config: PrecomputeConfig, index_all: IndexAll | None, folder: str)
     rows = plan.rows_per_shard
     layout = layout_of(config, rows, channels, plan.units)
     need = actor_bytes(config, layout, peak)
-    allotment = allot(
-        [this_machine()],
-        actors=config.actors,
-        cpus_per_actor=config.cpus_per_actor,
-        gpus_per_actor=config.gpus_per_actor,
-        loader_cpus=config.loader_cpus,
-        work=Work(plan.units, need, fits=config.upsampler == "implicit"),
-    )
+    models = need - UNITS_IN_MEMORY * rows * layout.sample_bytes
+    work = Work(plan.units, need, fits=config.upsampler == "implicit")
+    allotment = allotment_of(config, [this_machine()], work)
     threads = set_threads(config.threads, allotment.actors_per_node)
 
     seconds, ratio, tried = _time_handful(config, extractor, plan, threads, taken)
@@ -101,7 +96,7 @@ def _estimate(config: PrecomputeConfig, index_all: IndexAll | None, folder: str)
         ),
         f"bytes:    all      {human_bytes(total):>10s} before compression ({total} bytes), "
         f"about {human_bytes(total / ratio)} stored ({ratio:.2f}x, seen on {tried} samples)",
-        f"memory:   about {human_bytes(need)} an actor: {human_bytes(need - 4 * unit)} for models and one batch, and "
+        f"memory:   about {human_bytes(need)} an actor: {human_bytes(models)} for models and one batch, and "
         f"two units of {human_bytes(unit)} under way, each with its encoding",
         "time:     " + ", ".join(f"{name} {1000 * value:.1f} ms" for name, value in seconds.items()) + " a sample "
         f"({tried} samples, {threads} threads, {extractor.setup().device})",
@@ -116,10 +111,7 @@ def _places(plan: Plan) -> Iterator[Place]:
     for number, shard in enumerate(plan.shards):
         if is_manifest(shard.url):
             for sample in plan.index(number).samples:
-                for member in sample.members:
-                    place = place_of(member)
-                    if place is not None and place.kind == "row":
-                        yield place
+                yield from filter(None, (place_of(member, "row") for member in sample.members))
 
 
 def _time_handful(

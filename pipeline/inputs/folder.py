@@ -9,7 +9,7 @@ from pipeline.inputs import storage
 from pipeline.inputs.file_stat import stat_of
 from pipeline.inputs.remote import filesystem
 from pipeline.inputs.retry import retried
-from pipeline.inputs.tar import is_system_file
+from pipeline.inputs.tar import Member, is_system_file
 from pipeline.redaction import redact
 
 __all__ = ["FoundFile", "list_folder", "look_up"]
@@ -23,6 +23,10 @@ class FoundFile:
     url: str
     size: int
     stamp: str
+
+    def member(self, ext: str) -> Member:
+        """The file as a member of a sample, of this extension."""
+        return Member(ext, 0, self.size, 0, self.url, self.stamp)
 
 
 def list_folder(folder: str) -> list[FoundFile]:

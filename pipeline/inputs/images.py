@@ -5,6 +5,8 @@ from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
+import pyarrow.parquet as pq
+
 from pipeline.errors import InputError, Reason
 from pipeline.inputs import storage
 from pipeline.inputs.folder import FoundFile, list_folder, look_up
@@ -12,7 +14,8 @@ from pipeline.inputs.found import FoundSample
 from pipeline.inputs.frames import FrameTable
 from pipeline.inputs.lists import LIST_ENDINGS, folder_of, label_ext, label_member, list_images_of, split
 from pipeline.inputs.places import file_mark
-from pipeline.inputs.tables import is_saved_dataset, list_parquet, list_saved_dataset, parquet_columns
+from pipeline.inputs.table_rows import open_parquet
+from pipeline.inputs.tables import choose_columns, is_saved_dataset, list_parquet, list_saved_dataset
 from pipeline.inputs.tar import IndexedSample, Member
 from pipeline.inputs.video import FRAME_EXT, frame_table, frames_of, is_video
 from pipeline.redaction import redact
@@ -168,24 +171,29 @@ class _Search:
                     self.ignored[f"no pictures, sound alone (.{ext})"] += 1
                 else:
                     yield from frames
-            elif ext == "parquet" and (columns := parquet_columns(file.url, self.image_column, self.kinds)):
+            elif ext == "parquet" and (samples := self._rows(file, open_parquet(file.url))):
                 self.tables += 1
-                yield from list_parquet(file, columns, self.label_exts)
+                yield from samples
             else:
                 self.ignored[f"no image (.{ext})" if ext else "no image (no extension)"] += 1
 
     def _listed(self, place: str) -> Iterator[FoundSample]:
         if not place.lower().endswith(".txt"):
             self.tables += 1
-        if place.lower().endswith(".parquet"):
-            columns = parquet_columns(place, self.image_column, self.kinds)
-            if columns is not None:
-                yield from list_parquet(look_up(place, folder_of(place)), columns, self.label_exts)
-                return
-        for file, members in list_images_of(place, self.label_exts, self.image_column):
+        # Its footer is read once, whichever kind of table it is.
+        table = open_parquet(place) if place.lower().endswith(".parquet") else None
+        if table is not None and (samples := self._rows(look_up(place, folder_of(place)), table)):
+            yield from samples
+            return
+        for file, members in list_images_of(place, self.label_exts, self.image_column, table):
             if is_video(file.name):
                 raise InputError(f"{place} names a video, {file.url}; lists name images: give videos by --images")
             yield replace(_image(file), labels=tuple(members))
+
+    def _rows(self, file: FoundFile, table: pq.ParquetFile) -> Iterator[FoundSample] | None:
+        """The rows of a parquet file; None where none of its columns holds images."""
+        columns = choose_columns(table.schema_arrow, file.url, self.image_column, self.kinds)
+        return list_parquet(file, table, columns, self.label_exts) if columns else None
 
     def _video(self, file: FoundFile) -> Iterator[FoundSample] | None:
         """The frames of a video; None where it has no pictures."""
@@ -211,8 +219,7 @@ def _frames(file: FoundFile, table: FrameTable, every: int) -> Iterator[FoundSam
     stem = split(file.name)[0]
     if table.problem:
         detail = f"{file.url} {table.problem}; copy or encode the video again"
-        image = Member(FRAME_EXT, 0, file.size, 0, file.url, file.stamp)
-        yield FoundSample((stem, file.name), image, (), (Reason.UNDECODABLE, detail))
+        yield FoundSample((stem, file.name), file.member(FRAME_EXT), (), (Reason.UNDECODABLE, detail))
         return
     size, mark = file.size // (table.count + table.lost), file_mark(file.size)
     for place, error in frames_of(table, file.url, every):
@@ -223,7 +230,7 @@ def _frames(file: FoundFile, table: FrameTable, every: int) -> Iterator[FoundSam
 
 def _image(file: FoundFile) -> FoundSample:
     stem, ext = split(file.name)
-    return FoundSample((stem, file.name), Member(ext, 0, file.size, 0, file.url, file.stamp))
+    return FoundSample((stem, file.name), file.member(ext))
 
 
 def _labels_below(kind: str, folder: str, label_exts: Mapping[str, Sequence[str]]) -> dict[str, Member]:

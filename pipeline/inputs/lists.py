@@ -7,13 +7,14 @@ from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.parquet as pq
 
 from pipeline.errors import InputError
 from pipeline.inputs import storage
 from pipeline.inputs.column_types import is_bytes, is_text
 from pipeline.inputs.folder import FoundFile, look_up
 from pipeline.inputs.read import INLINE
-from pipeline.inputs.table_rows import damage_of, open_parquet, row_batches
+from pipeline.inputs.table_rows import damage_of, row_batches
 from pipeline.inputs.tar import Member
 
 __all__ = ["LIST_ENDINGS", "folder_of", "label_ext", "label_member", "list_images_of", "split", "whole_number"]
@@ -23,7 +24,10 @@ _IMAGE_COLUMNS = ("image", "path", "file_name")
 
 
 def list_images_of(
-    place: str, label_exts: Mapping[str, Sequence[str]], image_column: str | None = None
+    place: str,
+    label_exts: Mapping[str, Sequence[str]],
+    image_column: str | None = None,
+    table: pq.ParquetFile | None = None,
 ) -> Iterator[tuple[FoundFile, list[Member]]]:
     """The images that a list names, each with the labels that it gives it.
 
@@ -31,12 +35,13 @@ def list_images_of(
         place: the list.
         label_exts: the extensions of each kind of label.
         image_column: of a table the column of paths; by default ``image``, ``path`` or ``file_name``.
+        table: a list in parquet, open.
 
     Raises:
         InputError: the list cannot be read, has no such column, or names a file that is not there.
     """
     folder = folder_of(place)
-    for row in _rows(place, label_exts, image_column):
+    for row in _rows(place, label_exts, image_column, table):
         image = look_up(row["image"], folder)
         members = []
         for kind, text in row.items():
@@ -61,10 +66,12 @@ def folder_of(place: str) -> str:
     return place.rpartition("/")[0] if "/" in place else "."
 
 
-def _rows(place: str, kinds: Collection[str], image_column: str | None) -> Iterator[dict[str, str]]:
+def _rows(
+    place: str, kinds: Collection[str], image_column: str | None, table: pq.ParquetFile | None
+) -> Iterator[dict[str, str]]:
     """The lines of a list: ``image`` and, where there are any, the kinds of labels."""
-    if place.lower().endswith(".parquet"):
-        yield from _table_rows(place, kinds, image_column)
+    if table is not None:
+        yield from _table_rows(place, table, kinds, image_column)
         return
     try:
         text = _text(storage.read_bytes(place), place)
@@ -80,9 +87,10 @@ def _rows(place: str, kinds: Collection[str], image_column: str | None) -> Itera
     yield from _named(place, reader, _path_column(place, columns, columns, image_column), columns, kinds)
 
 
-def _table_rows(place: str, kinds: Collection[str], image_column: str | None) -> Iterator[dict[str, str]]:
+def _table_rows(
+    place: str, table: pq.ParquetFile, kinds: Collection[str], image_column: str | None
+) -> Iterator[dict[str, str]]:
     """The rows of a parquet file; of its columns only those of paths and labels are read."""
-    table = open_parquet(place)
     schema = table.schema_arrow
     texts = [name for name in schema.names if is_text(schema.field(name).type)]
     contents = [name for name in schema.names if is_bytes(schema.field(name).type)]
@@ -162,4 +170,4 @@ def label_member(kind: str, file: FoundFile, label_exts: Mapping[str, Sequence[s
     if not ext:
         endings = " or ".join("." + one.rpartition(".")[2] for one in label_exts[kind])
         raise InputError(f"{file.url} is named as a label of kind {kind}, which ends in {endings}")
-    return Member(ext, 0, file.size, 0, file.url, file.stamp)
+    return file.member(ext)

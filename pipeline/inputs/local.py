@@ -15,6 +15,7 @@ __all__ = [
     "read_file",
     "read_file_range",
     "sync_file",
+    "temporary_beside",
     "walk",
     "write_file",
 ]
@@ -58,17 +59,27 @@ def durable_file(path: str, *parts: bytes) -> Iterator[str]:
     """
     folder = os.path.dirname(path)
     make_local_dirs(folder)
-    temporary = os.path.join(folder, f".{uuid.uuid4().hex}{TEMPORARY}")
-    try:
+    with temporary_beside(path) as temporary:
         with open(temporary, "xb") as stream:
             stream.writelines(parts)
             stream.flush()
             os.fsync(stream.fileno())
         yield temporary
+    sync_file(folder)
+
+
+@contextmanager
+def temporary_beside(path: str) -> Iterator[str]:
+    """The name of a file that is to be written beside ``path``, for the caller to give the name to when it is whole.
+
+    What is left of it at the end is removed.
+    """
+    temporary = os.path.join(os.path.dirname(path), f".{uuid.uuid4().hex}{TEMPORARY}")
+    try:
+        yield temporary
     finally:
         with suppress(FileNotFoundError):
             os.unlink(temporary)
-    sync_file(folder)
 
 
 def sync_file(path: str) -> None:

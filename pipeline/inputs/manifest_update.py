@@ -81,8 +81,8 @@ def update_manifests(folder: str, listed: ImageList, kept: Sequence[str] = ()) -
 
 def _videos(listed: ImageList) -> set[str]:
     """The videos of which frames are listed."""
-    places = (place_of(sample.members[0]) for sample in listed.samples)
-    return {place.file for place in places if place is not None and place.kind == "frame"}
+    places = (place_of(sample.members[0], "frame") for sample in listed.samples)
+    return {place.file for place in places if place is not None}
 
 
 def _check_file(gone: Member, listed: ImageList) -> None:
@@ -126,8 +126,7 @@ def _place_of(
 
 
 def _is_cell(member: Member) -> bool:
-    place = place_of(member)
-    return place is not None and place.kind == "row"
+    return place_of(member, "row") is not None
 
 
 def _sized_as(before: IndexedSample, after: IndexedSample) -> IndexedSample:

@@ -2,15 +2,13 @@
 
 import os
 import re
-import uuid
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import suppress
 from itertools import chain
 
 from pipeline.errors import ConfigError, SampleError
 from pipeline.inputs import storage
 from pipeline.inputs.images import ImageList
-from pipeline.inputs.local import TEMPORARY, make_local_dirs
+from pipeline.inputs.local import make_local_dirs, temporary_beside
 from pipeline.inputs.read import Sample, read_samples
 from pipeline.inputs.tar import ShardIndex
 
@@ -83,8 +81,7 @@ def _write_tar(
 
     count = size = 0
     following = None
-    temporary = os.path.join(os.path.dirname(path), f".{uuid.uuid4().hex}{TEMPORARY}")
-    try:
+    with temporary_beside(path) as temporary:
         with open(temporary, "xb") as stream, webdataset.TarWriter(stream, encoder=False, mtime=_MTIME) as tar:
             for key, members in samples:
                 size += sum(map(len, members.values()))
@@ -94,9 +91,6 @@ def _write_tar(
                 tar.write({"__key__": keys[key], **members})
                 count += 1
         os.replace(temporary, path)
-    finally:
-        with suppress(FileNotFoundError):
-            os.unlink(temporary)
     return count, following
 
 

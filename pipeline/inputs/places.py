@@ -45,12 +45,14 @@ class Place:
         return Place(match["file"], kind, int(match["number"]), pts, match["column"] or "")
 
 
-def place_of(member: Member) -> Place | None:
+def place_of(member: Member, kind: Literal["frame", "row"] | None = None) -> Place | None:
     """Where a member lies within a file that holds many; None where it is a file of its own, or lies in a tar.
 
-    The mark decides, which only parts of files have: a file may be called ``a#row=1&column=b.jpg``.
+    With a ``kind``, None also where it is of the other one. The mark decides, which only parts of files have: a file
+    may be called ``a#row=1&column=b.jpg``.
     """
-    return Place.parse(member.url) if member.url and member.mark else None
+    place = Place.parse(member.url) if member.url and member.mark else None
+    return place if place is None or kind in (None, place.kind) else None
 
 
 def file_mark(size: int) -> int:

@@ -98,8 +98,7 @@ def iter_samples(
 
 
 def _has_frames(entry: IndexedSample) -> bool:
-    places = map(place_of, entry.members)
-    return any(place is not None and place.kind == "frame" for place in places)
+    return any(place_of(member, "frame") for member in entry.members)
 
 
 def _read(

@@ -22,10 +22,10 @@ from pipeline.inputs.found import FoundSample
 from pipeline.inputs.lists import folder_of, label_member, split, whole_number
 from pipeline.inputs.places import Place, file_mark
 from pipeline.inputs.read import INLINE
-from pipeline.inputs.table_rows import column_bytes, damage_of, open_arrow, open_parquet, row_batches
+from pipeline.inputs.table_rows import column_bytes, damage_of, open_arrow, row_batches
 from pipeline.inputs.tar import Member
 
-__all__ = ["Columns", "choose_columns", "is_saved_dataset", "list_parquet", "list_saved_dataset", "parquet_columns"]
+__all__ = ["Columns", "choose_columns", "is_saved_dataset", "list_parquet", "list_saved_dataset"]
 
 # Columns that a label may have, of those the first that is there; of seg and depth they hold images, of cls numbers.
 _SEG, _OTHER_SEG = "seg", ("annotation", "mask", "segmentation", "label")
@@ -107,18 +107,20 @@ def list_saved_dataset(
         first += table.num_rows
 
 
-def parquet_columns(url: str, chosen: str | None, kinds: Collection[str]) -> Columns | None:
-    """The columns of a parquet file that has images in it; None where it has none."""
-    return choose_columns(open_parquet(url).schema_arrow, url, chosen, kinds)
-
-
-def list_parquet(file: FoundFile, columns: Columns, label_exts: Mapping[str, Sequence[str]]) -> Iterator[FoundSample]:
+def list_parquet(
+    file: FoundFile, table: pq.ParquetFile, columns: Columns, label_exts: Mapping[str, Sequence[str]]
+) -> Iterator[FoundSample]:
     """The rows of a parquet file with images in it. Of the images only paths and gaps are read.
+
+    Args:
+        file: where it lies.
+        table: the same, open.
+        columns: of it, as :func:`choose_columns` finds them.
+        label_exts: the WebDataset extensions of each kind of label.
 
     Raises:
         InputError: it cannot be read, or names a file that is not there.
     """
-    table = open_parquet(file.url)
     stem = split(file.name)[0]
     rows = _Rows(file, columns, label_exts)
     for group in range(table.metadata.num_row_groups):
@@ -302,7 +304,7 @@ class _Rows:
         if not path:
             return None
         file = look_up(path, folder_of(self.file.url))
-        return label_member(kind, file, self.label_exts) if kind else Member(ext, 0, file.size, 0, file.url, file.stamp)
+        return label_member(kind, file, self.label_exts) if kind else file.member(ext)
 
     def _at(self, column: str, row: int, ext: str) -> Member:
         url = str(Place(self.file.url, "row", row, column=column))

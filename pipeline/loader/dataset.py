@@ -89,7 +89,10 @@ class FeatureDataset(Dataset[dict[str, Any]]):
             raise ConfigError(f"crop={crop!r} must be two numbers, (height, width), such as (112, 112)")
         if crop is not None and window is not None:
             raise ConfigError(f"window={window} is one place and crop={crop} another one each time; give one of them")
-        _check_window(window or (0, 0, *(crop or (1, 1))), "crop" if crop else "window", layout)
+        if crop is not None:
+            _check_window((0, 0, *crop), f"crop (height, width) = {crop}", layout)
+        if window is not None:
+            _check_window(window, f"window (top, left, height, width) = {window}", layout)
         if not 0 <= flip <= 1:
             raise ConfigError(f"flip={flip} is a probability, from 0 to 1")
         self.keys = keys
@@ -222,14 +225,9 @@ class FeatureDataset(Dataset[dict[str, Any]]):
         return self._open
 
 
-def _check_window(window: Window, what: str, layout: Layout) -> None:
-    """Refuse a window or a crop that is not inside the image."""
+def _check_window(window: Window, given: str, layout: Layout) -> None:
+    """Refuse a window that is not inside the image; ``given`` says what the user gave."""
     top, left, height, width = window
     inside = top + height <= layout.height and left + width <= layout.width
     if min(top, left) < 0 or min(height, width) < 1 or not inside:
-        given = (
-            f"crop (height, width) = {window[2:]}"
-            if what == "crop"
-            else f"{what} (top, left, height, width) = {window}"
-        )
         raise ConfigError(f"{given} is not inside the features' {layout.height}x{layout.width} (height x width)")

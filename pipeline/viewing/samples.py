@@ -115,17 +115,18 @@ class FeatureColours:
         """The features of a sample in colours, uint8 ``[H, W, 3]``."""
         return scaled_colours(self._components(number), self.scale)
 
-    def cell_means(self, number: int) -> Pixels:
-        """The same of the means over each cell of the backbone's own map: about what was upsampled.
+    def with_cell_means(self, number: int) -> tuple[Pixels, Pixels]:
+        """The same, behind that of the means over each cell of the backbone's own map: about what was upsampled.
 
         Returns:
-            uint8 ``[H, W, 3]``, a colour for each cell.
+            Two of uint8 ``[H, W, 3]``; the first has one colour for each cell.
         """
-        components = torch.from_numpy(np.ascontiguousarray(self._components(number), np.float32)).movedim(-1, 0)
-        means = torch.nn.functional.adaptive_avg_pool2d(components, self.grid).movedim(0, -1)
+        components = self._components(number)
+        planes = torch.from_numpy(np.ascontiguousarray(components, np.float32)).movedim(-1, 0)
+        means = torch.nn.functional.adaptive_avg_pool2d(planes, self.grid).movedim(0, -1)
         cells = Image.fromarray(scaled_colours(means.numpy(), self.scale))
         size = (self.dataset.layout.width, self.dataset.layout.height)
-        return np.asarray(cells.resize(size, Image.Resampling.NEAREST))
+        return np.asarray(cells.resize(size, Image.Resampling.NEAREST)), scaled_colours(components, self.scale)
 
     def _components(self, number: int) -> NDArray[np.floating]:
         features = without_padding(self.dataset[number])
@@ -227,9 +228,10 @@ def _panels(beside: FeatureDataset, number: int, colours: FeatureColours, height
     sample = beside[number]
     title = sample["key"] + (f", class {int(sample['cls'])}" if "cls" in sample else "")
     panels = [(title, fitted(sample["image"].numpy(), height))] if "image" in sample else []
-    cells = "{}x{} means".format(*colours.grid)
-    panels.append((cells if panels else f"{title}: {cells}", fitted(colours.cell_means(number), height, smooth=False)))
-    panels.append(("features (PCA)", fitted(colours(number), height)))
+    cells, features = colours.with_cell_means(number)
+    text = "{}x{} means".format(*colours.grid)
+    panels.append((text if panels else f"{title}: {text}", fitted(cells, height, smooth=False)))
+    panels.append(("features (PCA)", fitted(features, height)))
     if "seg" in sample:
         fill = label_spec("seg", beside.layout.seg_dtype).fill
         ids = sample["seg"].numpy()

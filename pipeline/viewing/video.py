@@ -2,16 +2,14 @@
 
 import os
 import re
-import uuid
 from collections.abc import Iterator
-from contextlib import suppress
 from fractions import Fraction
 
 import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.errors import ConfigError, EnvironmentFault
-from pipeline.inputs.local import TEMPORARY
+from pipeline.inputs.local import temporary_beside
 from pipeline.viewing.samples import FeatureColours, open_dataset, spread
 
 __all__ = ["feature_video", "save_video"]
@@ -86,8 +84,7 @@ def save_video(frames: Iterator[Pixels], place: str, fps: float = 25.0) -> None:
             "videos are written by PyAV, which is not installed here; pip install 'featup-datasets[video]'"
         ) from error
     av.logging.set_level(None)
-    temporary = os.path.join(os.path.dirname(os.path.abspath(place)), f".{uuid.uuid4().hex}{TEMPORARY}")
-    try:
+    with temporary_beside(os.path.abspath(place)) as temporary:
         with av.open(temporary, "w", format="mp4", options={"movflags": "faststart"}) as container:
             stream = None
             for pixels in frames:
@@ -101,6 +98,3 @@ def save_video(frames: Iterator[Pixels], place: str, fps: float = 25.0) -> None:
             if stream is not None:
                 container.mux(stream.encode(None))
         os.replace(temporary, place)
-    finally:
-        with suppress(FileNotFoundError):
-            os.unlink(temporary)

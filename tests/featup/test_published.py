@@ -1,16 +1,16 @@
 """Published checkpoints: downloaded from a server, held against their digest, and cached."""
 
 import hashlib
-import threading
 from collections.abc import Iterator
 from functools import partial
-from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from http.server import SimpleHTTPRequestHandler
 from pathlib import Path
 
 import pytest
 
 from featup.errors import WeightsError
 from featup.published import PublishedFile, checkpoint_file, fetch
+from tests.servers import serving
 
 CONTENT = b"weights"
 SHA256 = hashlib.sha256(CONTENT).hexdigest()
@@ -21,12 +21,8 @@ def server(tmp_path: Path) -> Iterator[str]:
     (tmp_path / "served").mkdir()
     (tmp_path / "served" / "some.pth").write_bytes(CONTENT)
     handler = partial(SimpleHTTPRequestHandler, directory=str(tmp_path / "served"))
-    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as http:
-        thread = threading.Thread(target=http.serve_forever)
-        thread.start()
-        yield f"http://127.0.0.1:{http.server_address[1]}/some.pth"
-        http.shutdown()
-        thread.join()
+    with serving(handler) as address:
+        yield f"{address}/some.pth"
 
 
 def test_downloads_once(server: str, tmp_path: Path) -> None:

@@ -85,6 +85,15 @@ def test_a_share_of_the_cores_fits_on_single_machines(cores: list[int], actors: 
     assert allot(machines, **(OPTIONS | {"actors": actors})).missing(machines) == ""
 
 
+def test_cores_beside_gpus_are_shared_among_the_actors_of_their_machine() -> None:
+    """Another machine's cores do not help actors that need its GPUs."""
+    machines = [{"CPU": 4.0, "GPU": 8.0}, {"CPU": 64.0}]
+    allotment = allot(machines, **(OPTIONS | {"actors": 8}))
+    assert (allotment.gpus_per_actor, allotment.cpus_per_actor) == (1.0, 0.49), "0.5 is the loaders'"
+    assert allotment.missing(machines) == ""
+    assert allot([{"CPU": 8.0}], **(OPTIONS | {"gpus_per_actor": 1.0})).cpus_per_actor == 1.0, "none is there yet"
+
+
 def test_gpus_are_used_where_there_are_any_and_unused_ones_are_named() -> None:
     assert allotted(16, gpus=1).gpus_per_actor == 1
     assert allotted(16, gpus=1).hint == ""

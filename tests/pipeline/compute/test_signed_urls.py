@@ -1,14 +1,14 @@
 """The same tar under a new signature: it was refused, and the first signature was stored in five places."""
 
-import threading
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 
 import pytest
 
 from tests.e2e.support import good_sample, write_tar
 from tests.pipeline.compute.support import make_config, open_store
+from tests.servers import serving
 
 
 class OneFile(BaseHTTPRequestHandler):
@@ -38,12 +38,8 @@ class OneFile(BaseHTTPRequestHandler):
 
 @pytest.fixture
 def server() -> Iterator[str]:
-    with ThreadingHTTPServer(("127.0.0.1", 0), OneFile) as http:
-        thread = threading.Thread(target=http.serve_forever)
-        thread.start()
-        yield f"http://127.0.0.1:{http.server_port}"
-        http.shutdown()
-        thread.join()
+    with serving(OneFile) as address:
+        yield address
 
 
 FIRST, SECOND = "X-Amz-Signature=f1r57s3cr37", "X-Amz-Signature=s3c0nds3cr37"

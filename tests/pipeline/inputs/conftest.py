@@ -1,11 +1,12 @@
 """Places of every kind that the code under test reads and writes."""
 
-import threading
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 
 import pytest
+
+from tests.servers import serving
 
 CONTENT = bytes(range(256)) * 8
 
@@ -86,9 +87,5 @@ class RangeServer(BaseHTTPRequestHandler):
 @pytest.fixture
 def server() -> Iterator[str]:
     pytest.importorskip("aiohttp", reason="fsspec serves http through aiohttp, which is not installed")
-    with ThreadingHTTPServer(("127.0.0.1", 0), RangeServer) as http:
-        thread = threading.Thread(target=http.serve_forever)
-        thread.start()
-        yield f"http://127.0.0.1:{http.server_port}"
-        http.shutdown()
-        thread.join()
+    with serving(RangeServer) as address:
+        yield address

@@ -5,7 +5,7 @@ import sys
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 
 import pytest
@@ -14,6 +14,7 @@ from pipeline.errors import EnvironmentFault, InputError
 from pipeline.inputs import storage
 from pipeline.inputs.local_copies import cache_folders, local_copy
 from tests.pipeline.inputs.conftest import CONTENT
+from tests.servers import serving
 
 ROOT = Path(__file__).resolve().parents[3]
 
@@ -106,12 +107,8 @@ class _CountingServer(BaseHTTPRequestHandler):
 @pytest.fixture
 def counting_server() -> Iterator[str]:
     _CountingServer.fetched = 0
-    with ThreadingHTTPServer(("127.0.0.1", 0), _CountingServer) as http:
-        thread = threading.Thread(target=http.serve_forever)
-        thread.start()
-        yield f"http://127.0.0.1:{http.server_port}"
-        http.shutdown()
-        thread.join()
+    with serving(_CountingServer) as address:
+        yield address
 
 
 def _copy_in_a_process(url: str, env: dict[str, str]) -> str:
