@@ -1,6 +1,6 @@
 """Samples that already lie in the tensors of their batch, and what torch's ``default_collate`` makes of them."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from torch.utils.data._utils.collate import collate, default_collate_fn_map
@@ -15,14 +15,14 @@ class Sample(dict[str, Any]):
 class Batch(list[Sample]):
     """Samples whose tensors are slices of the batch's."""
 
-    def __init__(self, whole: Mapping[str, Any], count: int) -> None:
+    def __init__(self, whole: dict[str, Any], count: int) -> None:
         """
         Args:
             whole: tensors ``[B, ...]``, or lists of length B, by name.
             count: B.
         """
         super().__init__(Sample({name: values[n] for name, values in whole.items()}) for n in range(count))
-        self.whole = dict(whole)
+        self.whole = whole
         self._slices = [dict(sample) for sample in self]
 
     @property

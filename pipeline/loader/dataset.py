@@ -14,7 +14,7 @@ from torch.utils.data import Dataset, get_worker_info
 
 from pipeline.errors import ConfigError, SampleKeyError
 from pipeline.loader.batches import Batch
-from pipeline.loader.memory import BatchMemory, shared_memory
+from pipeline.loader.memory import BatchMemory, SharedBatch, SharedMemory
 from pipeline.loader.readers import Readers
 from pipeline.redaction import redact
 from pipeline.store.keys import SampleKeys
@@ -100,6 +100,7 @@ class FeatureDataset(Dataset[dict[str, Any]]):
         self._keys = SampleKeys(path, attributes)
         self._open: Readers | None = None
         self._memory = BatchMemory()
+        self._shared_memory = SharedMemory()
         # Read here without threads that stay behind, so that a fork is possible afterwards.
         self.rows = good_rows(path, attributes, partial)
 
@@ -167,11 +168,16 @@ class FeatureDataset(Dataset[dict[str, Any]]):
         windows = [self._window() for _ in rows]
         mirrored = [self.flip > 0 and float(torch.rand(())) < self.flip for _ in rows]
         readers = self._readers()
-        take = shared_memory if shared else self._memory.take
         specs = {spec.name: spec for spec in self.layout.arrays}
-        whole: dict[str, Any] = {
-            name: take((len(rows), *self._shape(specs[name])), self._type(specs[name])) for name in self.arrays
-        }
+        whole: dict[str, Any] = {}
+        segments = {}
+        for name in self.arrays:
+            shape, dtype = (len(rows), *self._shape(specs[name])), self._type(specs[name])
+            if shared:
+                segments[name] = self._shared_memory.take(shape, dtype)
+                whole[name] = segments[name][0]
+            else:
+                whole[name] = self._memory.take(shape, dtype)
 
         def fill(number: int) -> None:
             for name, reader in readers.here().items():
@@ -187,7 +193,7 @@ class FeatureDataset(Dataset[dict[str, Any]]):
             whole["mirrored"] = torch.tensor(mirrored)
         if self.keys:
             whole["key"] = [self._keys.key(row) for row in rows]
-        return Batch(whole, len(rows))
+        return Batch(SharedBatch(whole, segments) if shared else whole, len(rows))
 
     def _window(self) -> Window | None:
         if self.crop is None:

@@ -1,17 +1,20 @@
 """Memory for batches: used again once nobody holds the batch, as new pages cost more than what is copied into them."""
 
 import math
+import os
 import threading
 import weakref
 from collections import OrderedDict
-from typing import TypeAlias
+from collections.abc import Callable, Mapping
+from multiprocessing.reduction import ForkingPickler
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-__all__ = ["BatchMemory", "shared_memory"]
+__all__ = ["BatchMemory", "SharedBatch", "SharedMemory"]
 
 Bytes: TypeAlias = NDArray[np.uint8]
 # One batch is worked on while the next one is read.
@@ -19,6 +22,8 @@ _KEPT_OF_A_SIZE = 2
 # An array each has a size; the last batch of an epoch has others.
 _KEPT_SIZES = 12
 _SMALLEST = 1 << 20  # below, malloc does the same
+# A worker has two batches waiting, one being read, and one that is worked on, with the next by then; twice as many.
+_KEPT_SEGMENTS = 10
 
 
 class BatchMemory:
@@ -61,11 +66,121 @@ class BatchMemory:
                 kept.append(memory)
 
 
-def shared_memory(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    """An uninitialised tensor of a DataLoader's worker in memory that the process that gets it shares.
+class SharedMemory:
+    """Gives a DataLoader's worker memory that the process which gets its batches reads in place and hands back.
 
-    Nothing is copied on the way. Each such tensor takes a file descriptor as long as it lives.
+    A batch in it is a :class:`SharedBatch`. Pages that are there already cost a fraction of new ones, which the kernel
+    has to find and to clear. Memory that is not handed back, as somebody holds the batch, is never written to again.
     """
-    size = math.prod(shape) * dtype.itemsize
-    memory: torch.UntypedStorage = torch.UntypedStorage._new_shared(size)  # type: ignore[no-untyped-call]
-    return torch.empty(0, dtype=dtype).set_(memory).view(shape)
+
+    def __init__(self) -> None:
+        self.made = 0
+        """How many pieces were not there already."""
+        # By their size; the size that was asked for last stands last, and of a size the oldest stands first.
+        self._segments: OrderedDict[int, list[_Segment]] = OrderedDict()
+
+    def __reduce__(self) -> tuple[type["SharedMemory"], tuple[()]]:
+        return SharedMemory, ()
+
+    def take(self, shape: tuple[int, ...], dtype: torch.dtype) -> tuple[Tensor, "_Segment"]:
+        """An uninitialised tensor, and the segment it lies in."""
+        size = math.prod(shape) * dtype.itemsize
+        segments = self._segments.setdefault(size, [])
+        self._segments.move_to_end(size)
+        while len(self._segments) > _KEPT_SIZES:
+            self._segments.popitem(last=False)
+        segment = next((one for one in segments if one.free), None)
+        if segment is None:
+            self.made += 1
+            segment = _Segment(size)
+            segments.append(segment)
+            del segments[:-_KEPT_SEGMENTS]
+        return segment.tensor(shape, dtype), segment
+
+
+class _Segment:
+    """Memory that two processes see. Its last byte says whether the one that got it still uses it."""
+
+    def __init__(self, size: int) -> None:
+        self.storage: torch.UntypedStorage = torch.UntypedStorage._new_shared(size + 1)  # type: ignore[no-untyped-call]
+        everything = _bytes_of(self.storage)
+        self._bytes, self._used_there = everything[:size], everything[size:]
+        self._used_here = False
+
+    @property
+    def free(self) -> bool:
+        return not self._used_here and not self._used_there[0]
+
+    def tensor(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        # Whatever is made of it holds this view.
+        view = self._bytes.view()
+        self._used_here = True
+        weakref.finalize(view, self._left).atexit = False
+        return torch.from_numpy(view).view(dtype).view(shape)
+
+    def _left(self) -> None:
+        self._used_here = False
+
+    def send(self, tensor: Tensor) -> torch.UntypedStorage | None:
+        """What the other process opens to have the tensor; none where torch has to send a copy."""
+        # A tensor that torch has sent by itself was moved elsewhere. A process that has the segment would hand it back
+        # for both batches.
+        if tensor.data_ptr() != self.storage.data_ptr() or self._used_there[0]:
+            return None
+        self._used_there[0] = 1
+        return self.storage
+
+
+def _bytes_of(storage: torch.UntypedStorage) -> Bytes:
+    return torch.empty(0, dtype=torch.uint8).set_(storage).numpy()
+
+
+class SharedBatch(dict[str, Any]):
+    """A batch in shared memory. The process a worker's queue takes it to gets a plain dictionary.
+
+    Copied or pickled elsewhere it is a dictionary like any other, and so is what a ``collate_fn`` makes of it: torch
+    then copies tensors on their way as it always does.
+    """
+
+    def __init__(self, values: Mapping[str, Any], segments: Mapping[str, tuple[Tensor, _Segment]]) -> None:
+        super().__init__(values)
+        self._segments = segments
+
+    def __reduce__(self) -> tuple[type[dict[str, Any]], tuple[dict[str, Any]]]:
+        return dict, (dict(self),)
+
+    def sent(self) -> tuple[Callable[..., dict[str, Any]], tuple[Any, ...]]:
+        """What a queue of torch's takes along: function and arguments."""
+        values, opened = dict(self), {}
+        for name, (tensor, segment) in self._segments.items():
+            if values.get(name) is tensor and (storage := segment.send(tensor)) is not None:
+                values[name] = None  # keeps its place
+                opened[name] = (storage, tuple(tensor.shape), tensor.dtype)
+        return _received, (values, opened)
+
+
+def _received(values: dict[str, Any], opened: Mapping[str, Any]) -> dict[str, Any]:
+    for name, (storage, shape, dtype) in opened.items():
+        everything = _bytes_of(storage)
+        view = everything[: math.prod(shape) * dtype.itemsize]
+        weakref.finalize(view, _hand_back, everything[-1:], _forks).atexit = False
+        values[name] = torch.from_numpy(view).view(dtype).view(shape)
+    return values
+
+
+def _hand_back(used_there: Bytes, forks: int) -> None:
+    # A process forked in the meantime may hold the batch as well.
+    if forks == _forks:
+        used_there[0] = 0
+
+
+_forks = 0
+
+
+def _count_fork() -> None:
+    global _forks
+    _forks += 1
+
+
+os.register_at_fork(before=_count_fork)
+ForkingPickler.register(SharedBatch, SharedBatch.sent)

@@ -1,6 +1,8 @@
 """Crops, flips, and the batches of a DataLoader."""
 
+import copy
 import dataclasses
+import multiprocessing
 import pickle
 import re
 from collections.abc import Sequence
@@ -15,7 +17,7 @@ from torch.utils.data import ConcatDataset, DataLoader, Dataset, Subset, default
 
 from pipeline.errors import ConfigError
 from pipeline.loader import FeatureDataset
-from pipeline.loader.memory import BatchMemory
+from pipeline.loader.memory import BatchMemory, SharedMemory
 from pipeline.store.create import create_store
 from pipeline.store.writer import StoreWriter
 from tests.pipeline.loader.conftest import ALL, GOOD, STATUS
@@ -206,19 +208,162 @@ def test_a_sample_is_a_plain_dictionary(store: tuple[str, Blocks], tmp_path: Pat
     assert torch.equal(doubled["whole"]["features"], 2 * sample["features"])
 
 
-def shared(samples: list[dict[str, Any]]) -> list[bool]:
-    return [sample["features"].is_shared() for sample in samples]
+class Counted(FeatureDataset):
+    """Tells how many pieces of shared memory its worker has made."""
+
+    made = multiprocessing.Value("i", 0)
+
+    def __getitems__(self, indices: Sequence[int]) -> list[dict[str, Any]]:
+        samples = super().__getitems__(indices)
+        with self.made:
+            self.made.value = self._shared_memory.made
+        return samples
+
+
+def loaded(dataset: Dataset[dict[str, Any]], **options: Any) -> DataLoader[dict[str, Any]]:
+    """By one worker that stays."""
+    options = {"batch_size": 2, "persistent_workers": True, **options}
+    return DataLoader(dataset, num_workers=1, multiprocessing_context="fork", **options)
+
+
+def check_batch(batch: dict[str, Any], wanted: list[dict[str, Any]]) -> None:
+    for name in ("features", "image", "seg"):
+        assert torch.equal(batch[name], torch.stack([wanted[index][name] for index in batch["index"]])), name
+
+
+# A loop's batch, the next one by then, the two that wait and the one that is read.
+IN_FLIGHT = 5
 
 
 @pytest.mark.timeout(120)
 @pytest.mark.filterwarnings("ignore:This DataLoader will create")  # on one core
+def test_workers_use_memory_again_that_was_handed_back(large: str) -> None:
+    arrays = ("features", "image", "seg")
+    dataset = Counted(large, arrays)
+    wanted = [dict(dataset[index]) for index in range(len(GOOD))]
+    loader = loaded(dataset, sampler=[0, 1, 2, 3] * 10)
+    for _ in range(2):
+        for number, batch in enumerate(loader):
+            assert type(batch) is dict
+            assert list(batch) == [*arrays, "row", "key"], "nothing else, in this order"
+            check_batch(batch | {"index": [2 * number % 4, 2 * number % 4 + 1]}, wanted)
+            batch["features"] += 1  # whoever gets a batch may write to it
+    assert 0 < Counted.made.value <= IN_FLIGHT * len(arrays)
+    held = [batch["features"][1, 7:9] for batch in loader]
+    for _ in loader:
+        pass
+    for number, part in enumerate(held):
+        assert torch.equal(part, wanted[2 * number % 4 + 1]["features"][7:9]), "what is held is not written over"
+    assert Counted.made.value > IN_FLIGHT * len(arrays)
+
+
+@pytest.mark.timeout(120)
+@pytest.mark.filterwarnings("ignore:This DataLoader will create")
+def test_memory_that_a_fork_may_hold_is_not_used_again(large: str) -> None:
+    dataset = Counted(large)
+    wanted = dataset[0]["features"]
+    batches = iter(loaded(dataset, sampler=[0, 1, 2, 3] * 10))
+    batch = next(batches)
+    # A child that has the batch, and looks at it once its parent has read all others.
+    reader, writer = multiprocessing.get_context("fork").Pipe(duplex=False)
+
+    def look(features: Tensor) -> None:
+        reader.recv()
+        raise SystemExit(0 if torch.equal(features[0], wanted) else 1)
+
+    child = multiprocessing.get_context("fork").Process(target=look, args=(batch["features"],))
+    child.start()
+    del batch
+    for _ in batches:
+        pass
+    writer.send(0)
+    child.join(60)
+    assert child.exitcode == 0
+
+
+def with_more(samples: list[dict[str, Any]]) -> tuple[dict[str, Any], Tensor, dict[str, Any]]:
+    """A ``collate_fn`` that gives a batch twice, and a part of it besides."""
+    batch = default_collate(samples)
+    return batch, batch["features"][1], batch
+
+
+def with_a_part_first(samples: list[dict[str, Any]]) -> dict[str, Any]:
+    """A ``collate_fn`` whose part of a batch goes before it."""
+    batch = default_collate(samples)
+    return {"part": batch["features"][1], "batch": batch}
+
+
+def with_less(samples: list[dict[str, Any]]) -> dict[str, Any]:
+    """A ``collate_fn`` that changes a batch."""
+    batch: dict[str, Any] = default_collate(samples)
+    batch["features"] = 2 * batch["features"]
+    del batch["key"]
+    return batch
+
+
+def remembered(samples: list[dict[str, Any]], seen: list[Any] = []) -> dict[str, Any]:  # noqa: B006
+    """A ``collate_fn`` that keeps a batch and gives it once more."""
+    seen.append(default_collate(samples))
+    batch: dict[str, Any] = seen[0]
+    return batch
+
+
+@pytest.mark.timeout(120)
+@pytest.mark.filterwarnings("ignore:This DataLoader will create")
+def test_whatever_a_collate_fn_makes_of_batches_arrives_whole(large: str) -> None:
+    dataset = FeatureDataset(large)
+    wanted = [dataset[index]["features"] for index in range(4)]
+    parts = []
+    for number, (batch, part, again) in enumerate(loaded(dataset, sampler=[0, 1, 2, 3] * 5, collate_fn=with_more)):
+        both = torch.stack(wanted[2 * number % 4 :][:2])
+        assert torch.equal(batch["features"], both)
+        assert torch.equal(again["features"], both)
+        parts.append(part)
+    for number, part in enumerate(parts):
+        assert torch.equal(part, wanted[2 * number % 4 + 1])
+    parts = []
+    for number, both in enumerate(loaded(dataset, sampler=[0, 1, 2, 3] * 5, collate_fn=with_a_part_first)):
+        assert torch.equal(both["batch"]["features"], torch.stack(wanted[2 * number % 4 :][:2]))
+        parts.append(both["part"])
+    for number, part in enumerate(parts):
+        assert torch.equal(part, wanted[2 * number % 4 + 1])
+    for number, batch in enumerate(loaded(dataset, sampler=[0, 1, 2, 3] * 5, collate_fn=with_less)):
+        assert torch.equal(batch["features"], 2 * torch.stack(wanted[2 * number % 4 :][:2]))
+        assert "key" not in batch
+    for batch in loaded(dataset, sampler=[0, 1, 2, 3] * 5, collate_fn=remembered):
+        assert torch.equal(batch["features"], torch.stack(wanted[:2])), "a worker's own memory is not used again"
+
+
+@pytest.mark.timeout(120)
+@pytest.mark.filterwarnings("ignore:This DataLoader will create")
 def test_only_batches_lie_in_memory_of_several_processes(store: tuple[str, Blocks]) -> None:
     """Each tensor in it takes a file descriptor: of single samples that are copied anyway there would be thousands."""
-    dataset = FeatureDataset(store[0])
-    for wanted, whole in (
-        (True, dataset),
+    for made, whole in (
+        (True, dataset := Counted(store[0])),
         (False, ConcatDataset([dataset, dataset])),
-        (False, FeatureDataset(store[0], transform=scaled)),
+        (False, Counted(store[0], transform=scaled)),
     ):
-        (found, *_) = DataLoader(whole, 4, num_workers=1, multiprocessing_context="fork", collate_fn=shared)
-        assert found == [wanted] * 4
+        Counted.made.value = 0
+        for _ in loaded(whole):
+            pass
+        assert (Counted.made.value > 0) is made
+
+
+def test_shared_memory_of_sizes_that_are_not_asked_for_is_let_go() -> None:
+    memory = SharedMemory()
+    held = [memory.take((size,), torch.uint8) for size in [*range(1, 40), *[7] * 40]]
+    assert sum(map(len, memory._segments.values())) <= 12 + 10
+    for protocol in range(6):
+        copy = pickle.loads(pickle.dumps(memory, protocol))
+        assert copy.take((2, 3), torch.float32)[0].shape == (2, 3)
+    made = memory.made
+    del held
+    memory.take((7,), torch.uint8)
+    assert memory.made == made
+
+
+def test_a_batch_is_copied_and_pickled_as_any_dictionary(large: str) -> None:
+    dataset = FeatureDataset(large)
+    batch = default_collate(dataset._read(dataset.rows[:2].tolist(), shared=True))
+    for other in (copy.copy(batch), copy.deepcopy(batch), pickle.loads(pickle.dumps(batch)), {**batch}):
+        assert torch.equal(other["features"], batch["features"])
