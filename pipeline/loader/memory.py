@@ -7,7 +7,7 @@ import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from multiprocessing.reduction import ForkingPickler
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, TypeVar
 
 import numpy as np
 import torch
@@ -24,6 +24,25 @@ _KEPT_SIZES = 12
 _SMALLEST = 1 << 20  # below, malloc does the same
 # A worker has two batches waiting, one being read, and one that is worked on, with the next by then; twice as many.
 _KEPT_SEGMENTS = 10
+_Kept = TypeVar("_Kept")
+
+
+def _of_size(kept: OrderedDict[int, list[_Kept]], size: int) -> list[_Kept]:
+    """What is kept of a size; sizes that were not asked for lately are let go."""
+    found = kept.setdefault(size, [])
+    kept.move_to_end(size)
+    while len(kept) > _KEPT_SIZES:
+        kept.popitem(last=False)
+    return found
+
+
+def _tensor(
+    memory: Bytes, shape: tuple[int, ...], dtype: torch.dtype, left: Callable[..., None], *arguments: Any
+) -> Tensor:
+    """A tensor in this memory; ``left`` is called once nobody holds it or a slice of it, as those hold this view."""
+    view = memory.view()
+    weakref.finalize(view, left, *arguments).atexit = False
+    return torch.from_numpy(view).view(dtype).view(shape)
 
 
 class BatchMemory:
@@ -46,18 +65,12 @@ class BatchMemory:
         if size < _SMALLEST:
             return torch.empty(shape, dtype=dtype)
         with self._lock:
-            kept = self._free.setdefault(size, [])
-            self._free.move_to_end(size)
-            while len(self._free) > _KEPT_SIZES:
-                self._free.popitem(last=False)
+            kept = _of_size(self._free, size)
             memory = kept.pop() if kept else None
         if memory is None:
             self.made += 1
             memory = np.empty(size, np.uint8)
-        # The tensor, and every slice of it, holds this view: when it goes, nobody uses the memory any more.
-        view = memory.view()
-        weakref.finalize(view, self._give_back, memory).atexit = False
-        return torch.from_numpy(view).view(dtype).view(shape)
+        return _tensor(memory, shape, dtype, self._give_back, memory)
 
     def _give_back(self, memory: Bytes) -> None:
         with self._lock:
@@ -85,10 +98,7 @@ class SharedMemory:
     def take(self, shape: tuple[int, ...], dtype: torch.dtype) -> tuple[Tensor, "_Segment"]:
         """An uninitialised tensor, and the segment it lies in."""
         size = math.prod(shape) * dtype.itemsize
-        segments = self._segments.setdefault(size, [])
-        self._segments.move_to_end(size)
-        while len(self._segments) > _KEPT_SIZES:
-            self._segments.popitem(last=False)
+        segments = _of_size(self._segments, size)
         segment = next((one for one in segments if one.free), None)
         if segment is None:
             self.made += 1
@@ -112,11 +122,8 @@ class _Segment:
         return not self._used_here and not self._used_there[0]
 
     def tensor(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-        # Whatever is made of it holds this view.
-        view = self._bytes.view()
         self._used_here = True
-        weakref.finalize(view, self._left).atexit = False
-        return torch.from_numpy(view).view(dtype).view(shape)
+        return _tensor(self._bytes, shape, dtype, self._left)
 
     def _left(self) -> None:
         self._used_here = False
@@ -162,9 +169,7 @@ class SharedBatch(dict[str, Any]):
 def _received(values: dict[str, Any], opened: Mapping[str, Any]) -> dict[str, Any]:
     for name, (storage, shape, dtype) in opened.items():
         everything = _bytes_of(storage)
-        view = everything[: math.prod(shape) * dtype.itemsize]
-        weakref.finalize(view, _hand_back, everything[-1:], _forks).atexit = False
-        values[name] = torch.from_numpy(view).view(dtype).view(shape)
+        values[name] = _tensor(everything[:-1], shape, dtype, _hand_back, everything[-1:], _forks)
     return values
 
 
