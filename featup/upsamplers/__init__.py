@@ -3,8 +3,9 @@
 The protocol is :class:`Upsampler`; there is a file for each method, and two functions that create them by name.
 """
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 from featup.errors import GeometryError
 from featup.kernels.resample import BICUBIC_A
@@ -45,8 +46,7 @@ def create_upsampler(
     *,
     channels: int,
     checkpoint: str | Path | None = None,
-    sigma_space: float = 1.0,
-    sigma_colour: float = 0.2,
+    bilateral: Mapping[str, Any] | None = None,
 ) -> Upsampler:
     """Create an upsampler for inference.
 
@@ -54,7 +54,7 @@ def create_upsampler(
         channels: Of the backbone's features.
         checkpoint: For the trained methods: our safetensors file, or for ``jbu`` an official FeatUp ``.ckpt``. For
             ``anyup``: an official state dict; by default the published one, downloaded and cached.
-        sigma_space, sigma_colour: For ``bilateral``; see :class:`Bilateral`.
+        bilateral: Arguments of :class:`Bilateral`, for ``bilateral``; by default its own.
 
     Raises:
         GeometryError: an unknown name, no checkpoint where one is needed, or one for another number of channels.
@@ -64,7 +64,7 @@ def create_upsampler(
         case "nearest" | "bilinear" | "bicubic":
             upsampler: Upsampler = Interpolate(name)
         case "bilateral":
-            upsampler = Bilateral(sigma_space, sigma_colour)
+            upsampler = Bilateral(**bilateral or {})
         case "anyup":
             from featup.checkpoints import load_anyup
             from featup.published import checkpoint_file

@@ -14,7 +14,7 @@ from torch.nn import functional
 
 from featup.errors import GeometryError
 from featup.kernels.adaptive_conv import adaptive_conv
-from featup.kernels.resample import BICUBIC_A, interpolation_taps, resample
+from featup.kernels.resample import BICUBIC_A, Taps, interpolation_taps, resample
 from featup.upsamplers.base import ChannelMap, Upsampler, as_guidance, norm_preserving_mean, row_slices, stage_sizes
 
 __all__ = ["JointUpsampler", "resize_guidance"]
@@ -87,10 +87,11 @@ class JointUpsampler(Upsampler):
         """
         guidance = self.prepare_guidance(as_guidance(guidance, features.dtype))
         affinity = self.affinity_features(features)
-        low = (features.shape[1], features.shape[2])
-        coarse_guidance = _guidance_channels(guidance, affinity, low) if self.same_resolution_stages else guidance
-        for stage in range(-self.same_resolution_stages, 0):
-            features = norm_preserving_mean(partial(self.run_stage, stage, guidance=coarse_guidance), features)
+        if self.same_resolution_stages:
+            coarse_guidance = resize_guidance(guidance, (features.shape[1], features.shape[2]))
+            for stage in range(-self.same_resolution_stages, 0):
+                average = partial(self.run_stage, stage, guidance=coarse_guidance, affinity=affinity)
+                features = norm_preserving_mean(average, features)
         if channel_map is None:
             yield from self._upsampled_row_tiles(features, guidance, size, affinity)
             return
@@ -110,31 +111,32 @@ class JointUpsampler(Upsampler):
         sizes = stage_sizes(low, size)
         self.check_stages(len(sizes), low, size)
         for stage, stage_size in enumerate(sizes[:-1]):
-            features = self.run_stage(stage, features, _guidance_channels(guidance, affinity, stage_size))
+            features = self.run_stage(stage, features, resize_guidance(guidance, stage_size), affinity)
         if sizes:
-            yield from self._stage_row_tiles(len(sizes) - 1, features, _guidance_channels(guidance, affinity, size))
+            yield from self._stage_row_tiles(len(sizes) - 1, features, resize_guidance(guidance, size), affinity)
         else:
             # Without a stage this may be the caller's own tensor, which must not be written to.
             yield slice(0, size[0]), features.clone()
 
-    def run_stage(self, stage: int, features: Tensor, guidance: Tensor) -> Tensor:
-        """One stage: ``features [B, h, w, C]`` to the size of the prepared ``guidance [B, H, W, 3 + D]``."""
+    def run_stage(self, stage: int, features: Tensor, guidance: Tensor, affinity: Tensor | None = None) -> Tensor:
+        """One stage: ``features [B, h, w, C]`` to the size of the prepared ``guidance [B, H, W, 3]``.
+
+        ``affinity [B, h', w', D]``, of any size, are those of :meth:`affinity_features`.
+        """
         if torch.is_grad_enabled():
-            return torch.cat([tile for _, tile in self._stage_row_tiles(stage, features, guidance)], 1)
+            return torch.cat([tile for _, tile in self._stage_row_tiles(stage, features, guidance, affinity)], 1)
         whole = features.new_empty(len(features), *guidance.shape[1:3], features.shape[3])
-        for _ in self._stage_row_tiles(stage, features, guidance, whole):
+        for _ in self._stage_row_tiles(stage, features, guidance, affinity, whole):
             pass
         return whole
 
     def _stage_row_tiles(
-        self, stage: int, features: Tensor, guidance: Tensor, whole: Tensor | None = None
+        self, stage: int, features: Tensor, guidance: Tensor, affinity: Tensor | None, whole: Tensor | None = None
     ) -> Iterator[tuple[slice, Tensor]]:
         """The result of one stage in row tiles, written into ``whole`` if given."""
         _, height, width, _ = guidance.shape
         reach = 2 * self.radius
-        # The guidance is reflected at its border like the interpolated features.
-        above, beside = (interpolation_taps("nearest", side, side, reflect=self.radius) for side in (height, width))
-        padded = resample(guidance, above, beside)
+        padded_guidance = _PaddedGuidance(guidance, affinity, self.radius)
         down, across = (
             interpolation_taps("bicubic", low, high, self.radius, self.bicubic_a)
             for low, high in zip(features.shape[1:3], (height, width), strict=True)
@@ -142,17 +144,35 @@ class JointUpsampler(Upsampler):
         for rows in row_slices((height, width), self.tile_pixels, features.device):
             halo = slice(rows.start, rows.stop + reach)
             source = resample(features, down[halo], across)
-            filters = self.filters(stage, padded[:, halo])
+            filters = self.filters(stage, padded_guidance.rows(halo))
             yield rows, adaptive_conv(source, filters, out=None if whole is None else whole[:, rows])
 
 
-def _guidance_channels(guidance: Tensor, affinity: Tensor | None, size: tuple[int, int]) -> Tensor:
-    """Colours at ``size`` and, after them, affinity features interpolated from the coarse grid."""
-    guidance = resize_guidance(guidance, size)
-    if affinity is None:
-        return guidance
-    rows, cols = (interpolation_taps("bilinear", affinity.shape[axis + 1], size[axis]) for axis in (0, 1))
-    return torch.cat([guidance, resample(affinity, rows, cols)], -1)
+class _PaddedGuidance:
+    """The guidance channels of a stage, reflected at their border like the interpolated features.
+
+    Affinity features are interpolated from the coarse grid for the rows that are asked for: at the stage's size all of
+    them would take more memory than the image.
+    """
+
+    def __init__(self, colours: Tensor, affinity: Tensor | None, radius: int) -> None:
+        size = (colours.shape[1], colours.shape[2])
+        above, beside = (interpolation_taps("nearest", side, side, reflect=radius) for side in size)
+        self._colours = resample(colours, above, beside)
+        self._affinity = affinity
+        if affinity is not None:
+            taps = (interpolation_taps("bilinear", affinity.shape[axis + 1], size[axis]) for axis in (0, 1))
+            self._rows, self._columns = (
+                Taps(inside.index[at.index[:, 0]], inside.weight[at.index[:, 0]], inside.size)
+                for inside, at in zip(taps, (above, beside), strict=True)
+            )
+
+    def rows(self, part: slice) -> Tensor:
+        """Rows of the padded map: ``[B, rows, W + 2r, 3 + D]``."""
+        colours = self._colours[:, part]
+        if self._affinity is None:
+            return colours
+        return torch.cat([colours, resample(self._affinity, self._rows[part], self._columns)], -1)
 
 
 def resize_guidance(guidance: Tensor, size: tuple[int, int]) -> Tensor:

@@ -130,8 +130,7 @@ class Extractor:
             name,
             channels=self.backbone.channels,
             checkpoint=checkpoint,
-            sigma_space=config.sigma_space,
-            sigma_colour=config.sigma_colour,
+            bilateral=config.bilateral,
         ).to(self.device)
         self.digests = {"backbone": self.backbone.digest}
         if checkpoint:

@@ -6,6 +6,7 @@ from typing import get_args
 
 from featup.names import PublishedName, TrainableName, UpsamplerName
 from pipeline.config.base import BackboneConfig
+from pipeline.config.bilateral import BilateralOptions
 from pipeline.decode.options import DepthOptions
 from pipeline.options import option
 
@@ -31,7 +32,7 @@ def _is_method(row: str) -> bool:
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvaluateConfig(DepthOptions, BackboneConfig):
+class EvaluateConfig(BilateralOptions, DepthOptions, BackboneConfig):
     """Options of ``featup evaluate``: shards of labelled images in, a table of upsamplers out."""
 
     train: tuple[str, ...] = option(
@@ -77,8 +78,6 @@ class EvaluateConfig(DepthOptions, BackboneConfig):
     factor: int = option(
         2, "strided and large_image: how many times finer their features are", group="upsampler", at_least=1, at_most=64
     )
-    sigma_space: float = option(1.0, "bilateral: in pixels of a stage", group="upsampler", above=0)
-    sigma_colour: float = option(0.2, "bilateral: on RGB in [-1, 1]", group="upsampler", above=0)
 
     views: int = option(
         0,

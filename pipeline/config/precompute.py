@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Literal, get_args
 from featup.errors import GeometryError
 from featup.names import FitBase, PublishedName, TrainableName, UpsamplerName
 from pipeline.config.base import LARGEST_SEED, InputConfig, whole_gpus
+from pipeline.config.bilateral import BilateralOptions
 from pipeline.decode.options import LabelOptions
 from pipeline.errors import Reason
 from pipeline.options import Size, option
@@ -18,7 +19,7 @@ __all__ = ["PrecomputeConfig"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class PrecomputeConfig(LabelOptions, InputConfig):
+class PrecomputeConfig(BilateralOptions, LabelOptions, InputConfig):
     """Options of ``featup precompute``: shards of images in, a store of features out."""
 
     label_dir: tuple[str, ...] = option(
@@ -51,9 +52,6 @@ class PrecomputeConfig(LabelOptions, InputConfig):
         at_least=1,
         at_most=16384,
     )
-    sigma_space: float = option(1.0, "bilateral: in pixels of a stage", group="upsampler", above=0)
-    sigma_colour: float = option(0.2, "bilateral: on RGB in [-1, 1]", group="upsampler", above=0)
-
     fit_base: FitBase = option(
         "bilateral",
         "implicit: the upsampler of the initial map: bilinear, bilateral, or jbu with its checkpoint",

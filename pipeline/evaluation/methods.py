@@ -223,8 +223,7 @@ def _upsampler_method(
         name,  # type: ignore[arg-type]  # the config has checked it
         channels=backbone.channels,
         checkpoint=checkpoint,
-        sigma_space=config.sigma_space,
-        sigma_colour=config.sigma_colour,
+        bilateral=config.bilateral,
     ).to(device)
     if checkpoint is None:
         return UpsamplerMethod(name, upsampler)

@@ -14,7 +14,11 @@ from PIL import Image
 
 ROOT = Path(__file__).resolve().parents[2]
 # A real timm ViT with patch 16, made by timm for tests: 0.4 million parameters, random here.
-TINY = ("--backbone", "test_vit", "--pretrained", "false", "--size", "64", "--object-store-mb", "100")
+TINY = (
+    *("--backbone", "test_vit", "--pretrained", "false", "--size", "64", "--object-store-mb", "100"),
+    # Most tests are not about actors, and every actor is one more process that imports torch and timm.
+    *("--actors", "1"),
+)
 
 
 def environment() -> dict[str, str]:

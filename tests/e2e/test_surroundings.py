@@ -188,14 +188,14 @@ def test_what_a_machine_cannot_give_is_refused_before_anything_waits(shards: Pat
 def test_actors_are_as_many_as_the_machine_bears_and_another_number_goes_on(shards: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     command = ("--shards", shards, "--out", out, *SMALL, "--rows-per-shard", 1)
-    job = support.start("precompute", *command, log=tmp_path / "log")
+    job = support.start("precompute", *command, "--actors", "auto", log=tmp_path / "log")
     support.wait_for(lambda: support.receipts(out), "a receipt")
     job.terminate()
     assert job.wait(timeout=60) == 143
     actors = min(len(os.sched_getaffinity(0)), 16 // 4)
     assert re.search(rf"^actors: {actors} \(auto: (one for each core|16 units to do, at least 4 for each)\)$",
                      (tmp_path / "log").read_text(), re.MULTILINE)  # fmt: skip
-    text = run("precompute", *command, "--actors", 1)
+    text = run("precompute", *command)
     assert "input 16 = ok 16 + failed 0" in text
     assert "actors: " not in text
 
