@@ -2,13 +2,12 @@
 
 from typing import Literal
 
-__all__ = ["FitBase", "PublishedName", "RangeKernel", "TrainableName", "UpsamplerName"]
+__all__ = ["FitBase", "PublishedName", "TrainableName", "UpsamplerName"]
 
-TrainableName = Literal["jbu", "resize_conv", "carafe", "sapa", "ifa"]
+TrainableName = Literal["jbu", "resize_conv", "carafe", "sapa", "ifa", "anyup"]
 PublishedName = Literal["anyup"]
 """Upsamplers with a published checkpoint for all backbones, which is used where no other is given."""
 UpsamplerName = Literal[
     "nearest", "bilinear", "bicubic", "bilateral", "anyup", "jbu", "resize_conv", "carafe", "sapa", "ifa"
 ]
 FitBase = Literal["bilinear", "bilateral", "jbu"]
-RangeKernel = Literal["projection", "distance"]

@@ -5,7 +5,7 @@ sum over the window around it. The weights come from the image at that size. The
 works in row tiles and holds the weights of one tile at a time.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 
 import torch
@@ -61,6 +61,13 @@ class JointUpsampler(Upsampler):
             ``[1, h, w, 2r + 1, 2r + 1]``.
         """
         raise NotImplementedError
+
+    def stage_filters(self, stage: int) -> Callable[[Tensor], Tensor]:
+        """The function that computes the filters of a stage's row tiles, :meth:`filters` by default.
+
+        It is asked for once for each image and stage. A sub-class samples here what all tiles share.
+        """
+        return partial(self.filters, stage)
 
     def check_stages(self, count: int, low: tuple[int, int], high: tuple[int, int]) -> None:
         """Raise if ``count`` 2x stages from ``low`` to ``high`` cannot be served; by default all can."""
@@ -139,10 +146,11 @@ class JointUpsampler(Upsampler):
             interpolation_taps("bicubic", low, high, self.radius, self.bicubic_a)
             for low, high in zip(features.shape[1:3], (height, width), strict=True)
         )
+        filters_of = self.stage_filters(stage)
         for rows in row_slices((height, width), self.tile_pixels, features.device):
             halo = slice(rows.start, rows.stop + reach)
             source = resample(features, down[halo], across)
-            filters = self.filters(stage, padded[:, halo])
+            filters = filters_of(padded[:, halo])
             yield rows, adaptive_conv(source, filters, out=None if whole is None else whole[:, rows])
 
 
