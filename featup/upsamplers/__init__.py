@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import get_args
 
 from featup.errors import GeometryError
-from featup.names import TrainableName, UpsamplerName
+from featup.names import PublishedName, TrainableName, UpsamplerName
 from featup.upsamplers.anyup import AnyUp
 from featup.upsamplers.base import ChannelMap, Upsampler
 from featup.upsamplers.bilateral import Bilateral
@@ -85,7 +85,9 @@ def create_upsampler(
     return upsampler.eval().requires_grad_(False)
 
 
-def create_trainable(name: TrainableName, channels: int, *, stages: int = 4, width: int | None = None) -> Upsampler:
+def create_trainable(
+    name: TrainableName | PublishedName, channels: int, *, stages: int = 4, width: int | None = None
+) -> Upsampler:
     """Create an upsampler for training, with initial weights from torch's global generator.
 
     Args:
@@ -111,4 +113,5 @@ def create_trainable(name: TrainableName, channels: int, *, stages: int = 4, wid
         case "anyup":
             return AnyUp(**hidden)
         case _:
-            raise GeometryError(f"no upsampler {name!r} to train; there are {', '.join(get_args(TrainableName))}")
+            names = (*get_args(TrainableName), *get_args(PublishedName))
+            raise GeometryError(f"no upsampler {name!r} to train; there are {', '.join(names)}")

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from featup.names import TrainableName
+from featup.names import PublishedName, TrainableName
 from pipeline.config.base import LARGEST_SEED, InputConfig, whole_gpus
 from pipeline.inputs import storage
 from pipeline.options import option
@@ -22,7 +22,7 @@ _PRESETS: dict[str, dict[str, int]] = {
 class TrainConfig(InputConfig):
     """Options of ``featup train``: shards of images in, a trained upsampler out."""
 
-    upsampler: TrainableName = option(
+    upsampler: TrainableName | PublishedName = option(
         "jbu", "the upsampler to train: jbu, resize_conv, carafe, sapa, ifa or anyup", group="upsampler"
     )
     stages: int | None = option(

@@ -171,7 +171,7 @@ def test_training_reduces_the_loss(name: str, steps: int, share: float) -> None:
     assert losses[-1] < share * losses[0], f"{name}: {losses[0]:.4f} -> {losses[-1]:.4f}"
 
 
-@pytest.mark.parametrize("name", get_args(TrainableName))
+@pytest.mark.parametrize("name", [*get_args(TrainableName), "anyup"])
 def test_create_trainable(name: TrainableName) -> None:
     torch.manual_seed(3)
     first = create_trainable(name, 7)
