@@ -1,5 +1,6 @@
 """Options of ``featup train``."""
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -45,6 +46,7 @@ class TrainConfig(InputConfig):
         (),
         "more backbones for anyup by crops, NAME or NAME=WEIGHTS, each with its last map; the steps take turns",
         group="upsampler",
+        run=True,
     )
 
     preset: Literal["fast", "paper"] = option(
@@ -169,6 +171,11 @@ class TrainConfig(InputConfig):
         for name, value in _PRESETS.get(self.preset, _PRESETS["fast"]).items():
             if getattr(self, name) is None:
                 object.__setattr__(self, name, value)
+        # Workers may have another working folder.
+        others = [text.partition("=") for text in self.also_backbones]
+        object.__setattr__(
+            self, "also_backbones", tuple(name + equals + _absolute(file) for name, equals, file in others)
+        )
         super().__post_init__()
 
     def _checks(self) -> Sequence[tuple[bool, str]]:
@@ -195,3 +202,8 @@ class TrainConfig(InputConfig):
                 "log.jsonl holds the same numbers",
             ),
         ]
+
+
+def _absolute(file: str) -> str:
+    """A local path made absolute; URLs and no file stay as they are."""
+    return os.path.abspath(os.path.expanduser(storage.local_path(file))) if file and storage.is_local(file) else file

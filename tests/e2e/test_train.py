@@ -263,3 +263,16 @@ def test_what_is_trained_is_for_precompute(whole: tuple[Path, str], shards: Path
     text = run("precompute", *command, "--out", tmp_path / "other", *other, status=1)
     assert "was made for test_vit, layer 5, norm model, with weights" in text
     assert "the backbone is test_vit, layer 2, norm model, with weights" in text
+
+
+@pytest.mark.ray
+def test_a_stack_for_stride_32_is_trained_and_used(shards: Path, tmp_path: Path) -> None:
+    """Five stages. Four were made for every backbone, and 'train a deeper stack' could not be followed."""
+    options = ("--backbone", "mobilenetv3_small_050", "--pretrained", "false", "--stride", 32, "--size", "64x96")
+    options = (*options, "--object-store-mb", 100, "--max-failed-fraction", 0.5)
+    out, store = tmp_path / "out", tmp_path / "store"
+    text = run("train_jbu", "--shards", shards, "--out", out, *options, "--steps", 2, "--holdout", 2)
+    assert "2x3 to 64x96" in text
+    command = ("--shards", shards, "--upsampler", "jbu", "--checkpoint", out / "last.safetensors", *options)
+    assert "2x3 to 64x96 by jbu" in run("precompute", *command, "--out", store)
+    assert "clean: " in run("verify", store)

@@ -1,5 +1,6 @@
 """Options of training that are refused, and those that may change in a run that goes on."""
 
+import os
 import re
 from typing import Any
 
@@ -82,6 +83,12 @@ def test_options_win_over_the_preset_and_what_was_resolved_is_recorded() -> None
     recorded = describe(paper)
     assert (recorded["preset"], recorded["jitters"], recorded["steps"]) == ("paper", 5, 50)
     assert read_config(TrainConfig, recorded) == paper
+
+
+def test_weights_of_other_backbones_are_found_from_another_folder() -> None:
+    crops: dict[str, Any] = {"upsampler": "anyup", "objective": "crops"}
+    found = config(also_backbones=("resnet50", "vit_tiny=w/v.pth", "a.b=s3://w/x.pth"), **crops).also_backbones
+    assert found == ("resnet50", f"vit_tiny={os.getcwd()}/w/v.pth", "a.b=s3://w/x.pth")
 
 
 def test_options_are_read_and_written_like_those_of_precompute() -> None:
