@@ -165,7 +165,7 @@ def test_initial_uncertainty_is_near_one() -> None:
     assert 0.7 < log_sigma.exp().median() < 1.6
     certain = LogSigma(4)
     certain.linear.bias.data.fill_(-100.0)
-    assert certain(features[..., :4]).exp().min() == pytest.approx(1e-4)
+    assert certain(features[..., :4]).exp().min().item() == pytest.approx(1e-4)
 
 
 def test_the_crf_compares_colours_in_the_normalisation_of_imagenet(backbone: Backbone) -> None:
