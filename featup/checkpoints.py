@@ -57,19 +57,12 @@ def _same_names(*names: str) -> dict[str, str]:
 # The trainable upsamplers: the class, and its constructor arguments by their names in the description of a file. The
 # attributes are called like the arguments, but the attribute ``stages`` is the module list itself.
 _TRAINABLE: dict[str, tuple[type[Upsampler], dict[str, str]]] = {
-    "jbu": (
-        JBU,
-        {
-            **_same_names("channels", "stages", "key_dim", "radius", "guidance_mean", "guidance_std", "kernel"),
-            "feature_keys": "affinity_channels",
-            "coarse_stages": "same_resolution_stages",
-            "bicubic_a": "bicubic_a",
-        },
-    ),
+    "jbu": (JBU, _same_names("channels", "stages", "key_dim", "radius", "guidance_mean", "guidance_std")),
     "resize_conv": (ResizeConv, _same_names("channels", "stages", "width")),
     "carafe": (CARAFE, _same_names("channels", "stages", "width")),
     "sapa": (SAPA, _same_names("channels", "stages", "width", "key_dim")),
     "ifa": (IFA, _same_names("channels", "width")),
+    "anyup": (AnyUp, _same_names("width")),
 }
 # What the names of a PCA's tensors begin with in the file of a probe.
 _PCA = "pca."
@@ -231,6 +224,12 @@ def load_upsampler(path: str | Path, name: str) -> Upsampler:
         return load_anyup(path)
     upsampler_class, arguments = _TRAINABLE[name]
     description, tensors = _unpack(path, name, arguments)
+    if description.get("kernel", "projection") != "projection":
+        raise WeightsError(
+            f"{path}: a JBU with kernel={description['kernel']!r}, which is not the paper's and is not made any more. "
+            "It is the filter now called 'bilateral' (with features), which needs no checkpoint: use that upsampler, "
+            "or train a jbu for this backbone"
+        )
     upsampler = upsampler_class(**{argument: description[name] for name, argument in arguments.items()})
     load_strict(upsampler, tensors, str(path))
     return upsampler.eval().requires_grad_(False)

@@ -2,13 +2,13 @@
 
 from typing import Literal
 
-__all__ = ["FitBase", "PublishedName", "RangeKernel", "TrainableName", "UpsamplerName"]
+__all__ = ["FitBase", "PublishedName", "TrainableName", "UpsamplerName"]
 
 TrainableName = Literal["jbu", "resize_conv", "carafe", "sapa", "ifa"]
+"""Upsamplers that are trained for one backbone, and always need a checkpoint."""
 PublishedName = Literal["anyup"]
-"""Upsamplers with a published checkpoint for all backbones, which is used where no other is given."""
+"""Upsamplers with a published checkpoint for all backbones, used where no other is given; they can be trained too."""
 UpsamplerName = Literal[
     "nearest", "bilinear", "bicubic", "bilateral", "anyup", "jbu", "resize_conv", "carafe", "sapa", "ifa"
 ]
 FitBase = Literal["bilinear", "bilateral", "jbu"]
-RangeKernel = Literal["projection", "distance"]

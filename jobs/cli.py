@@ -17,6 +17,7 @@ COMMANDS = (
     "status",
     "show",
     "verify",
+    "train",
     "train_jbu",
     "train_probe",
     "predict",

@@ -50,8 +50,15 @@ def test_an_unknown_command_is_one_line_with_the_nearest(capsys: pytest.CaptureF
 
 def test_dashes_in_a_command_are_underscores(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit, match="0"):
-        main(["train-jbu", "--help"])
-    assert "Train a learned upsampler" in capsys.readouterr().out
+        main(["train-probe", "--help"])
+    assert "Fit a linear probe" in capsys.readouterr().out
+
+
+def test_the_older_name_of_train_does_the_same(capsys: pytest.CaptureFixture[str]) -> None:
+    for name in ("train", "train-jbu"):
+        with pytest.raises(SystemExit, match="2"):
+            main([name, "--steps", "0", "--shards", "a.tar", "--out", "o"])
+        assert "train: error: steps=0 must be at least 1" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("words", [["--help"], *([name, "--help"] for name in COMMANDS)], ids=" ".join)

@@ -1,6 +1,6 @@
-"""Training of upsamplers: the terms of the loss, and the multi-view objective that combines them.
+"""Training of upsamplers: the terms of the losses, and the two objectives that combine them.
 
-The objective, in ``objective``, is imported from its module.
+The objectives, in ``multi_view`` and ``crops``, are imported from their modules.
 """
 
 from featup.training.losses import (

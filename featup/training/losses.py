@@ -85,7 +85,8 @@ def sampled_crf(features: Tensor, guidance: Tensor, rows: Tensor, cols: Tensor) 
 
     Args:
         features: ``[B, H, W, C]``.
-        guidance: ``[B, H, W, 3]``, the image, normalised as for the backbone.
+        guidance: ``[B, H, W, 3]``, the image, normalised with the mean and standard deviation of ImageNet: the
+            constants are for colours on that scale.
         rows, cols: int64 ``[N]``, the same for all images; see :func:`sample_positions`.
 
     Raises:

@@ -8,8 +8,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 from featup.errors import GeometryError
-from featup.kernels.resample import BICUBIC_A
-from featup.names import RangeKernel, TrainableName, UpsamplerName
+from featup.names import PublishedName, TrainableName, UpsamplerName
 from featup.upsamplers.anyup import AnyUp
 from featup.upsamplers.base import ChannelMap, Upsampler
 from featup.upsamplers.bilateral import Bilateral
@@ -31,7 +30,6 @@ __all__ = [
     "ChannelMap",
     "DeepImagePrior",
     "Interpolate",
-    "RangeKernel",
     "ResizeConv",
     "TrainableName",
     "Upsampler",
@@ -53,7 +51,7 @@ def create_upsampler(
     Args:
         channels: Of the backbone's features.
         checkpoint: For the trained methods: our safetensors file, or for ``jbu`` an official FeatUp ``.ckpt``. For
-            ``anyup``: an official state dict; by default the published one, downloaded and cached.
+            ``anyup``: our file, or an official state dict; by default the published one, downloaded and cached.
         bilateral: Arguments of :class:`Bilateral`, for ``bilateral``; by default its own.
 
     Raises:
@@ -88,45 +86,32 @@ def create_upsampler(
 
 
 def create_trainable(
-    name: TrainableName,
-    channels: int,
-    kernel: RangeKernel = "distance",
-    initial_sigmas: tuple[float, float] = (3.0, 0.1),
-    affinity_channels: int = 0,
-    same_resolution_stages: int = 0,
-    bicubic_a: float = BICUBIC_A,
+    name: TrainableName | PublishedName, channels: int, *, stages: int = 4, width: int | None = None
 ) -> Upsampler:
     """Create an upsampler for training, with initial weights from torch's global generator.
 
     Args:
-        channels: Of the backbone's features.
-        kernel, initial_sigmas, affinity_channels, same_resolution_stages, bicubic_a: For ``jbu``; see
-            :class:`featup.upsamplers.jbu.JBU`.
+        channels: Of the backbone's features; ``anyup`` serves any number of them.
+        stages: Number of 2x stages, for all but ``ifa`` and ``anyup``, which serve any size.
+        width: Channels of the hidden maps, of ``jbu`` and ``anyup`` the keys; by default the upsampler's own.
 
     Raises:
-        GeometryError: an unknown name.
+        GeometryError: an unknown name, or a width that ``anyup`` cannot divide.
     """
+    hidden = {} if width is None else {"width": width}
     match name:
         case "jbu":
-            if kernel == "distance":
-                return JBU(
-                    channels,
-                    kernel=kernel,
-                    initial_sigmas=initial_sigmas,
-                    affinity_channels=affinity_channels,
-                    same_resolution_stages=same_resolution_stages,
-                    bicubic_a=bicubic_a,
-                    guidance_mean=(0.5,) * 3,
-                    guidance_std=(0.5,) * 3,
-                )
-            return JBU(channels)
+            return JBU(channels, stages) if width is None else JBU(channels, stages, width)
         case "resize_conv":
-            return ResizeConv(channels)
+            return ResizeConv(channels, stages, **hidden)
         case "carafe":
-            return CARAFE(channels)
+            return CARAFE(channels, stages, **hidden)
         case "sapa":
-            return SAPA(channels)
+            return SAPA(channels, stages, **hidden)
         case "ifa":
-            return IFA(channels)
+            return IFA(channels, **hidden)
+        case "anyup":
+            return AnyUp(**hidden)
         case _:
-            raise GeometryError(f"no upsampler {name!r} to train; there are {', '.join(get_args(TrainableName))}")
+            names = (*get_args(TrainableName), *get_args(PublishedName))
+            raise GeometryError(f"no upsampler {name!r} to train; there are {', '.join(names)}")

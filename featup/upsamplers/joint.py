@@ -5,7 +5,7 @@ sum over the window around it. The weights come from the image at that size. The
 works in row tiles and holds the weights of one tile at a time.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 
 import torch
@@ -14,7 +14,7 @@ from torch.nn import functional
 
 from featup.errors import GeometryError
 from featup.kernels.adaptive_conv import adaptive_conv
-from featup.kernels.resample import BICUBIC_A, Taps, interpolation_taps, resample
+from featup.kernels.resample import Taps, interpolation_taps, resample
 from featup.upsamplers.base import ChannelMap, Upsampler, as_guidance, norm_preserving_mean, row_slices, stage_sizes
 
 __all__ = ["JointUpsampler", "resize_guidance"]
@@ -29,8 +29,6 @@ class JointUpsampler(Upsampler):
 
     same_resolution_stages = 0
     """How many stages filter the coarse features at their own size, before the 2x stages."""
-    bicubic_a = BICUBIC_A
-    """Keys' ``a`` of the interpolation inside a stage; see :func:`featup.kernels.resample.interpolation_taps`."""
 
     def __init__(self, radius: int, tile_pixels: int | None) -> None:
         """
@@ -61,6 +59,13 @@ class JointUpsampler(Upsampler):
             ``[1, h, w, 2r + 1, 2r + 1]``.
         """
         raise NotImplementedError
+
+    def stage_filters(self, stage: int) -> Callable[[Tensor], Tensor]:
+        """The function that computes the filters of a stage's row tiles, :meth:`filters` by default.
+
+        It is asked for once for each image and stage. A sub-class samples here what all tiles share.
+        """
+        return partial(self.filters, stage)
 
     def check_stages(self, count: int, low: tuple[int, int], high: tuple[int, int]) -> None:
         """Raise if ``count`` 2x stages from ``low`` to ``high`` cannot be served; by default all can."""
@@ -138,13 +143,14 @@ class JointUpsampler(Upsampler):
         reach = 2 * self.radius
         padded_guidance = _PaddedGuidance(guidance, affinity, self.radius)
         down, across = (
-            interpolation_taps("bicubic", low, high, self.radius, self.bicubic_a)
+            interpolation_taps("bicubic", low, high, self.radius)
             for low, high in zip(features.shape[1:3], (height, width), strict=True)
         )
+        filters_of = self.stage_filters(stage)
         for rows in row_slices((height, width), self.tile_pixels, features.device):
             halo = slice(rows.start, rows.stop + reach)
             source = resample(features, down[halo], across)
-            filters = self.filters(stage, padded_guidance.rows(halo))
+            filters = filters_of(padded_guidance.rows(halo))
             yield rows, adaptive_conv(source, filters, out=None if whole is None else whole[:, rows])
 
 

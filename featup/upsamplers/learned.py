@@ -50,7 +50,8 @@ class LearnedUpsampler(Upsampler):
         if len(sizes) > available:
             raise GeometryError(
                 f"{self.name}: {low} to {size} (height, width) takes {len(sizes)} 2x stages and there are {available}; "
-                f"ask for at most {tuple(side << available for side in low)}, or train with more stages"
+                f"ask for at most {tuple(side << available for side in low)}, or train one for this "
+                f"size: featup train --upsampler {self.name} --stages {len(sizes)}"
             )
         return sizes
 

@@ -6,7 +6,7 @@ checkpoint to the same result, with as many workers as there are now.
 
 A run leaves in ``OUT``::
 
-    OUT/last.safetensors  OUT/best.safetensors    the upsampler after the last step, and where it was best
+    OUT/last.safetensors  OUT/best.safetensors    the upsampler after the last step, and of least held-out loss
     OUT/log.jsonl  OUT/loss.png                   a line per step, and the picture of it
     OUT/config.yaml                               all options
     OUT/plan/  OUT/checkpoints/                   tar indices and the record of the run; Ray Train's checkpoints
@@ -32,7 +32,6 @@ from pipeline.cluster.planning import index_on_ray
 from pipeline.cluster.resources import await_resources, cluster_resources, default_gpus
 from pipeline.cluster.train_worker import CHECKPOINTS, StepBoard, mend_snapshot, train_worker
 from pipeline.compute.allotment import this_machine
-from pipeline.compute.models import make_backbone
 from pipeline.compute.prepare import plan_input, versions
 from pipeline.config.base import describe
 from pipeline.config.train import TrainConfig
@@ -41,8 +40,8 @@ from pipeline.inputs import storage
 from pipeline.inputs.plan import Plan
 from pipeline.progress import CountProgress, is_live
 from pipeline.store.lease import Lease
+from pipeline.training.create import describe_backbones, make_backbones
 from pipeline.training.log import plot_log, read_log, recorded_steps, warn_of_bilinear
-from pipeline.training.loop import describe_backbone
 from pipeline.training.order import SampleOrder, count_held_out
 from pipeline.training.run import check_run, record_run
 
@@ -68,10 +67,10 @@ def train(config: TrainConfig) -> None:
                 needed = _missing(config, config.gpus_per_worker or 0.0, this_machine())
                 await_resources(lambda: needed, seconds=0.0, report=print)
             # Options that do not fit the backbone are refused here, before Ray starts.
-            backbone = describe_backbone(config, make_backbone(config))
+            backbones = describe_backbones(config, make_backbones(config))
             # Ray Train has a helper that warns every second where there is no dashboard to ask.
             connect(config.object_store_mb, ray.LoggingConfig(log_level="ERROR"))
-            _run(config, lease, on_cluster, backbone)
+            _run(config, lease, on_cluster, backbones)
         except (KeyboardInterrupt, SystemExit) as stop:
             # Ctrl-C or SIGTERM: the job's last line says how far it came.
             done = f"{recorded_steps(config.out)} of {config.steps} steps done, up to the last checkpoint"
@@ -79,7 +78,7 @@ def train(config: TrainConfig) -> None:
             raise
 
 
-def _run(config: TrainConfig, lease: Lease, on_cluster: bool, backbone: dict[str, Any]) -> None:
+def _run(config: TrainConfig, lease: Lease, on_cluster: bool, backbones: Sequence[dict[str, Any]]) -> None:
     """Record the run, let the workers train, and write the picture and the summary."""
     gpus = default_gpus(config.gpus_per_worker)
     await_resources(
@@ -90,23 +89,25 @@ def _run(config: TrainConfig, lease: Lease, on_cluster: bool, backbone: dict[str
     shards = plan_input(config, index_all=index_on_ray)
     plan = Plan(shards, 1, storage.join(config.out, "plan", "index"))
     order = SampleOrder(plan.samples, count_held_out(config.holdout, plan.samples), config.seed)
-    identity = config.identity() | {"backbone digest": backbone["digest"]}
+    identity = config.identity() | {"backbone digests": [backbone["digest"] for backbone in backbones]}
     identity |= {"input shards": len(shards), "input samples": plan.samples, "input digest": plan.digest}
     if any(shard.spread for shard in shards):
         # The first samples were taken once: such a run is another one.
         identity["samples within the limit"] = "spread evenly over the input"
     check_run(config.out, identity)
-    provenance = {"identity": identity, "config": describe(config), "backbone": backbone, "versions": versions()}
+    provenance = {"identity": identity, "config": describe(config), "backbones": backbones, "versions": versions()}
     record_run(config.out, provenance)
     storage.write_atomic(
         storage.join(config.out, "config.yaml"), yaml.safe_dump(describe(config), sort_keys=False).encode()
     )
     for fault in plan.faults:
         print(f"input fault: {fault}", flush=True)
+    backbone = backbones[0]
     print(
         f"{config.out}: {len(order)} samples to train on and {order.holdout} held out; {config.upsampler} for "
-        f"{config.backbone}, {backbone['grid'][0]}x{backbone['grid'][1]} to {config.size}, {backbone['channels']} "
-        f"channels; {config.steps} steps of {config.batch_size} images, workers: {config.workers}",
+        f"{', '.join([config.backbone, *config.also_backbones])}, {backbone['grid'][0]}x{backbone['grid'][1]} to "
+        f"{config.size}, {backbone['channels']} channels; by {config.objective}, preset {config.preset}: "
+        f"{config.steps} steps of {config.batch_size} images, workers: {config.workers}",
         flush=True,
     )
     mend_snapshot(config)
@@ -216,11 +217,10 @@ def _conclude(
     )
     for text in metrics["failures"]:
         print(f"  {text}")
-    scores = {line["step"]: line["explained_variance"] for line in lines if "explained_variance" in line}
     print(
-        f"explained variance on held-out images: {metrics['best']:.4f} at step {metrics['best_step']}, "
-        f"{scores[config.steps]:.4f} at the end, {lines[0]['bilinear']:.4f} by bilinear; "
-        f"{storage.join(config.out, 'best.safetensors')}",
+        f"held-out loss: {metrics['best']:.4f} at step {metrics['best_step']}, {lines[-1]['held_out_loss']:.4f} at the "
+        f"end, {lines[0]['held_out_loss']:.4f} before training, {lines[0]['bilinear']['held_out_loss']:.4f} by "
+        f"bilinear; {storage.join(config.out, 'best.safetensors')}",
         flush=True,
     )
     if warning := warn_of_bilinear(config, lines, metrics["best"]):

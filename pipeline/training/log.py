@@ -52,34 +52,30 @@ def _place(out: str) -> str:
 
 
 def warn_of_bilinear(config: TrainConfig, lines: Sequence[Mapping[str, Any]], best: float) -> str:
-    """What to do where a run's last weights explain less of held-out images than bilinear interpolation; else empty.
+    """What to do where a run's last weights predict held-out images worse than bilinear interpolation; else empty.
 
     Args:
         config: Of the run.
         lines: Of its whole log, from step 0 on.
-        best: The explained variance of the best weights.
+        best: The held-out loss of the best weights.
     """
-    bilinear, last = lines[0]["bilinear"], lines[-1]["explained_variance"]
-    if last >= bilinear:
+    bilinear, last = lines[0]["bilinear"]["held_out_loss"], lines[-1]["held_out_loss"]
+    if last <= bilinear:
         return ""
     text = (
-        "warning: the last weights explain less of held-out images than bilinear interpolation "
-        f"({last:.4f}, bilinear {bilinear:.4f})"
+        "warning: the last weights predict held-out images worse than bilinear interpolation "
+        f"(held-out loss {last:.4f}, bilinear {bilinear:.4f})"
     )
-    if best >= bilinear:
-        return f"{text}; the best ones explain {best:.4f}: use best.safetensors"
-    if config.upsampler == "jbu" and config.kernel == "distance":
-        cure = "a lower --lr, more --steps, or for small things --start-space 1 --coarse-stages 0"
-    else:
-        cure = "more --steps, with --lr 1e-3 --crf 0, as the initial weights are random"
+    if best <= bilinear:
+        return f"{text}; that of the best ones is {best:.4f}: use best.safetensors"
     return (
-        f"{text}, and so do the best ones ({best:.4f}). Do not use them: train again in another --out, with {cure}; "
-        "or use --upsampler bilateral, which needs no training"
+        f"{text}, and so do the best ones ({best:.4f}). Do not use them: train again in another --out with more "
+        f"--steps than {config.steps}, or use --upsampler bilateral, which needs no training"
     )
 
 
 def plot_log(lines: Sequence[Mapping[str, Any]]) -> bytes:
-    """The loss and the explained variance over the steps, as a PNG.
+    """The loss and the held-out loss over the steps, as a PNG.
 
     Args:
         lines: Of the log, from step 0 on.
@@ -95,10 +91,10 @@ def plot_log(lines: Sequence[Mapping[str, Any]]) -> bytes:
     left.plot(*zip(*means, strict=True), label="means")
     left.set(xlabel="step", ylabel="loss")
     left.legend()
-    scores = [(line["step"], line["explained_variance"]) for line in lines if "explained_variance" in line]
+    scores = [(line["step"], line["held_out_loss"]) for line in lines if "held_out_loss" in line]
     right.plot(*zip(*scores, strict=True), marker=".", label="trained")
-    right.axhline(lines[0]["bilinear"], color="0.5", linestyle="--", label="bilinear")
-    right.set(xlabel="step", ylabel="explained variance, held-out images")
+    right.axhline(lines[0]["bilinear"]["held_out_loss"], color="0.5", linestyle="--", label="bilinear")
+    right.set(xlabel="step", ylabel="held-out loss")
     right.legend()
     file = io.BytesIO()
     figure.savefig(file, format="png", dpi=120)

@@ -8,6 +8,7 @@ import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -15,33 +16,29 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from featup.backbones import Backbone
 from featup.checkpoints import upsampler_bytes
-from featup.multiview.downsamplers import AttentionDownsampler, BlurDownsampler
-from featup.multiview.views import Jitter
-from featup.projection import PCAFit
-from featup.training.objective import MultiViewObjective, seeded
-from featup.upsamplers import JBU, Interpolate, create_trainable
+from featup.training.objective import HeldOut, Objective, seeded
+from featup.upsamplers import AnyUp
 from pipeline.compute.device import set_threads
 from pipeline.compute.load import image_options
-from pipeline.compute.models import make_backbone
 from pipeline.config.train import TrainConfig
 from pipeline.errors import InputError, JobFailedError, StoreError
 from pipeline.inputs import storage
 from pipeline.inputs.plan import Plan
+from pipeline.options import Size
 from pipeline.training.batches import TrainingImage, load_image, step_batches
+from pipeline.training.create import create_baseline, create_objective, make_backbones
 from pipeline.training.log import read_log, write_log
 from pipeline.training.order import SampleOrder, count_held_out
 from pipeline.training.progress import print_line
 
-__all__ = ["Session", "TrainingWorker", "create_objective", "describe_backbone", "learning_rate"]
+__all__ = ["Session", "TrainingWorker", "learning_rate"]
 
 
 _EVALUATION_BATCH = 4
 _LISTED_FAILURES = 10
-_KEY_IMAGES = 256
-# Purposes of torch's own generator; featup.training has smaller numbers for the purposes of the others.
-_WEIGHTS, _DROPOUT = 100, 101
+# Purpose of torch's own generator, beside that of the initial weights.
+_DROPOUT = 101
 
 
 class Session(Protocol):
@@ -80,46 +77,8 @@ def learning_rate(config: TrainConfig, step: int) -> float:
     return config.lr * 0.5 * (1 + math.cos(math.pi * (step - 1) / config.steps))
 
 
-def create_objective(config: TrainConfig, backbone: Backbone) -> MultiViewObjective:
-    """The modules to train, on the CPU, with the initial weights of the seed."""
-    torch.manual_seed(seeded(config.seed, _WEIGHTS).initial_seed())
-    downsampler = (
-        AttentionDownsampler(backbone.channels, backbone.stride, backbone.stride)
-        if config.downsampler == "attention"
-        else BlurDownsampler(backbone.stride, backbone.stride)
-    )
-    return MultiViewObjective(
-        create_trainable(
-            config.upsampler,
-            backbone.channels,
-            config.kernel,
-            (config.start_space, config.start_colour),
-            min(config.feature_keys, backbone.channels),
-            config.coarse_stages,
-            config.bicubic_a,
-        ),
-        downsampler,
-        jitter=Jitter(config.max_pad, (1.0, config.max_zoom)),
-        jitters=config.jitters,
-        projections=config.projections,
-        crf=config.crf,
-        total_variation=config.total_variation,
-        magnitude=config.magnitude,
-        precision=getattr(torch, config.precision),
-    )
-
-
-def describe_backbone(config: TrainConfig, backbone: Backbone) -> dict[str, Any]:
-    """The backbone's name, weights and map for images of this size, as a run records them."""
-    return {
-        "name": backbone.name,
-        "layer": backbone.layer,
-        "channels": backbone.channels,
-        "stride": list(backbone.stride),
-        "grid": list(backbone.grid(config.size)),
-        "norm": backbone.norm,
-        "digest": backbone.digest,
-    }
+def _named(found: HeldOut) -> dict[str, float]:
+    return {"held_out_loss": found.loss, "explained_variance": found.explained_variance}
 
 
 class TrainingWorker:
@@ -129,7 +88,7 @@ class TrainingWorker:
         """
         Args:
             config, plan: The run's options and its samples.
-            provenance: The run's identity, config, backbone and versions.
+            provenance: The run's identity, config, backbones and versions.
             session: Connects this worker with the others.
 
         Raises:
@@ -140,15 +99,17 @@ class TrainingWorker:
         self.config, self.plan, self.provenance = config, plan, provenance
         self.threads = set_threads(config.threads, session.workers_here)
         self.device = session.device
-        self.backbone = make_backbone(config).to(self.device)
-        if self.backbone.digest != provenance["backbone"]["digest"]:
-            raise StoreError(
-                f"worker {self.rank} has a {config.backbone} with weights {self.backbone.digest[:12]}..., the run is "
-                f"for {provenance['backbone']['digest'][:12]}...; give every node the same weight files"
-            )
+        self.backbones = [backbone.to(self.device) for backbone in make_backbones(config)]
+        for backbone, described in zip(self.backbones, provenance["backbones"], strict=True):
+            if backbone.digest != described["digest"]:
+                raise StoreError(
+                    f"worker {self.rank} has a {backbone.name} with weights {backbone.digest[:12]}..., the run is for "
+                    f"{described['digest'][:12]}...; give every node the same weight files"
+                )
         self.order = SampleOrder(plan.samples, count_held_out(config.holdout, plan.samples), config.seed)
-        self.options = image_options(config, self.backbone.mean)
-        self.objective = create_objective(config, self.backbone).to(self.device)
+        self.objective = create_objective(config, self.backbones[0]).to(self.device)
+        height, width = (side * self.objective.detail for side in config.size)
+        self.options = replace(image_options(config, self.backbones[0].mean), size=Size(height, width))
         kind = torch.optim.NAdam if config.optimiser == "nadam" else torch.optim.AdamW
         self.optimiser: torch.optim.Optimizer = kind(self.objective.parameters(), lr=config.lr)
         self.step, self.best_step = 0, 0
@@ -165,8 +126,6 @@ class TrainingWorker:
         model = self.session.prepare(self.objective)
         if self.step and self.rank == 0:
             print_line(f"going on after step {self.step}, from its checkpoint")
-        if not self.step:
-            self._fit_feature_keys()
         held_out = self._load_held_out() if self.rank == 0 else []
         log = read_log(config.out, self.step) if self.step else []
         board = self._open_board()
@@ -193,9 +152,9 @@ class TrainingWorker:
             last = self.step == config.steps
             if self.rank == 0:
                 if last or self.step % config.evaluate_every == 0:
-                    line["explained_variance"] = self._evaluate(held_out, line)
+                    line |= self._evaluate(held_out, line)
                 if last:
-                    line["worse_than_bilinear"] = line["explained_variance"] < log[0]["bilinear"]
+                    line["worse_than_bilinear"] = line["held_out_loss"] > log[0]["bilinear"]["held_out_loss"]
                 line["seconds"] = round(time.perf_counter() - started, 4)
                 log.append(line)
                 if board is not None:
@@ -213,9 +172,13 @@ class TrainingWorker:
         config, step = self.config, self.step
         images = torch.from_numpy(np.stack([loaded.image for loaded in batch])).to(self.device)
         torch.manual_seed(seeded(config.seed, _DROPOUT, step, self.rank).initial_seed())
-        terms: dict[str, Tensor] = model(self.backbone, images, config.seed, step, first)
+        backbone = self.backbones[step % len(self.backbones)]
+        terms: dict[str, Tensor] = model(backbone, images, config.seed, step, first)
         self.optimiser.zero_grad()
         terms["loss"].backward()  # type: ignore[no-untyped-call]
+        if step <= config.clip_steps:
+            # As the original: the moments of the first, large gradients would slow down what follows.
+            torch.nn.utils.clip_grad_norm_(self.objective.parameters(), config.clip_norm)
         for group in self.optimiser.param_groups:
             group["lr"] = learning_rate(config, step)
         self.optimiser.step()
@@ -230,22 +193,6 @@ class TrainingWorker:
                 "is too high, or features out of range; start anew with a lower one, or with norm=layer"
             )
         return means
-
-    def _fit_feature_keys(self) -> None:
-        """Fit the features' components that a JBU compares, to the first images of the order: alike in every worker."""
-        upsampler = self.objective.upsampler
-        if not (isinstance(upsampler, JBU) and upsampler.affinity_channels):
-            return
-        fit = PCAFit(self.backbone.channels)
-        for position in range(min(_KEY_IMAGES, len(self.order))):
-            try:
-                image = load_image(self.plan, [next(self.order.candidates(position))], self.options).image
-            except InputError:
-                continue  # Counted where the sample comes in training.
-            with torch.no_grad():
-                fit.add(self.backbone(torch.from_numpy(image)[None].to(self.device)))
-        pca = fit.solve(upsampler.affinity_channels)
-        upsampler.set_affinity_projection(pca.components, pca.variance)
 
     def _load_held_out(self) -> list[Tensor]:
         """The held-out images that can be decoded, in batches."""
@@ -264,34 +211,48 @@ class TrainingWorker:
         return [torch.from_numpy(np.stack(group)) for group in groups]
 
     def _first_line(self, held_out: Sequence[Tensor]) -> dict[str, Any]:
-        """The explained variance before the first step, and that of the bilinear baseline."""
-        objective = self.objective
-        baseline = MultiViewObjective(
-            Interpolate("bilinear"),
-            BlurDownsampler(self.backbone.stride, self.backbone.stride),
-            jitter=objective.jitter,
-            jitters=objective.jitters,
-            projections=objective.projections,
-            precision=objective.precision,
-        ).to(self.device)
-        batches = [images.to(self.device) for images in held_out]
-        bilinear = baseline.evaluate(self.backbone, batches, self.config.seed)
-        untrained = objective.evaluate(self.backbone, batches, self.config.seed)
-        print_line(f"explained variance on held-out images: {bilinear:.4f} by bilinear interpolation and patch means")
-        return {"step": 0, "explained_variance": untrained, "bilinear": bilinear}
+        """The held-out loss before the first step, and that of the bilinear baseline."""
+        baselines = [create_baseline(self.config, backbone).to(self.device) for backbone in self.backbones]
+        bilinear = self._mean_over_backbones(baselines, held_out)
+        untrained = self._mean_over_backbones([self.objective] * len(self.backbones), held_out)
+        print_line(
+            f"held-out loss {untrained.loss:.4f} before training, {bilinear.loss:.4f} by bilinear interpolation "
+            f"(explained variance {untrained.explained_variance:.4f}, {bilinear.explained_variance:.4f})"
+        )
+        return {"step": 0, **_named(untrained), "bilinear": _named(bilinear)}
 
-    def _evaluate(self, held_out: Sequence[Tensor], line: Mapping[str, Any]) -> float:
-        """The explained variance now; where it is the best so far, the upsampler is written as the best."""
+    def _evaluate(self, held_out: Sequence[Tensor], line: Mapping[str, Any]) -> dict[str, float]:
+        """The held-out loss now; where it is the least so far, the upsampler is written as the best.
+
+        The criterion is the error that training minimises, on images that are never trained on, in views (or crops)
+        and projections that are the same each time. It needs no labels. Regularisers are left out, as they do not tell
+        how well features are predicted, and so is the uncertainty, which is no part of the upsampler: the loss of the
+        views is their mean squared error, and the order is that of their explained variance.
+        """
+        found = self._mean_over_backbones([self.objective] * len(self.backbones), held_out)
+        print_line(
+            f"step {self.step}  held-out loss {found.loss:.4f}, explained variance {found.explained_variance:.4f}"
+        )
+        if self.best is None or found.loss < self.best:
+            self.best, self.best_step = found.loss, self.step
+            self._write_upsampler("best", {**line, **_named(found)})
+        return _named(found)
+
+    def _mean_over_backbones(self, objectives: Sequence[Objective], held_out: Sequence[Tensor]) -> HeldOut:
         batches = [images.to(self.device) for images in held_out]
-        score = self.objective.evaluate(self.backbone, batches, self.config.seed)
-        print_line(f"step {self.step}  explained variance on held-out images: {score:.4f}")
-        if self.best is None or score > self.best:
-            self.best, self.best_step = score, self.step
-            self._write_upsampler("best", {**line, "explained_variance": score})
-        return score
+        found = [
+            objective.evaluate(backbone, batches, self.config.seed)
+            for objective, backbone in zip(objectives, self.backbones, strict=True)
+        ]
+        return HeldOut(*(math.fsum(values) / len(values) for values in zip(*found, strict=True)))
 
     def _write_upsampler(self, name: str, line: Mapping[str, Any]) -> None:
-        data = upsampler_bytes(self.objective.upsampler, **self.provenance, log=dict(line))
+        upsampler = self.objective.upsampler
+        provenance = dict(self.provenance)
+        if not isinstance(upsampler, AnyUp):
+            # Precompute compares this with its own; AnyUp serves any backbone.
+            provenance["backbone"] = provenance["backbones"][0]
+        data = upsampler_bytes(upsampler, **provenance, log=dict(line))
         storage.write_atomic(storage.join(self.config.out, f"{name}.safetensors"), data)
 
     def _open_board(self) -> Any:

@@ -12,8 +12,8 @@ __all__ = ["check_run", "record_run"]
 
 
 _FORMAT = "featup-training-run"
-# Raised where a run that an older program began cannot be gone on with: version 2 orders the samples another way.
-_FORMAT_VERSION = 2
+# Raised where a run that an older program began cannot be gone on with: version 3 has another loss and dropout.
+_FORMAT_VERSION = 3
 
 
 def check_run(out: str, identity: Mapping[str, Any]) -> None:

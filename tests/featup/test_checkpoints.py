@@ -23,7 +23,7 @@ from featup.checkpoints import (
 )
 from featup.errors import GeometryError, WeightsError
 from featup.projection import PCA, PCAFit
-from featup.upsamplers import CARAFE, IFA, JBU, SAPA, ResizeConv, Upsampler, create_upsampler
+from featup.upsamplers import CARAFE, IFA, JBU, SAPA, ResizeConv, Upsampler, create_trainable, create_upsampler
 from tests.featup.support import random
 
 CHANNELS = 6
@@ -124,23 +124,36 @@ def test_jbu_round_trip(tmp_path: Path) -> None:
         assert '"backbone": "vit"' in file.metadata()["featup"]
 
 
-def test_jbu_with_affinity_features_round_trip(tmp_path: Path) -> None:
-    jbu = random_jbu(kernel="distance", affinity_channels=2, same_resolution_stages=1, bicubic_a=-1.5)
-    jbu.set_affinity_projection(random(2, CHANNELS), torch.ones(2))
-    save(tmp_path / "jbu.safetensors", jbu)
-    found = load_jbu(tmp_path / "jbu.safetensors")
-    same_jbu(found, jbu)
-    assert torch.equal(found.feature_map, jbu.feature_map)
-    assert len(found.coarse) == 1
-    with safe_open(tmp_path / "jbu.safetensors", framework="pt") as file:
+def test_the_distance_kernel_of_older_files_is_refused(tmp_path: Path) -> None:
+    """It was called jbu and is a filter that needs no training."""
+    description = {"channels": CHANNELS, "stages": 4, "key_dim": 32, "radius": 3, "kernel": "distance"}
+    description |= {"guidance_mean": [0.5] * 3, "guidance_std": [0.5] * 3, "feature_keys": 8, "coarse_stages": 2}
+    text = json.dumps({"format": CHECKPOINT_FORMAT, "kind": "jbu", **description})
+    save_file({"stages.0.range_temp": torch.tensor(0.0)}, tmp_path / "jbu.safetensors", {"featup": text})
+    with pytest.raises(WeightsError, match=r"kernel='distance'.* called 'bilateral' \(with features\), which needs no"):
+        load_jbu(tmp_path / "jbu.safetensors")
+
+
+def test_the_papers_kernel_of_older_files_is_read(tmp_path: Path) -> None:
+    jbu = random_jbu()
+    save(tmp_path / "new.safetensors", jbu)
+    with safe_open(tmp_path / "new.safetensors", framework="pt") as file:
         description = json.loads(file.metadata()["featup"])
-        names = set(file.keys())
-    assert (description["format"], description["feature_keys"], description["coarse_stages"]) == (
-        CHECKPOINT_FORMAT,
-        2,
-        1,
-    )
-    assert {"feature_map", "coarse.0.range_temp"} <= names, "files that are already saved have these names"
+    description |= {"kernel": "projection", "feature_keys": 0, "coarse_stages": 0, "bicubic_a": -0.75}
+    state = jbu.state_dict()
+    save_file(state, tmp_path / "old.safetensors", {"featup": json.dumps(description)})
+    same_jbu(load_jbu(tmp_path / "old.safetensors"), jbu)
+
+
+def test_anyup_round_trip(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    anyup = create_trainable("anyup", 5, width=16)
+    path = tmp_path / "anyup.safetensors"
+    path.write_bytes(upsampler_bytes(anyup, backbones=[{"name": "vit"}]))
+    loaded = create_upsampler("anyup", channels=9, checkpoint=path)
+    assert not loaded.training
+    for name, value in anyup.state_dict().items():
+        assert torch.equal(loaded.state_dict()[name], value), name
 
 
 def test_a_stack_in_training_can_be_saved(tmp_path: Path) -> None:

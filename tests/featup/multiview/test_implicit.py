@@ -21,7 +21,7 @@ from featup.multiview.network import ImplicitNetwork
 from featup.multiview.sampling import image_generator
 from featup.multiview.views import Jitter, View, average_views, warp
 from featup.projection import PCA, PCAFit
-from featup.upsamplers import JBU, Bilateral, ChannelMap, Interpolate, RangeKernel, Upsampler, create_trainable
+from featup.upsamplers import JBU, Bilateral, ChannelMap, Interpolate, Upsampler, create_trainable
 from featup.upsamplers.base import norm_preserving_mean
 
 SIZE = (64, 48)
@@ -140,13 +140,7 @@ def test_an_initial_fit_is_the_base_of_the_multi_view_average(
     backbone: Backbone, pca: PCA, features: Tensor, images: Tensor
 ) -> None:
     options = replace(OPTIONS, steps=0, averaging_sigma=0.3, back_project=False)
-    jbu = (
-        create_trainable("jbu", features.shape[-1], affinity_channels=2, initial_sigmas=(1.0, 0.5))
-        .eval()
-        .requires_grad_(False)
-    )
-    assert isinstance(jbu, JBU)
-    jbu.feature_map[0, 0] = jbu.feature_map[1, 1] = 0.7
+    jbu = create_trainable("jbu", features.shape[-1]).eval().requires_grad_(False)
     found = Implicit(backbone, pca, jbu, options).fit(features[:1], images[:1])[0].query(SIZE)
     generator = image_generator(options.seed, images[0])
     views = JITTER.sample(options.views + options.held_out, SIZE, generator)[: options.views]
@@ -325,12 +319,9 @@ def test_larger_guidance_is_fitted_at_the_backbones_size(backbone: Backbone, pca
     assert implicit(features[:1], large, (96, 72), pca.as_channel_map()).shape == (1, 96, 72, 6)
 
 
-@pytest.mark.parametrize("kernel", ["distance", "projection"])
-def test_a_fit_may_start_from_a_jbu(
-    backbone: Backbone, pca: PCA, features: Tensor, images: Tensor, kernel: RangeKernel
-) -> None:
+def test_a_fit_may_start_from_a_jbu(backbone: Backbone, pca: PCA, features: Tensor, images: Tensor) -> None:
     """A JBU takes the backbone's channels, not those of the PCA."""
-    jbu = create_trainable("jbu", features.shape[-1], kernel).eval().requires_grad_(False)
+    jbu = create_trainable("jbu", features.shape[-1]).eval().requires_grad_(False)
     implicit = Implicit(
         backbone,
         pca,
@@ -344,7 +335,7 @@ def test_a_fit_may_start_from_a_jbu(
 def test_a_fit_goes_beyond_the_stack_it_starts_from(
     backbone: Backbone, pca: PCA, features: Tensor, images: Tensor
 ) -> None:
-    jbu = JBU(features.shape[-1], stages=2, kernel="distance").eval().requires_grad_(False)
+    jbu = JBU(features.shape[-1], stages=2).eval().requires_grad_(False)
     implicit = Implicit(
         backbone,
         pca,

@@ -204,6 +204,24 @@ def test_gives_what_the_original_gave(golden: Any, case: str, tmp_path: Path) ->
     assert relative_error(anyup(features, guidance, size).detach(), expected) <= TOLERANCE, "with gradients"
 
 
+def test_gradients_are_those_of_the_original(golden: Any, tmp_path: Path) -> None:
+    """Of the mean of the squares of the output."""
+    case = "b_nonsquare"
+    anyup, features, guidance, expected = of_golden(golden, case, tmp_path)
+    anyup.requires_grad_(True)
+    features.requires_grad_()
+    anyup(features, guidance, (expected.shape[1], expected.shape[2])).square().mean().backward()
+    assert features.grad is not None
+    wanted = torch.from_numpy(golden[f"{case}/grad_features"]).movedim(1, -1)
+    assert relative_error(features.grad, wanted) <= TOLERANCE, "gradient of the features"
+    named = {name.removeprefix(f"{case}/grad/"): value for name, value in golden.items() if f"{case}/grad/" in name}
+    assert len(named) == 3
+    for name, value in named.items():
+        gradient = anyup.get_parameter(name).grad
+        assert gradient is not None, name
+        assert relative_error(gradient, torch.from_numpy(value)) <= TOLERANCE, f"gradient of {name}"
+
+
 def test_layout_is_the_published_one(golden: Any) -> None:
     layout = json.loads(str(golden["official_layout"]))
     assert {name: list(value.shape) for name, value in AnyUp().state_dict().items()} == layout

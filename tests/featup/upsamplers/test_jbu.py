@@ -144,11 +144,31 @@ def test_stack_by_the_paper() -> None:
 def test_jbu_says_how_far_it_goes() -> None:
     jbu = random_jbu(stages=2)
     with pytest.raises(
-        GeometryError, match=r"\(4, 5\) to \(20, 20\) .* takes 3 2x stages and the stack has 2.*\(16, 20"
+        GeometryError, match=r"\(4, 5\) to \(20, 20\) .* takes 3 2x stages and the stack has 2.*\(16, 20\).* --stages 3"
     ):
         jbu(random(1, 4, 5, CHANNELS), picture(1, 20, 20, 3), (20, 20))
     with pytest.raises(GeometryError, match=r"jbu: made for 5 channels, got features of 4"):
         jbu(random(1, 4, 5, 4), picture(1, 20, 20, 3), (8, 10))
+
+
+def test_dropout_drops_whole_channels_of_an_image() -> None:
+    """Of keys that miss different channels at each position no product would tell whether they are alike."""
+    torch.manual_seed(0)
+    jbu = JBU(CHANNELS, stages=1, dropout=0.5, end_dropout=0.0)
+    features, image = random(2, 5, 6, CHANNELS), picture(2, 10, 12, 3)
+
+    def trained(tile_pixels: int) -> Tensor:
+        jbu.tile_pixels = tile_pixels
+        torch.manual_seed(1)
+        return jbu(features, image, (10, 12)).detach()
+
+    assert torch.equal(trained(12), trained(10000)), "tiles of an image miss different channels"
+    grey = torch.full((1, 10, 12, 3), 77, dtype=torch.uint8)
+    same = jbu(torch.ones(1, 5, 6, CHANNELS), grey, (10, 12)).detach()
+    torch.testing.assert_close(same, same[:, :1, :1].expand_as(same))
+    alike = jbu(features[:1].expand(2, -1, -1, -1), image[:1].expand(2, -1, -1, -1), (10, 12)).detach()
+    assert not torch.equal(alike[0], alike[1]), "images of a batch share their mask"
+    assert jbu.eval().stages[0].sample_dropout() is None
 
 
 def test_every_parameter_learns() -> None:

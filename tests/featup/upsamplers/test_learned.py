@@ -11,6 +11,7 @@ from featup.errors import GeometryError
 from featup.upsamplers import (
     CARAFE,
     JBU,
+    AnyUp,
     ChannelMap,
     DeepImagePrior,
     TrainableName,
@@ -170,7 +171,7 @@ def test_training_reduces_the_loss(name: str, steps: int, share: float) -> None:
     assert losses[-1] < share * losses[0], f"{name}: {losses[0]:.4f} -> {losses[-1]:.4f}"
 
 
-@pytest.mark.parametrize("name", get_args(TrainableName))
+@pytest.mark.parametrize("name", [*get_args(TrainableName), "anyup"])
 def test_create_trainable(name: TrainableName) -> None:
     torch.manual_seed(3)
     first = create_trainable(name, 7)
@@ -179,9 +180,19 @@ def test_create_trainable(name: TrainableName) -> None:
     assert first.name == name
     assert first.training
     assert all(parameter.requires_grad for parameter in first.parameters())
-    assert isinstance(first, JBU if name == "jbu" else LEARNED[name])
+    assert isinstance(first, {"jbu": JBU, "anyup": AnyUp}.get(name) or LEARNED[name])
     for parameter, other in zip(first.parameters(), second.parameters(), strict=True):
         assert torch.equal(parameter, other)
+
+
+def test_trainable_upsamplers_take_stages_and_a_width() -> None:
+    for name in ("jbu", "resize_conv", "carafe", "sapa"):
+        upsampler = create_trainable(name, 7, stages=5, width=8)  # type: ignore[arg-type]
+        assert len(upsampler.stages) == 5  # type: ignore[arg-type]
+        assert (upsampler.key_dim if name == "jbu" else upsampler.width) == 8
+        assert upsampler(random(1, 1, 2, 7), picture(1, 32, 64, 3), (32, 64)).shape == (1, 32, 64, 7)
+    for name in ("ifa", "anyup"):
+        assert create_trainable(name, 7, width=8).width == 8  # type: ignore[arg-type]
 
 
 def test_errors() -> None:
@@ -190,7 +201,9 @@ def test_errors() -> None:
     with pytest.raises(GeometryError, match=r"carafe: made for 5 channels, got features of 6"):
         CARAFE(5)(random(1, 2, 2, 6), picture(1, 4, 4, 3), (4, 4))
     for name in ("resize_conv", "carafe", "sapa"):
-        with pytest.raises(GeometryError, match=rf"{name}: \(2, 3\) to \(9, 9\).* takes 3 2x stages.* 2; .*\(8, 12\)"):
+        with pytest.raises(
+            GeometryError, match=rf"{name}: \(2, 3\) to \(9, 9\).* takes 3 2x stages.* 2; .*\(8, 12\).*--stages 3"
+        ):
             LEARNED[name](5, stages=2)(random(1, 2, 3, 5), picture(1, 9, 9, 3), (9, 9))
     for options in ({"steps": 0}, {"width": 6}, {"drive": "video"}):
         with pytest.raises(GeometryError, match=r"deep_image_prior: steps="):

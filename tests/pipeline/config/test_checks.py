@@ -162,7 +162,6 @@ def test_precompute(options: dict[str, Any], text: str) -> None:
         ({"gpus_per_worker": -1.0}, "gpus_per_worker=-1.0 must be at least 0"),
         ({"gpus_per_worker": 2.5}, "gpus_per_worker=2.5: more than one GPU must be a whole number"),
         ({"cpus_per_worker": 0.0}, "cpus_per_worker=0.0 must be at least 0.01"),
-        ({"kernel": "cubic"}, "kernel='cubic' must be one of projection, distance"),
         ({"max_zoom": float("inf")}, "max_zoom=inf must be at least 1"),
         ({"lr": float("inf")}, "lr=inf must be more than 0"),
         ({"workers": 2, "batch_size": 3}, "batch_size=3 is that of all 2 workers and must divide among them"),

@@ -105,7 +105,7 @@ def test_jobs_look_for_them_before_they_import_what_takes_seconds(here: Path) ->
     """A typo took 13 to 18 s."""
     jobs = {
         "precompute": ["--shards", "a.tar", "--out", "o", "--weights", "none"],
-        "train_jbu": ["--shards", "a.tar", "--out", "o", "--weights", "none"],
+        "train": ["--shards", "a.tar", "--out", "o", "--weights", "none"],
         "train_probe": ["--store", "none", "--out", "p.safetensors", "--classes", "3"],
         "predict": ["--probe", "none", "--images", "photos", "--out", "o"],
         "evaluate": ["--train", "none-*", "--val", "a.tar", "--classes", "3", "--out", "o", "--rows", "bilinear"],

@@ -9,7 +9,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from pipeline.compute.models import make_backbone
 from pipeline.compute.prepare import plan_input
 from pipeline.config.base import describe
 from pipeline.config.precompute import PrecomputeConfig
@@ -19,7 +18,8 @@ from pipeline.options import Size
 from pipeline.store.create import create_store
 from pipeline.store.layout import OK, Layout
 from pipeline.store.writer import StoreWriter
-from pipeline.training.loop import Session, TrainingWorker, describe_backbone
+from pipeline.training.create import describe_backbones, make_backbones
+from pipeline.training.loop import Session, TrainingWorker
 from tests.pipeline.store.support import finish_store
 
 SIZE = (6, 10)
@@ -112,7 +112,7 @@ def train(config: TrainConfig, last_step: int = 0) -> LocalSession:
     """Train in this process, from the last checkpoint on where there is one, up to the checkpoint at ``last_step``."""
     out = Path(config.out)
     plan = Plan(plan_input(config), 1, str(out / "plan" / "index"))
-    backbone = describe_backbone(config, make_backbone(config))
+    backbones = describe_backbones(config, make_backbones(config))
     session = LocalSession(out / "checkpoint", last_step)
-    TrainingWorker(config, plan, {"backbone": backbone}, session).run()
+    TrainingWorker(config, plan, {"backbones": backbones}, session).run()
     return session

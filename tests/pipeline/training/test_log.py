@@ -14,9 +14,9 @@ from pipeline.training.log import plot_log, read_log, recorded_steps, warn_of_bi
 from pipeline.training.progress import StepProgress
 
 LINES = [
-    {"step": 0, "explained_variance": 0.1, "bilinear": 0.25},
+    {"step": 0, "held_out_loss": 0.9, "bilinear": {"held_out_loss": 0.75}},
     {"step": 1, "loss": 2.0, "seconds": 0.5},
-    {"step": 2, "loss": 1.5, "explained_variance": 0.5, "seconds": 0.5},
+    {"step": 2, "loss": 1.5, "held_out_loss": 0.5, "seconds": 0.5},
     {"step": 3, "loss": 1.25, "seconds": 0.5},
 ]
 
@@ -63,12 +63,11 @@ def test_progress_says_step_loss_pace_and_what_is_left() -> None:
 @pytest.mark.parametrize(
     ("options", "last", "best", "texts"),
     [
-        ({}, 0.25, 0.25, []),
-        ({}, 0.3, 0.5, []),
-        ({}, 0.2, 0.5, ["(0.2000, bilinear 0.2500)", "the best ones explain 0.5000: use best.safetensors"]),
-        ({}, 0.2, 0.24, ["so do the best ones (0.2400)", "--start-space 1 --coarse-stages 0", "--upsampler bilateral"]),
-        ({"kernel": "projection"}, -1.0, 0.2, ["(-1.0000,", "--lr 1e-3 --crf 0"]),
-        ({"upsampler": "carafe"}, -1.0, 0.2, ["--lr 1e-3 --crf 0"]),
+        ({}, 0.75, 0.75, []),
+        ({}, 0.7, 0.5, []),
+        ({}, 0.8, 0.5, ["(held-out loss 0.8000, bilinear 0.7500)", "is 0.5000: use best.safetensors"]),
+        ({}, 0.8, 0.76, ["so do the best ones (0.7600)", "more --steps than 400", "--upsampler bilateral"]),
+        ({"preset": "paper"}, 2.0, 0.8, ["(held-out loss 2.0000,", "more --steps than 2000"]),
     ],
     ids=str,
 )
@@ -76,7 +75,7 @@ def test_a_training_that_ends_worse_than_bilinear_says_what_to_do(
     options: dict[str, Any], last: float, best: float, texts: list[str]
 ) -> None:
     config = TrainConfig(shards=("a.tar",), out="out", **options)
-    text = warn_of_bilinear(config, [LINES[0], {"step": 1, "explained_variance": last}], best)
+    text = warn_of_bilinear(config, [LINES[0], {"step": 1, "held_out_loss": last}], best)
     assert bool(text) == bool(texts)
     assert "\n" not in text
     assert all(part in text for part in texts), text

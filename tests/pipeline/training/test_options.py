@@ -1,5 +1,6 @@
 """Options of training that are refused, and those that may change in a run that goes on."""
 
+import os
 import re
 from typing import Any
 
@@ -46,6 +47,17 @@ def test_learning_rates() -> None:
         ({"lr": float("nan")}, "lr=nan must be more than 0"),
         ({"seed": -1}, "seed=-1 must be between 0 and 4294967295"),
         ({"crf": -1.0}, "crf=-1.0 must be at least 0"),
+        ({"stages": 0}, "stages=0 must be between 1 and 8"),
+        ({"width": 0}, "width=0 must be between 1 and 1024"),
+        ({"preset": "slow"}, "preset='slow' must be one of fast, paper"),
+        ({"objective": "words"}, "objective='words' must be one of views, crops"),
+        ({"least_crop": 1.0}, "least_crop=1.0 must be between 0.05 and 0.95"),
+        ({"crop_detail": 0}, "crop_detail=0 must be between 1 and 8"),
+        ({"clip_norm": 0.0}, "clip_norm=0.0 must be more than 0"),
+        (
+            {"also_backbones": ("resnet50",), "objective": "crops"},
+            "also_backbones=('resnet50',) with upsampler=jbu and objective=crops: only anyup takes features of several",
+        ),
         ({"workers": 2, "batch_size": 3}, "batch_size=3 is that of all 2 workers and must divide among them"),
         ({"tensorboard": True, "out": "s3://b/c"}, "tensorboard with out='s3://b/c': event files are written to local"),
         ({"limit": 0}, "limit=0 must be at least 1"),
@@ -55,6 +67,28 @@ def test_learning_rates() -> None:
 def test_checks(options: dict[str, Any], text: str) -> None:
     with pytest.raises(ConfigError, match=re.escape(text)):
         config(**options)
+
+
+def test_options_win_over_the_preset_and_what_was_resolved_is_recorded() -> None:
+    fast = config()
+    assert (fast.preset, fast.jitters, fast.batch_size, fast.steps) == ("fast", 2, 2, 400)
+    argv = ["--shards", "a.tar", "--out", "o", "--steps", "50", "--preset", "paper", "--batch-size", "2"]
+    paper, _ = parse_args(TrainConfig, argv, description="")
+    assert (paper.jitters, paper.batch_size, paper.steps) == (5, 2, 50)
+    official = config(preset="paper")
+    assert (official.jitters, official.batch_size, official.steps) == (5, 4, 2000)
+    assert (official.lr, official.optimiser, official.max_pad, official.max_zoom) == (1e-3, "nadam", 20, 2.0)
+    assert (official.projections, official.crf, official.uncertainty) == (30, 0.001, True)
+    assert (official.clip_steps, official.clip_norm, official.downsampler) == (10, 1e-4, "attention")
+    recorded = describe(paper)
+    assert (recorded["preset"], recorded["jitters"], recorded["steps"]) == ("paper", 5, 50)
+    assert read_config(TrainConfig, recorded) == paper
+
+
+def test_weights_of_other_backbones_are_found_from_another_folder() -> None:
+    crops: dict[str, Any] = {"upsampler": "anyup", "objective": "crops"}
+    found = config(also_backbones=("resnet50", "vit_tiny=w/v.pth", "a.b=s3://w/x.pth"), **crops).also_backbones
+    assert found == ("resnet50", f"vit_tiny={os.getcwd()}/w/v.pth", "a.b=s3://w/x.pth")
 
 
 def test_options_are_read_and_written_like_those_of_precompute() -> None:

@@ -8,9 +8,11 @@ from featup.backbones import Backbone, create_backbone
 from featup.errors import GeometryError
 from featup.multiview.downsamplers import AttentionDownsampler, BlurDownsampler
 from featup.multiview.views import Jitter
-from featup.training.objective import MultiViewObjective, orthonormal_directions, seeded
+from featup.training.losses import sample_positions, sampled_crf
+from featup.training.multi_view import LogSigma, MultiViewObjective
+from featup.training.objective import orthonormal_directions, seeded
 from featup.upsamplers import Interpolate, Upsampler, create_trainable
-from featup.upsamplers.jbu import JBU
+from featup.upsamplers.jbu import IMAGENET_MEAN, IMAGENET_STD, JBU
 
 SIZE = (32, 48)
 JITTER = Jitter(max_pad=5, zoom=(1.0, 1.5))
@@ -107,11 +109,12 @@ def test_what_is_compared(backbone: Backbone) -> None:
 
 
 @pytest.mark.parametrize("attention", [True, False], ids=["attention", "blur"])
-@pytest.mark.parametrize("name", ["jbu", "resize_conv", "carafe", "sapa", "ifa"])
+@pytest.mark.parametrize("name", ["jbu", "resize_conv", "carafe", "sapa", "ifa", "anyup"])
 def test_gradients_reach_every_weight(backbone: Backbone, name: str, attention: bool) -> None:
     """After a step, as some last layers start at zero and let nothing through."""
     torch.manual_seed(0)
-    objective = make(backbone, create_trainable(name, backbone.channels), attention, projections=12)  # type: ignore[arg-type]
+    upsampler = create_trainable(name, backbone.channels, stages=4, width=16)  # type: ignore[arg-type]
+    objective = make(backbone, upsampler, attention, projections=12, uncertainty=LogSigma(backbone.channels))
     optimiser = torch.optim.SGD(objective.parameters(), lr=1e-2)
     for step in (1, 2):
         optimiser.zero_grad()
@@ -120,8 +123,65 @@ def test_gradients_reach_every_weight(backbone: Backbone, name: str, attention: 
     without = [name for name, one in objective.named_parameters() if one.grad is None or not one.grad.abs().sum()]
     # The attention's own bias shifts all logits of a window alike where the upsampler's rows sum to one.
     shifts = {"downsampler.attention.bias"} if name != "jbu" else set()
+    # AnyUp's state dict has an output projection that the original does not use either.
+    shifts |= {f"upsampler.cross_decode.cross_attn.attention.out_proj.{leaf}" for leaf in ("weight", "bias")}
     assert set(without) <= shifts, without
     assert not any(one.requires_grad or one.grad is not None for one in backbone.parameters())
+
+
+def test_uncertainty_is_equation_2(backbone: Backbone) -> None:
+    """On features of the views, all channels; the held-out loss leaves it out."""
+    from featup.multiview.views import warp
+
+    torch.manual_seed(0)
+    log_sigma = LogSigma(backbone.channels)
+    with torch.no_grad():
+        log_sigma.linear.weight.mul_(20)
+    objective = make(backbone, projections=None, attention=False, uncertainty=log_sigma)
+    images = photographs()
+    plain = backbone.normalise(images).permute(0, 2, 3, 1)
+    terms = []
+    with torch.no_grad():
+        for place in range(2):
+            one = slice(place, place + 1)
+            features = objective.upsampler(backbone(images[one]), images[one], SIZE)
+            for view in JITTER.sample(2, SIZE, seeded(5, 0, 1, place)):
+                predicted = objective.downsampler(warp(features, [view], 5), (2, 3))
+                target = backbone.features(warp(plain[one], [view], 5).permute(0, 3, 1, 2))
+                normal = (target - target.mean(-1, keepdim=True)) / target.std(-1, unbiased=False, keepdim=True)
+                sigma = (normal @ log_sigma.linear.weight.T + log_sigma.linear.bias + 0.1).exp()
+                terms.append(((predicted - target).square() / (2 * sigma**2) + sigma.log()).mean())
+        found = loss(objective, backbone)
+    torch.testing.assert_close(found, torch.stack(terms).mean(), rtol=1e-4, atol=0)
+    plain_objective = make(backbone, projections=None, attention=False)
+    assert objective.evaluate(backbone, [images], 5) == plain_objective.evaluate(backbone, [images], 5)
+
+
+def test_initial_uncertainty_is_near_one() -> None:
+    features = 50 * torch.randn(3, 4, 5, 64, generator=torch.Generator().manual_seed(0))
+    log_sigma = LogSigma(64)(features)
+    assert log_sigma.shape == (3, 4, 5, 1)
+    assert log_sigma.exp().min() > 0
+    assert 0.7 < log_sigma.exp().median() < 1.6
+    certain = LogSigma(4)
+    certain.linear.bias.data.fill_(-100.0)
+    assert certain(features[..., :4]).exp().min().item() == pytest.approx(1e-4)
+
+
+def test_the_crf_compares_colours_in_the_normalisation_of_imagenet(backbone: Backbone) -> None:
+    """With the backbone's own, of deviation 0.5 say, squared distances of colours were 4.8 times too small."""
+    images, terms = photographs(), []
+    for mean, std in ((0.5, 0.5), (0.0, 1.0)):
+        other = create_backbone("test_vit", stride=16, image_size=SIZE, mean=[mean] * 3, std=[std] * 3)
+        objective = make(other, attention=False, projections=None, crf=1.0, crf_positions=200)
+        features = objective.upsampler(other(images), images, SIZE).detach()
+        rows, cols = sample_positions(SIZE, 200, seeded(5, 3, 1))
+        colours = (images / 255 - torch.tensor(IMAGENET_MEAN)) / torch.tensor(IMAGENET_STD)
+        with torch.no_grad():
+            found = objective(other, images, seed=5, step=1)["crf"]
+        torch.testing.assert_close(found, sampled_crf(features, colours, rows, cols), rtol=1e-4, atol=0)
+        terms.append(found)
+    assert terms[0] != terms[1], "the features of the two are the same"
 
 
 def test_the_loss_follows_from_seed_and_step(backbone: Backbone) -> None:
@@ -174,10 +234,11 @@ def test_evaluation_does_not_depend_on_the_batches(backbone: Backbone) -> None:
     objective = make(backbone, projections=8)
     images = photographs(3)
     whole = objective.evaluate(backbone, [images], 5)
-    assert whole == pytest.approx(objective.evaluate(backbone, images.split(1), 5), rel=1e-6)
+    assert tuple(whole) == pytest.approx(tuple(objective.evaluate(backbone, images.split(1), 5)), rel=1e-6)
     assert whole == objective.evaluate(backbone, [images], 5)
     assert whole != objective.evaluate(backbone, [images], 6)
-    assert whole < 1
+    assert whole.explained_variance < 1
+    assert whole.loss > 0
 
 
 def test_exact_features_explain_everything(backbone: Backbone) -> None:
@@ -185,7 +246,9 @@ def test_exact_features_explain_everything(backbone: Backbone) -> None:
     still = Jitter(0, (1.0, 1.0), flip=False)
     down = BlurDownsampler(backbone.stride, backbone.stride)
     objective = MultiViewObjective(Interpolate("nearest"), down, jitter=still, projections=None)
-    assert objective.evaluate(backbone, [photographs()], 5) == pytest.approx(1, abs=1e-6)
+    found = objective.evaluate(backbone, [photographs()], 5)
+    assert found.explained_variance == pytest.approx(1, abs=1e-6)
+    assert found.loss < 1e-8
     assert loss(objective, backbone).item() < 1e-8
 
 
@@ -197,12 +260,14 @@ def test_training_explains_more(backbone: Backbone) -> None:
         optimiser.zero_grad()
         loss(objective, backbone, step).backward()
         optimiser.step()
-    assert objective.evaluate(backbone, [photographs()], 5) > before + 0.1
+    after = objective.evaluate(backbone, [photographs()], 5)
+    assert after.explained_variance > before.explained_variance + 0.1
+    assert after.loss < before.loss
 
 
 def test_counts_that_cannot_be(backbone: Backbone) -> None:
     for options in ({"jitters": 0}, {"projections": 0}):
-        with pytest.raises(GeometryError, match=r"jitters=\d and projections=\d+ must be at least 1"):
+        with pytest.raises(GeometryError, match=r"(jitters|projections)=0 must be at least 1"):
             make(backbone, **options)
     with pytest.raises(GeometryError, match="do not fit the stride"):
         loss(make(backbone), backbone, images=torch.zeros(1, 33, 48, 3, dtype=torch.uint8))
