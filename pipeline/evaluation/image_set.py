@@ -19,6 +19,7 @@ from pipeline.errors import InputError, JobFailedError, SampleError
 from pipeline.evaluation.methods import FeedForwardMethod, Method
 from pipeline.inputs import storage
 from pipeline.inputs.plan import Plan, make_plan
+from pipeline.progress import CountProgress
 from pipeline.redaction import redact
 from pipeline.training.tasks import Task
 
@@ -99,8 +100,12 @@ def load_set(
             return index.samples[position].key, error
 
     keys, images, labels, failures = [], [], [], []
-    with ThreadPoolExecutor(torch.get_num_threads()) as pool:
-        for key, sample in pool.map(load, range(plan.samples)):
+    with (
+        ThreadPoolExecutor(torch.get_num_threads()) as pool,
+        CountProgress(plan.samples, "images") as progress,
+    ):
+        for number, (key, sample) in enumerate(pool.map(load, range(plan.samples)), 1):
+            progress.reach(number, "decoded")
             if isinstance(sample, SampleError):
                 failures.append(f"{key}: {sample}")
                 continue
@@ -140,8 +145,11 @@ def flip_set(config: EvaluateConfig, backbone: Backbone, images: ImageSet) -> Im
 
 
 def _coarse_features(backbone: Backbone, images: Tensor, batch_size: int) -> Tensor:
-    with torch.inference_mode():
-        maps = [backbone(batch.to(device_of(backbone))).cpu() for batch in torch.split(images, batch_size)]
+    maps = []
+    with torch.inference_mode(), CountProgress(len(images), "images") as progress:
+        for batch in torch.split(images, batch_size):
+            maps.append(backbone(batch.to(device_of(backbone))).cpu())
+            progress.reach(progress.done + len(batch), "through the backbone")
     # Outside of inference mode, because training cannot use tensors that were made in it.
     return torch.cat(maps)
 

@@ -132,7 +132,7 @@ def test_paths_are_never_empty(kind: type[Checked]) -> None:
         ({"limit": 1.5}, "limit=1.5 must be a whole number"),
         ({"geometry": "stretch"}, "geometry='stretch' must be one of squash, center_crop, pad"),
         ({"labels": ("boxes",)}, "labels=('boxes',) must be one of seg, depth, cls"),
-        ({"upsampler": "jub"}, "upsampler='jub' must be one of nearest, bilinear, bicubic, bilateral, anyup, jbu,"),
+        ({"upsampler": "jub"}, "upsampler='jub' must be one of nearest, bilinear, bicubic, norm_bilinear,"),
         ({"precision": "float64"}, "precision='float64' must be one of float32, bfloat16, float16"),
         ({"backbone": 3}, "backbone=3 must be text"),
         # Combinations.
