@@ -43,6 +43,7 @@ __all__ = [
     "pca_bytes",
     "probe_bytes",
     "read_probe",
+    "read_provenance",
     "upsampler_bytes",
 ]
 
@@ -235,17 +236,23 @@ def load_upsampler(path: str | Path, name: str) -> Upsampler:
     return upsampler.eval().requires_grad_(False)
 
 
+def read_provenance(path: str | Path) -> dict[str, Any]:
+    """What a file of this project says of its making; empty where it says nothing, or is of another project."""
+    path = Path(path)
+    if path.suffix != ".safetensors":
+        return {}
+    with safe_open(path, framework="pt") as file:
+        provenance: dict[str, Any] = json.loads((file.metadata() or {}).get("featup", "{}")).get("provenance", {})
+    return provenance
+
+
 def check_backbone(path: str | Path, backbone: "Backbone") -> None:
     """Refuse a checkpoint or a PCA that was made for other features; files that name no backbone pass.
 
     Raises:
         WeightsError: the weights, the layer or, where the file records it, the norm differ; the text names both.
     """
-    path = Path(path)
-    if path.suffix != ".safetensors":
-        return
-    with safe_open(path, framework="pt") as file:
-        provenance = json.loads((file.metadata() or {}).get("featup", "{}")).get("provenance", {})
+    provenance = read_provenance(path)
     trained = provenance.get("backbone")
     if isinstance(trained, str) and {"layer", "weights"} <= provenance.keys():  # A PCA's.
         trained = {"name": trained, "layer": provenance["layer"], "digest": provenance["weights"]}

@@ -9,6 +9,17 @@ TrainableName = Literal["jbu", "resize_conv", "carafe", "sapa", "ifa"]
 PublishedName = Literal["anyup"]
 """Upsamplers with a published checkpoint for all backbones, used where no other is given; they can be trained too."""
 UpsamplerName = Literal[
-    "nearest", "bilinear", "bicubic", "bilateral", "anyup", "jbu", "resize_conv", "carafe", "sapa", "ifa"
+    "nearest",
+    "bilinear",
+    "bicubic",
+    "norm_bilinear",
+    "guided_filter",
+    "bilateral",
+    "anyup",
+    "jbu",
+    "resize_conv",
+    "carafe",
+    "sapa",
+    "ifa",
 ]
 FitBase = Literal["bilinear", "bilateral", "jbu"]

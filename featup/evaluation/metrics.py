@@ -4,6 +4,7 @@ Every metric of a set is computed from statistics that add up over its images an
 therefore makes no difference, and a bootstrap can resample the images.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -16,11 +17,12 @@ __all__ = [
     "Interval",
     "average_drop",
     "average_increase",
-    "bootstrap_difference",
+    "bootstrap",
     "class_counts",
     "depth_accuracy",
     "depth_rmse",
     "depth_sums",
+    "difference_interval",
     "mean_iou",
     "pixel_accuracy",
 ]
@@ -143,24 +145,58 @@ class Interval:
     high: float
 
 
-def bootstrap_difference(
-    measure: Callable[[Tensor], float], ours: Tensor, baseline: Tensor, resamples: int = 200, seed: int = 0
-) -> Interval:
-    """Paired bootstrap of the difference between a metric and its baseline, over the images of a set.
+def bootstrap(
+    measure: Callable[[Tensor], float],
+    statistics: Tensor,
+    resamples: int = 200,
+    clusters: Tensor | None = None,
+    seed: int = 0,
+) -> Tensor:
+    """A metric's values over resamples of the images of a set, drawn with replacement.
 
-    Both are evaluated on the same resamples, so that images that are hard for both do not widen the interval.
+    Equal numbers of images, clusters and seed give equal resamples. The values of two methods are therefore paired, and
+    images that are hard for both do not widen the interval of their difference.
 
     Args:
         measure: A metric of statistics of images, such as :func:`mean_iou`.
-        ours, baseline: Statistics of the same images in the same order, ``[N, ...]``.
-        resamples: Number of resamples.
+        statistics: Of the images, ``[N, ...]``.
+        resamples: R.
+        clusters: The cluster of each image, int64 ``[N]``, such as the sequence that a frame is of. Clusters are
+            resampled as a whole (cluster bootstrap), because frames of one sequence are not independent. By default
+            every image is a cluster of its own.
         seed: The only source of chance.
+
+    Returns:
+        float64 ``[R]``.
+
+    Raises:
+        GeometryError: clusters that are not one for each image.
     """
+    if clusters is not None and clusters.shape != statistics.shape[:1]:
+        raise GeometryError(
+            f"bootstrap: {list(clusters.shape)} clusters of {len(statistics)} images; give one for each"
+        )
     generator = torch.Generator().manual_seed(seed)
-    differences = []
+    names = [] if clusters is None else sorted(set(clusters.tolist()))
+    members = None if clusters is None else [torch.nonzero(clusters == name)[:, 0] for name in names]
+    count = len(statistics) if members is None else len(members)
+    values = []
     for _ in range(resamples):
-        resample = torch.randint(len(ours), (len(ours),), generator=generator)
-        differences.append(measure(ours[resample]) - measure(baseline[resample]))
-    distribution = torch.tensor(differences, dtype=torch.float64)
-    low, high = distribution.quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
-    return Interval(distribution.mean().item(), low, high)
+        resample = torch.randint(count, (count,), generator=generator)
+        if members is not None:
+            resample = torch.cat([members[number] for number in resample.tolist()])
+        values.append(measure(statistics[resample]))
+    return torch.tensor(values, dtype=torch.float64)
+
+
+def difference_interval(ours: Tensor, baseline: Tensor) -> Interval:
+    """The interval of a difference, from two methods' values over the same resamples, ``[R]`` each.
+
+    A resample without a value, such as one whose images have no labels, does not count.
+    """
+    differences = ours - baseline
+    differences = differences[differences.isfinite()]
+    if not len(differences):
+        return Interval(math.nan, math.nan, math.nan)
+    low, high = differences.quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
+    return Interval(differences.mean().item(), low, high)

@@ -14,9 +14,11 @@ from featup.upsamplers.base import ChannelMap, Upsampler
 from featup.upsamplers.bilateral import Bilateral
 from featup.upsamplers.carafe import CARAFE
 from featup.upsamplers.deep_image_prior import DeepImagePrior
+from featup.upsamplers.guided_filter import GuidedFilter
 from featup.upsamplers.ifa import IFA
 from featup.upsamplers.interpolate import Interpolate
 from featup.upsamplers.jbu import JBU
+from featup.upsamplers.norm_bilinear import NormBilinear
 from featup.upsamplers.resize_conv import ResizeConv
 from featup.upsamplers.sapa import SAPA
 
@@ -29,7 +31,9 @@ __all__ = [
     "Bilateral",
     "ChannelMap",
     "DeepImagePrior",
+    "GuidedFilter",
     "Interpolate",
+    "NormBilinear",
     "ResizeConv",
     "TrainableName",
     "Upsampler",
@@ -61,6 +65,10 @@ def create_upsampler(
     match name:
         case "nearest" | "bilinear" | "bicubic":
             upsampler: Upsampler = Interpolate(name)
+        case "norm_bilinear":
+            upsampler = NormBilinear()
+        case "guided_filter":
+            upsampler = GuidedFilter()
         case "bilateral":
             upsampler = Bilateral(**bilateral or {})
         case "anyup":

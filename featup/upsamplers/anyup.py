@@ -71,12 +71,25 @@ class AnyUp(Upsampler):
         self, features: Tensor, guidance: Tensor, size: tuple[int, int], channel_map: ChannelMap | None
     ) -> Iterator[tuple[slice, Tensor]]:
         """See :meth:`Upsampler.mapped_row_tiles`. The keys come from all channels, the values are mapped."""
-        dtype = self.rope.freqs.dtype
         values = features if channel_map is None else functional.linear(features, channel_map.weight)
+        for rows, tile in self._attended(features, values, guidance, size):
+            yield rows, (tile if channel_map is None else tile + channel_map.bias.to(tile)).to(features.dtype)
+
+    def operator_row_tiles(
+        self, features: Tensor, values: Tensor, guidance: Tensor, size: tuple[int, int]
+    ) -> Iterator[tuple[slice, Tensor]]:
+        """See :meth:`Upsampler.operator_row_tiles`."""
+        for rows, tile in self._attended(features, values, guidance, size):
+            yield rows, tile.to(values.dtype)
+
+    def _attended(
+        self, features: Tensor, values: Tensor, guidance: Tensor, size: tuple[int, int]
+    ) -> Iterator[tuple[slice, Tensor]]:
+        """The attention's results in the floating type of the weights."""
+        dtype = self.rope.freqs.dtype
         queries, image_keys = self._encode_image(as_guidance(guidance, dtype), (features.shape[1], features.shape[2]))
         keys = self._keys(features.to(dtype), image_keys)
-        for rows, tile in self._attend(queries, keys, values[0].to(dtype), size):
-            yield rows, (tile if channel_map is None else tile + channel_map.bias.to(dtype)).to(features.dtype)
+        yield from self._attend(queries, keys, values[0].to(dtype), size)
 
     def _encode_image(self, guidance: Tensor, low: tuple[int, int]) -> tuple[Bands, Tensor]:
         """``[1, H, W, 3]`` in [0, 1] to what queries ``[1, H, W, D]`` and keys ``[1, h, w, D]`` are made of."""

@@ -47,7 +47,8 @@ class Upsampler(nn.Module):
     ``guidance`` is the image, uint8 or floating in [0, 1]. A map is computed in row tiles: some of its rows at a time.
     Sub-classes that are linear over space, with the same operator for every channel, implement :meth:`row_tiles`, and
     :meth:`output_projection` if they end in a channel map. Those whose operator depends on all the channels, or is
-    not linear, override :meth:`mapped_row_tiles`.
+    not linear, override :meth:`mapped_row_tiles`; where the operator is the same for every channel all the same, also
+    :meth:`operator_row_tiles`.
     """
 
     name: str
@@ -119,6 +120,46 @@ class Upsampler(nn.Module):
             return out
         return torch.cat(images) if images else features.new_empty(shape)
 
+    @property
+    def has_operator(self) -> bool:
+        """Whether, given image and features, one linear operator over space serves every channel."""
+        method = type(self)
+        return (
+            method.mapped_row_tiles is Upsampler.mapped_row_tiles
+            or method.operator_row_tiles is not Upsampler.operator_row_tiles
+        )
+
+    def apply_operator(self, features: Tensor, values: Tensor, guidance: Tensor, size: tuple[int, int]) -> Tensor:
+        """Upsample other values than the features, class probabilities for instance, by the features' operator.
+
+        The channel map that an upsampler may end in is for features, and is left out.
+
+        Args:
+            features, guidance, size: As for :meth:`forward`; they determine the operator.
+            values: ``[B, h, w, K]``, of the features' grid.
+
+        Returns:
+            ``[B, H', W', K]``.
+
+        Raises:
+            GeometryError: an upsampler that has no such operator, or values of another grid.
+        """
+        if not self.has_operator:
+            raise GeometryError(
+                f"{self.name} is not one linear operator over space for all channels, and upsamples features only; "
+                "choose another upsampler, or upsample the features and compute the values from them"
+            )
+        if values.dim() != 4 or values.shape[:3] != features.shape[:3]:
+            raise GeometryError(
+                f"{self.name}: values {list(values.shape)} must lie on the grid of the features {list(features.shape)}"
+            )
+        upsampled = []
+        for index in range(len(features)):
+            image = slice(index, index + 1)
+            tiles = self.operator_row_tiles(features[image].clone(), values[image].clone(), guidance[image], size)
+            upsampled.append(torch.cat([tile for _, tile in tiles], 1))
+        return torch.cat(upsampled) if upsampled else values.new_empty(0, *size, values.shape[-1])
+
     def output_projection(self, channels: int) -> ChannelMap | None:
         """The channel map that the upsampler ends in, for ``channels`` input channels; ``None`` if it has none."""
         return None
@@ -150,6 +191,22 @@ class Upsampler(nn.Module):
         low = torch.nn.functional.linear(features, channel_map.weight)
         for rows, tile in self.row_tiles(low, guidance, size):
             yield rows, tile + channel_map.bias if torch.is_grad_enabled() else tile.add_(channel_map.bias)
+
+    def operator_row_tiles(
+        self, features: Tensor, values: Tensor, guidance: Tensor, size: tuple[int, int]
+    ) -> Iterator[tuple[slice, Tensor]]:
+        """Apply the linear operator over space that image and features determine to other values of one image.
+
+        By default the operator depends on the image alone, and is that of :meth:`row_tiles`.
+
+        Args:
+            features, values, guidance, size: ``[1, h, w, C]``, ``[1, h, w, K]``, ``[1, H, W, 3]`` and the result's
+                (height, width).
+
+        Yields:
+            The tile's rows, from the top, and its values ``[1, rows, W', K]``.
+        """
+        yield from self.row_tiles(values, guidance, size)
 
     def row_tiles(self, features: Tensor, guidance: Tensor, size: tuple[int, int]) -> Iterator[tuple[slice, Tensor]]:
         """Apply the linear operator over space to one image, one row tile at a time.

@@ -104,6 +104,18 @@ class JointUpsampler(Upsampler):
         for rows, tile in self._upsampled_row_tiles(mapped, guidance, size, affinity):
             yield rows, tile + channel_map.bias if torch.is_grad_enabled() else tile.add_(channel_map.bias)
 
+    def operator_row_tiles(
+        self, features: Tensor, values: Tensor, guidance: Tensor, size: tuple[int, int]
+    ) -> Iterator[tuple[slice, Tensor]]:
+        """See :meth:`Upsampler.operator_row_tiles`. The filters compare the features; means do not rescale values."""
+        guidance = self.prepare_guidance(as_guidance(guidance, features.dtype))
+        affinity = self.affinity_features(features)
+        if self.same_resolution_stages:
+            coarse_guidance = _guidance_channels(guidance, affinity, (features.shape[1], features.shape[2]))
+            for stage in range(-self.same_resolution_stages, 0):
+                values = self.run_stage(stage, values, coarse_guidance)
+        yield from self._upsampled_row_tiles(values, guidance, size, affinity)
+
     def row_tiles(self, features: Tensor, guidance: Tensor, size: tuple[int, int]) -> Iterator[tuple[slice, Tensor]]:
         """See :meth:`Upsampler.row_tiles`. Only the maps before the last stage are held as a whole."""
         return self.mapped_row_tiles(features, guidance, size, None)

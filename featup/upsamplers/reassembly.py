@@ -39,11 +39,18 @@ class Reassembly(LearnedUpsampler):
     def mapped_row_tiles(
         self, features: Tensor, guidance: Tensor, size: tuple[int, int], channel_map: ChannelMap | None
     ) -> Iterator[tuple[slice, Tensor]]:
-        """See :meth:`Upsampler.mapped_row_tiles`. Only the maps before the last stage are held as a whole."""
+        """See :meth:`Upsampler.mapped_row_tiles`."""
+        values = features if channel_map is None else functional.linear(features, channel_map.weight)
+        for rows, tile in self.operator_row_tiles(features, values, guidance, size):
+            yield rows, tile if channel_map is None else tile + channel_map.bias
+
+    def operator_row_tiles(
+        self, features: Tensor, values: Tensor, guidance: Tensor, size: tuple[int, int]
+    ) -> Iterator[tuple[slice, Tensor]]:
+        """See :meth:`Upsampler.operator_row_tiles`. Only the maps before the last stage are held as a whole."""
         sizes = self.stages_to(features, size, len(self.stages))
         guidance = as_guidance(guidance, features.dtype)
         compressed = self.compress(features)
-        values = features if channel_map is None else functional.linear(features, channel_map.weight)
         for stage, stage_size in enumerate(sizes[:-1]):
             tiles = self._stage_row_tiles(stage, compressed, [values, compressed], guidance, stage_size)
             values, compressed = (torch.cat(parts, 1) for parts in zip(*(maps for _, maps in tiles), strict=True))
@@ -53,7 +60,7 @@ class Reassembly(LearnedUpsampler):
             # Without a stage this may be the caller's own tensor, which must not be written to.
             last = iter([(slice(0, size[0]), [values.clone()])])
         for rows, (tile,) in last:
-            yield rows, tile if channel_map is None else tile + channel_map.bias
+            yield rows, tile
 
     def _stage_row_tiles(
         self, stage: int, compressed: Tensor, maps: Sequence[Tensor], guidance: Tensor, size: tuple[int, int]

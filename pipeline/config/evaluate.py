@@ -1,8 +1,9 @@
 """Options of ``featup evaluate``."""
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import get_args
+from typing import Literal, get_args
 
 from featup.names import PublishedName, TrainableName, UpsamplerName
 from pipeline.config.base import BackboneConfig
@@ -29,6 +30,13 @@ def _is_method(row: str) -> bool:
     name, _, file = row.partition("=")
     trained = name in _WITH_FILE or (name == "implicit" and file.endswith(".safetensors"))
     return row in _UNTRAINED or (trained and bool(file))
+
+
+def _is_expression(text: str | None) -> bool:
+    try:
+        return text is None or re.compile(text).groups > 0
+    except re.error:
+        return False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,7 +69,8 @@ class EvaluateConfig(BilateralOptions, DepthOptions, BackboneConfig):
 
     rows: tuple[str, ...] = option(
         ("nearest", "bilinear", "bicubic", "strided", "large_image", "bilateral"),
-        "of the table, one a method: nearest, bilinear, bicubic, bilateral, anyup, strided, large_image; trained, as "
+        "of the table, one a method: nearest, bilinear, bicubic, norm_bilinear (norms restored), guided_filter, "
+        "bilateral, anyup, strided, large_image; trained, as "
         "NAME=FILE: anyup, jbu, resize_conv, carafe, sapa, ifa; fitted to each image: deep_image_prior, implicit (its "
         "initial map by bilateral) or implicit=FILE (by a jbu)",
         group="upsampler",
@@ -93,10 +102,26 @@ class EvaluateConfig(BilateralOptions, DepthOptions, BackboneConfig):
         100, "retrained: pixels of every training image that the probe is fitted on", group="evaluation", at_least=1
     )
     seeds: int = option(1, "retrained: probes, each fitted on other pixels", group="evaluation", at_least=1)
+    protocol: Literal["none", "448"] = option(
+        "none",
+        "segmentation: 448 also trains a probe for every row as the field's tables do: AdamW, batch 2, mirrored "
+        "images, cosine; their image size is 448",
+        group="evaluation",
+    )
+    epochs: int = option(20, "protocol 448: passes over the training images", group="evaluation", at_least=1)
     max_vectors: int = option(
         200_000, "feature vectors a probe is fitted on, at most, sampled by a seed", group="evaluation", at_least=1
     )
     resamples: int = option(200, "of the images, for the intervals of differences", group="evaluation", at_least=1)
+    cluster_by: str | None = option(
+        None,
+        "regular expression whose first group, in a key, names the image's sequence: sequences are resampled as a "
+        "whole",
+        group="evaluation",
+    )
+    pairs: bool = option(
+        False, "also write a table of the differences between any two rows into table.md", group="evaluation"
+    )
     pictures: int = option(6, "images of each set to draw pictures of", group="evaluation", at_least=0)
 
     batch_size: int = option(8, "images upsampled at once", group="run", run=True, at_least=1)
@@ -117,6 +142,16 @@ class EvaluateConfig(BilateralOptions, DepthOptions, BackboneConfig):
                 bool(self.train) != (self.classes is not None),
                 f"train={self.train} with classes={self.classes}: segmentation needs both",
             ),
+            (
+                self.protocol != "none" and not self.train,
+                f"protocol={self.protocol} trains segmentation probes; give train, val and classes",
+            ),
+            (
+                self.protocol != "none" and self.geometry != "center_crop",
+                f"protocol={self.protocol} with geometry={self.geometry}: its images are centre crops, and other "
+                "tables' figures are of these; give geometry center_crop",
+            ),
+            (not _is_expression(self.cluster_by), f"cluster_by={self.cluster_by!r} is no expression with a group"),
             (not self.rows, "rows is empty; name at least one upsampler"),
             *((not _is_method(row), f"rows: {row!r} is not one of {_METHODS}") for row in self.rows),
             (len(set(self.rows)) != len(self.rows), f"rows={self.rows}: one is named twice"),

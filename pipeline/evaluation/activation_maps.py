@@ -2,6 +2,8 @@
 
 import time
 from collections.abc import Sequence
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,10 +15,12 @@ from featup.upsamplers import ChannelMap
 from pipeline.compute.device import device_of
 from pipeline.config.evaluate import EvaluateConfig
 from pipeline.console import report_time
+from pipeline.evaluation.failures import Failures
 from pipeline.evaluation.image_set import ImageSet, evenly_spaced, picture_name
 from pipeline.evaluation.methods import Method
 from pipeline.evaluation.panels import Panels
-from pipeline.evaluation.results import Measures, Part, compare
+from pipeline.evaluation.results import Measures, Part, Resampling, compare
+from pipeline.progress import CountProgress
 
 __all__ = ["evaluate_activation_maps"]
 
@@ -44,34 +48,57 @@ def evaluate_activation_maps(
     pictures: Panels = {
         name: [(f"image, {probabilities[number]:.3f}", images.images[number].numpy())] for number, name in shown.items()
     }
-    statistics, numbers = {}, {}
-    for method in methods:
-        started = time.perf_counter()
-        seconds = 0.0
-        scores = []
-        for batch in images.batches(config.batch_size):
-            before = time.perf_counter()
-            with torch.inference_mode():
-                maps = [
-                    images.upsample(method, slice(number, number + 1), weights[number])[..., 0]
-                    for number in range(batch.start, batch.stop)
-                ]
-            seconds += time.perf_counter() - before
-            masked = explain(images.images[batch].to(maps[0].device), torch.cat(maps))
-            predicted = classes[batch].to(masked.device)
-            scores.append(class_probabilities(backbone, masked).gather(1, predicted[:, None])[:, 0].cpu())
-            for number in shown.keys() & set(range(batch.start, batch.stop)):
-                title = f"{method.name}, {scores[-1][number - batch.start]:.3f}"
-                pictures[shown[number]].append((title, masked[number - batch.start].cpu().numpy()))
-        statistics[method.name] = torch.stack([probabilities, torch.cat(scores)], 1)
-        numbers[method.name] = {
-            "seconds_per_image": seconds / len(images),
-            "seconds": time.perf_counter() - started,
-        }
-        report_time(f"CAM, {method.name}: AD {_MEASURES['AD'](statistics[method.name]):.4g}", started)
-    for name, ours in statistics.items():
-        numbers[name] |= compare(_MEASURES, [ours], [statistics[baseline]], config.resamples)
-    return Part("CAM", numbers, {"CAM": {**images.facts, "classes": classes.tolist()}}, pictures)
+    statistics: dict[str, list[Tensor]] = {}
+    numbers: dict[str, dict[str, Any]] = {}
+    failures = Failures(images)
+    with CountProgress(len(methods) * len(images), "images") as progress:
+        for method in methods:
+            started = time.perf_counter()
+            seconds = 0.0
+            scores = []
+            for batch in images.batches(config.batch_size):
+                before = time.perf_counter()
+                with torch.inference_mode():
+                    maps = [
+                        failures.attempt(
+                            method.name,
+                            partial(_activations, images, method, weights[number]),
+                            slice(number, number + 1),
+                            images.size,
+                        )
+                        for number in range(batch.start, batch.stop)
+                    ]
+                seconds += time.perf_counter() - before
+                masked = explain(images.images[batch].to(maps[0].device), torch.cat(maps))
+                predicted = classes[batch].to(masked.device)
+                scores.append(class_probabilities(backbone, masked).gather(1, predicted[:, None])[:, 0].cpu())
+                for number in shown.keys() & set(range(batch.start, batch.stop)):
+                    title = f"{method.name}, {scores[-1][number - batch.start]:.3f}"
+                    pictures[shown[number]].append((title, masked[number - batch.start].cpu().numpy()))
+                progress.reach(progress.done + batch.stop - batch.start, f"CAM, {method.name}")
+            statistics[method.name] = [torch.stack([probabilities, torch.cat(scores)], 1)]
+            numbers[method.name] = {
+                "seconds_per_image": seconds / len(images),
+                "seconds": time.perf_counter() - started,
+            }
+            report_time(f"CAM, {method.name}: AD {_MEASURES['AD'](statistics[method.name][0]):.4g}", started)
+    kept = failures.kept(range(len(images)))
+    comparison = compare(
+        _MEASURES,
+        {name: [probe[kept] for probe in probes] for name, probes in statistics.items()},
+        baseline,
+        Resampling(config.resamples),
+        [images.keys[number] for number in kept],
+    )
+    for name, compared in comparison.methods.items():
+        numbers[name] |= compared
+    facts = {**images.facts, "classes": classes.tolist(), "left out": failures.reasons}
+    return Part("CAM", numbers, {"CAM": facts}, {"": comparison.pairs}, pictures)
+
+
+def _activations(images: ImageSet, method: Method, weights: ChannelMap, batch: slice) -> Tensor:
+    """Activation maps of some of the images, ``[B, H, W]``."""
+    return images.upsample(method, batch, weights)[..., 0]
 
 
 def _classify(config: EvaluateConfig, backbone: Backbone, images: ImageSet) -> tuple[Tensor, Tensor, list[ChannelMap]]:

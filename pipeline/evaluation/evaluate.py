@@ -18,6 +18,7 @@ from typing import Any
 from PIL import Image
 
 from featup.backbones import Backbone
+from featup.evaluation.pixel_probe import PixelProbeRecipe
 from pipeline.compute.device import choose_device, set_threads
 from pipeline.compute.models import make_backbone
 from pipeline.compute.prepare import versions
@@ -25,12 +26,14 @@ from pipeline.config.base import describe
 from pipeline.config.evaluate import EvaluateConfig
 from pipeline.console import report_time
 from pipeline.evaluation.activation_maps import evaluate_activation_maps
-from pipeline.evaluation.image_set import ImageSet, load_set, seg_dtype
+from pipeline.evaluation.image_set import ImageSet, flip_set, load_set, seg_dtype
 from pipeline.evaluation.label_maps import evaluate_labels
 from pipeline.evaluation.methods import Method, create_methods
 from pipeline.evaluation.panels import Panels, sheet
+from pipeline.evaluation.protocol_448 import Protocol448
 from pipeline.evaluation.results import Part
 from pipeline.evaluation.table import table
+from pipeline.evaluation.trained_on import training_notes
 from pipeline.evaluation.views import evaluate_views
 from pipeline.inputs import storage
 from pipeline.training.tasks import DepthTask, SegmentationTask, Task
@@ -58,13 +61,17 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     print(f"{backbone.extra_repr()}, {len(methods)} methods, {threads} threads on {device.type}", flush=True)
     baseline = _BASELINE if _BASELINE in names else names[0]
     parts = list(_parts(config, backbone, methods, baseline))
+    data = {name: facts for part in parts for name, facts in part.data.items()}
+    notes = [note for part in parts for note in part.notes]
     results = {
         "config": describe(config),
         "versions": versions(),
         "digests": {"backbone": backbone.digest} | {each.name: each.digests for each in methods if each.digests},
         "baseline": baseline,
-        "data": {name: facts for part in parts for name, facts in part.data.items()},
+        "data": data,
         "probes": {part.name: part.probe for part in parts if part.probe},
+        "notes": [*notes, *training_notes(config, methods, data)],
+        "pairs": {part.name: part.pairs for part in parts},
         "methods": {name: {part.name: part.methods[name] for part in parts} for name in names},
     }
     text = table(results)
@@ -84,7 +91,11 @@ def _parts(config: EvaluateConfig, backbone: Backbone, methods: Sequence[Method]
         train = load_set(config, backbone, train_shards, task, config.train_limit)
         val = load_set(config, backbone, val_shards, task, config.limit)
         _report_images(task.kind, started, train, val)
-        yield evaluate_labels(config, methods, baseline, task, train, val)
+        protocol = None
+        if config.protocol == "448" and isinstance(task, SegmentationTask):
+            recipe = PixelProbeRecipe(epochs=config.epochs)
+            protocol = Protocol448(task, train, flip_set(config, backbone, train), recipe)
+        yield evaluate_labels(config, methods, baseline, task, train, val, protocol)
         if config.views:
             yield evaluate_views(config, backbone, methods, baseline, val, f"{task.kind} views")
     if config.cam_shards:

@@ -16,12 +16,14 @@ from pipeline.compute.load import image_options, load_sample
 from pipeline.config.evaluate import EvaluateConfig
 from pipeline.decode.sample import PreparedSample
 from pipeline.errors import InputError, JobFailedError, SampleError
-from pipeline.evaluation.methods import Method
+from pipeline.evaluation.methods import FeedForwardMethod, Method
 from pipeline.inputs import storage
 from pipeline.inputs.plan import Plan, make_plan
+from pipeline.progress import CountProgress
+from pipeline.redaction import redact
 from pipeline.training.tasks import Task
 
-__all__ = ["ImageSet", "evenly_spaced", "load_set", "picture_name", "seg_dtype"]
+__all__ = ["ImageSet", "evenly_spaced", "flip_set", "load_set", "picture_name", "seg_dtype"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,9 +60,16 @@ class ImageSet:
             batch: Which images, as a slice or as numbers.
             projection: See :meth:`Method.predict`.
         """
+        return method.predict(*self._inputs(batch), projection, self.size)
+
+    def filter_scores(self, method: FeedForwardMethod, batch: slice, probe: ChannelMap) -> Tensor:
+        """Upsampled class probabilities of some of the images; see :meth:`FeedForwardMethod.filter_scores`."""
+        return method.filter_scores(*self._inputs(batch), probe, self.size)
+
+    def _inputs(self, batch: slice | Tensor) -> tuple[Tensor, Tensor]:
+        """Images and features on the device of the computation."""
         device = choose_device(None)
-        pixels, features = self.images[batch].to(device), self.features[batch].to(device)
-        return method.predict(pixels, features, projection, self.size)
+        return self.images[batch].to(device), self.features[batch].to(device)
 
 
 def load_set(
@@ -91,8 +100,12 @@ def load_set(
             return index.samples[position].key, error
 
     keys, images, labels, failures = [], [], [], []
-    with ThreadPoolExecutor(torch.get_num_threads()) as pool:
-        for key, sample in pool.map(load, range(plan.samples)):
+    with (
+        ThreadPoolExecutor(torch.get_num_threads()) as pool,
+        CountProgress(plan.samples, "images") as progress,
+    ):
+        for number, (key, sample) in enumerate(pool.map(load, range(plan.samples)), 1):
+            progress.reach(number, "decoded")
             if isinstance(sample, SampleError):
                 failures.append(f"{key}: {sample}")
                 continue
@@ -109,10 +122,36 @@ def load_set(
             "mend the shards, or raise max_failed_fraction"
         )
     pixels = torch.stack(images)
-    with torch.inference_mode():
-        maps = [backbone(batch.to(device_of(backbone))).cpu() for batch in torch.split(pixels, config.batch_size)]
-    facts = {"images": len(keys), "failed": failures, "faults": plan.faults, "digest": plan.digest}
-    return ImageSet(pixels, torch.cat(maps), torch.stack(labels) if labels else torch.empty(0), tuple(keys), facts)
+    facts = {
+        "images": len(keys),
+        "failed": failures,
+        "faults": plan.faults,
+        "digest": plan.digest,
+        "shards": [redact(shard.url) for shard in plan.shards],
+    }
+    features = _coarse_features(backbone, pixels, config.batch_size)
+    return ImageSet(pixels, features, torch.stack(labels) if labels else torch.empty(0), tuple(keys), facts)
+
+
+def flip_set(config: EvaluateConfig, backbone: Backbone, images: ImageSet) -> ImageSet:
+    """The images and labels mirrored left to right, with the coarse features of the mirrored images."""
+    pixels = images.images.flip(2)
+    return replace(
+        images,
+        images=pixels,
+        labels=images.labels.flip(2),
+        features=_coarse_features(backbone, pixels, config.batch_size),
+    )
+
+
+def _coarse_features(backbone: Backbone, images: Tensor, batch_size: int) -> Tensor:
+    maps = []
+    with torch.inference_mode(), CountProgress(len(images), "images") as progress:
+        for batch in torch.split(images, batch_size):
+            maps.append(backbone(batch.to(device_of(backbone))).cpu())
+            progress.reach(progress.done + len(batch), "through the backbone")
+    # Outside of inference mode, because training cannot use tensors that were made in it.
+    return torch.cat(maps)
 
 
 def evenly_spaced(count: int, most: int) -> list[int]:

@@ -2,10 +2,11 @@
 
 from hashlib import sha256
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from featup.backbones import Backbone
 from featup.checkpoints import check_backbone
@@ -26,6 +27,7 @@ from pipeline.inputs import storage
 
 __all__ = [
     "DeepImagePriorMethod",
+    "FeedForwardMethod",
     "ImplicitMethod",
     "LargeImageMethod",
     "Method",
@@ -63,6 +65,31 @@ class Method(Protocol):
         ...
 
 
+@runtime_checkable
+class FeedForwardMethod(Method, Protocol):
+    """A method whose :meth:`predict` is differentiable in its projection, and that may filter class scores.
+
+    Attributes:
+        filters_scores: Whether it is one linear operator over space for all channels, given the image.
+    """
+
+    filters_scores: bool
+
+    def filter_scores(self, images: Tensor, features: Tensor, probe: ChannelMap, size: tuple[int, int]) -> Tensor:
+        """A probe's class probabilities at low resolution, upsampled in place of the features.
+
+        The softmax comes before the operator. Logits would be the same as features to a linear operator.
+
+        Args:
+            images, features, size: See :meth:`Method.predict`.
+            probe: From features to ``K`` logits.
+
+        Returns:
+            ``[B, H', W', K]``.
+        """
+        ...
+
+
 class UpsamplerMethod:
     """An upsampler under the protocol."""
 
@@ -72,6 +99,11 @@ class UpsamplerMethod:
         self.name = name
         self.digests = digests or {}
         self.upsampler = upsampler
+        self.filters_scores = upsampler.has_operator
+
+    def filter_scores(self, images: Tensor, features: Tensor, probe: ChannelMap, size: tuple[int, int]) -> Tensor:
+        """See :meth:`FeedForwardMethod.filter_scores`."""
+        return self.upsampler.apply_operator(features, _probabilities(features, probe), images, size)
 
     def predict(self, images: Tensor, features: Tensor, projection: ChannelMap | None, size: tuple[int, int]) -> Tensor:
         """See :meth:`Method.predict`."""
@@ -140,6 +172,11 @@ class ImplicitMethod:
         return torch.stack(outputs)
 
 
+def _probabilities(features: Tensor, probe: ChannelMap) -> Tensor:
+    probe = probe.to(features)
+    return functional.linear(features, probe.weight, probe.bias).softmax(-1)
+
+
 def _identity(features: Tensor) -> ChannelMap:
     channels = features.shape[-1]
     return ChannelMap(torch.eye(channels).to(features), features.new_zeros(channels))
@@ -150,6 +187,7 @@ class _FinerFeaturesMethod:
 
     name: str
     per_image = False
+    filters_scores = True
 
     def __init__(self, backbone: Backbone, factor: int) -> None:
         """
@@ -170,6 +208,11 @@ class _FinerFeaturesMethod:
         """See :meth:`Method.predict`."""
         interpolated: Tensor = self._interpolate(self.finer(images), images, size, projection)
         return interpolated
+
+    def filter_scores(self, images: Tensor, features: Tensor, probe: ChannelMap, size: tuple[int, int]) -> Tensor:
+        """See :meth:`FeedForwardMethod.filter_scores`; the probabilities are those of the finer features."""
+        probabilities: Tensor = self._interpolate(_probabilities(self.finer(images), probe), images, size)
+        return probabilities
 
 
 class StridedMethod(_FinerFeaturesMethod):

@@ -37,12 +37,55 @@ def table(results: Mapping[str, Any]) -> str:
         "",
         f"- ↑ more is better, ↓ less is better. In brackets: difference to {results['baseline']}, and its 95% interval "
         f"over {config['resamples']} bootstraps of the images.",
+        *_resampling_notes(config),
         *_probe_notes(results),
         f"- {last}: upsampling with all probes applied at once, and counting; without fitting probes.",
         *(f"- {text}" for text in results["probes"].values()),
-        *(f"- {name}: {data['images']} images" for name, data in results["data"].items()),
+        *(f"- {text}" for text in results["notes"]),
+        *(f"- {name}: {data['images']} images{_left_out(data)}" for name, data in results["data"].items()),
     ]
+    if config["pairs"]:
+        lines += _pair_tables(results)
     return "\n".join(lines) + "\n"
+
+
+def _left_out(data: Mapping[str, Any]) -> str:
+    reasons = data.get("left out", ())
+    if not reasons:
+        return ""
+    return f", {len(reasons)} of them left out for all methods because one failed: {'; '.join(reasons[:5])}"
+
+
+def _resampling_notes(config: Mapping[str, Any]) -> Iterator[str]:
+    if config["cluster_by"] is not None:
+        yield f"- Images of one sequence, by {config['cluster_by']!r} in their keys, are resampled together."
+
+
+def _pair_tables(results: Mapping[str, Any]) -> Iterator[str]:
+    """For each column that methods are compared by, a table of the differences between any two."""
+    for part, settings in results["pairs"].items():
+        for setting, pairs in settings.items():
+            names = list(pairs)
+            numbers = results["methods"][names[0]][part]
+            numbers = numbers[setting] if setting else numbers
+            unit, _ = _UNITS[next(iter(numbers["measures"]))]
+            places = 3 if unit == "m" else 1
+            yield from (
+                "",
+                f"## {' '.join(word for word in (part, setting, next(iter(numbers['measures'])), unit) if word)}: the "
+                "line's upsampler less the column's",
+                "",
+                "| " + " | ".join(["", *names[:-1]]) + " |",
+                "| --- |" + " ---: |" * (len(names) - 1),
+            )
+            for line, name in enumerate(names[1:], 1):
+                cells = (_difference(pairs[name][other], places) for other in names[:line])
+                yield "| " + " | ".join([name, *cells, *[""] * (len(names) - 1 - line)]) + " |"
+
+
+def _difference(difference: Mapping[str, float], places: int) -> str:
+    observed, low, high = (f"{difference[key]:+.{places}f}" for key in _INTERVAL)
+    return f"{observed} [{low}, {high}]"
 
 
 def _probe_notes(results: Mapping[str, Any]) -> Iterator[str]:
@@ -54,6 +97,27 @@ def _probe_notes(results: Mapping[str, Any]) -> Iterator[str]:
         yield (
             f"- Retrained: {config['seeds']} probe{'s'[: config['seeds'] > 1]} for every method, on up to "
             f"{config['pixels']} pixels of every training image's upsampled features{several}."
+        )
+    yield from _setting_notes(results)
+
+
+def _setting_notes(results: Mapping[str, Any]) -> Iterator[str]:
+    """Of the settings that only some tables have."""
+    cells = [numbers for parts in results["methods"].values() for numbers in parts.values()]
+    if any("scores" in numbers for numbers in cells):
+        yield (
+            "- Scores: the drop-in probe's class probabilities at low resolution, upsampled in place of the features; "
+            "for upsamplers that are one linear operator over space. (Logits would give the features' figures.)"
+        )
+    if any("448" in numbers for numbers in cells):
+        config = results["config"]
+        # What the recipe was is of the first method that has it; it is the same for all.
+        recipe = next(numbers["448"] for numbers in cells if "448" in numbers)
+        yield (
+            f"- 448: the field's protocol at {config['size']}: for every method one 1x1 convolution with bias, trained "
+            f"by AdamW ({recipe['learning_rate']:g}, cosine over all steps) for {recipe['epochs']} epochs of batches "
+            f"of {recipe['batch_size']} centre crops, mirrored at random, on all labelled pixels; macro IoU over all "
+            "pixels of the validation set. The probe is moved through the upsampler: the same figures for less work."
         )
 
 
@@ -68,8 +132,7 @@ def _cells(parts: Mapping[str, Any]) -> dict[str, str]:
             if name in numbers.get("spread", {}):
                 text += f" ± {numbers['spread'][name]:.{places}f}"
             if name in numbers["difference"]:
-                observed, low, high = (f"{numbers['difference'][name][key]:+.{places}f}" for key in _INTERVAL)
-                text += f" ({observed} [{low}, {high}])"
+                text += f" ({_difference(numbers['difference'][name], places)})"
             cells[" ".join(word for word in (part, setting, name, unit, better) if word)] = text
     return cells
 
@@ -78,6 +141,6 @@ def _settings(parts: Mapping[str, Any]) -> Iterator[tuple[str, str, Mapping[str,
     for part, numbers in parts.items():
         if "measures" in numbers:
             yield part, "", numbers
-        for setting in ("drop-in", "retrained"):
+        for setting in ("drop-in", "scores", "retrained", "448"):
             if setting in numbers:
                 yield part, setting, numbers[setting]

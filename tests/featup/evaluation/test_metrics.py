@@ -83,11 +83,15 @@ def test_the_bootstrap_is_seeded_and_paired() -> None:
     def measure(statistics: torch.Tensor) -> float:
         return float(statistics.mean())
 
-    first = metrics.bootstrap_difference(measure, baseline + 0.25, baseline, 50, seed=3)
+    def interval(ours: torch.Tensor, seed: int) -> metrics.Interval:
+        values = (metrics.bootstrap(measure, statistics, 50, seed=seed) for statistics in (ours, baseline))
+        return metrics.difference_interval(*values)
+
+    first = interval(baseline + 0.25, 3)
     # The difference is the same for every image, so no draw of images changes it.
     assert (first.mean, first.low, first.high) == pytest.approx((0.25, 0.25, 0.25))
     noisy = torch.rand(40, 2, generator=generator, dtype=torch.float64)
-    one, again, other = (metrics.bootstrap_difference(measure, noisy, baseline, 50, seed=seed) for seed in (3, 3, 4))
+    one, again, other = (interval(noisy, seed) for seed in (3, 3, 4))
     assert one == again
     assert one != other
     assert one.low < one.mean < one.high
@@ -96,6 +100,30 @@ def test_the_bootstrap_is_seeded_and_paired() -> None:
 def test_the_bootstrap_is_as_wide_as_theory_says() -> None:
     generator = torch.Generator().manual_seed(2)
     values = torch.randn(400, generator=generator, dtype=torch.float64)
-    interval = metrics.bootstrap_difference(lambda one: float(one.mean()), values, torch.zeros(400), 1000)
+    interval = width(values, None)
     expected = 2 * 1.96 * float(values.std()) / math.sqrt(400)
-    assert interval.high - interval.low == pytest.approx(expected, rel=0.15)
+    assert interval == pytest.approx(expected, rel=0.15)
+
+
+def test_clusters_are_resampled_as_a_whole() -> None:
+    """Four equal frames of each sequence: as wide as for the sequences alone, not half of it."""
+    generator = torch.Generator().manual_seed(2)
+    sequences = torch.randn(100, generator=generator, dtype=torch.float64)
+    frames, clusters = sequences.repeat_interleave(4), torch.arange(100).repeat_interleave(4)
+    assert width(frames, clusters) == pytest.approx(width(sequences, None), rel=1e-9)
+    assert width(frames, None) == pytest.approx(width(sequences, None) / 2, rel=0.15)
+    with pytest.raises(GeometryError, match="give one for each"):
+        metrics.bootstrap(lambda one: float(one.mean()), frames, 5, clusters[1:])
+
+
+def test_resamples_without_a_value_do_not_count() -> None:
+    ours = torch.tensor([1.0, math.nan, 3.0], dtype=torch.float64)
+    assert metrics.difference_interval(ours, torch.zeros(3)).mean == 2
+    assert math.isnan(metrics.difference_interval(ours * math.nan, ours).low)
+
+
+def width(values: torch.Tensor, clusters: torch.Tensor | None) -> float:
+    """Of the interval of the values' mean."""
+    resampled = metrics.bootstrap(lambda one: float(one.mean()), values, 1000, clusters)
+    interval = metrics.difference_interval(resampled, torch.zeros(1000))
+    return interval.high - interval.low
