@@ -26,7 +26,7 @@ from pipeline.evaluation.predict import predict
 from pipeline.evaluation.prediction_files import depth_png, seg_png
 from pipeline.evaluation.predictor import Predictor, decide_at_source, load_predictor
 from pipeline.loader.dataset import FeatureDataset
-from pipeline.training.loop import describe_backbone
+from pipeline.training.create import describe_backbones
 from pipeline.training.probes import train_probe
 from pipeline.training.tasks import DepthTask
 from tests.e2e.support import encode, good_sample, photograph, write_tar
@@ -300,7 +300,7 @@ def test_other_weights_and_other_checkpoints_are_refused(tmp_path: Path) -> None
         torch.save(create_backbone("test_vit", seed=seed).model.state_dict(), path)
     common = {"size": SIZE, "norm": "layer", "weights": str(weights[0])}
     config = make_config("-", "-", **common)
-    provenance = {"backbone": describe_backbone(config, make_backbone(config))}  # type: ignore[arg-type]
+    provenance = {"backbone": describe_backbones(config, [make_backbone(config)])[0]}  # type: ignore[arg-type]
     checkpoints = [tmp_path / f"jbu{seed}.safetensors" for seed in (1, 2)]
     for seed, path in enumerate(checkpoints, 1):
         torch.manual_seed(seed)
