@@ -90,13 +90,9 @@ class JointUpsampler(Upsampler):
         The affinity features come from all channels, before the map. The same-resolution stages also filter all
         channels, because a norm-preserving mean is not linear.
         """
-        guidance = self.prepare_guidance(as_guidance(guidance, features.dtype))
-        affinity = self.affinity_features(features)
-        if self.same_resolution_stages:
-            coarse_guidance = resize_guidance(guidance, (features.shape[1], features.shape[2]))
-            for stage in range(-self.same_resolution_stages, 0):
-                average = partial(self.run_stage, stage, guidance=coarse_guidance, affinity=affinity)
-                features = norm_preserving_mean(average, features)
+        guidance, affinity = self._prepare(features, guidance)
+        for average in self._same_resolution_averages(features, guidance, affinity):
+            features = norm_preserving_mean(average, features)
         if channel_map is None:
             yield from self._upsampled_row_tiles(features, guidance, size, affinity)
             return
@@ -108,13 +104,24 @@ class JointUpsampler(Upsampler):
         self, features: Tensor, values: Tensor, guidance: Tensor, size: tuple[int, int]
     ) -> Iterator[tuple[slice, Tensor]]:
         """See :meth:`Upsampler.operator_row_tiles`. The filters compare the features; means do not rescale values."""
-        guidance = self.prepare_guidance(as_guidance(guidance, features.dtype))
-        affinity = self.affinity_features(features)
-        if self.same_resolution_stages:
-            coarse_guidance = _guidance_channels(guidance, affinity, (features.shape[1], features.shape[2]))
-            for stage in range(-self.same_resolution_stages, 0):
-                values = self.run_stage(stage, values, coarse_guidance)
+        guidance, affinity = self._prepare(features, guidance)
+        for average in self._same_resolution_averages(features, guidance, affinity):
+            values = average(values)
         yield from self._upsampled_row_tiles(values, guidance, size, affinity)
+
+    def _prepare(self, features: Tensor, guidance: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The colours and the affinity features that the filters compare."""
+        prepared = self.prepare_guidance(as_guidance(guidance, features.dtype))
+        return prepared, self.affinity_features(features)
+
+    def _same_resolution_averages(
+        self, features: Tensor, guidance: Tensor, affinity: Tensor | None
+    ) -> Iterator[Callable[[Tensor], Tensor]]:
+        """The weighted means of the same-resolution stages, the first first, with the same weights for all channels."""
+        if self.same_resolution_stages:
+            guidance = resize_guidance(guidance, (features.shape[1], features.shape[2]))
+        for stage in range(-self.same_resolution_stages, 0):
+            yield partial(self.run_stage, stage, guidance=guidance, affinity=affinity)
 
     def row_tiles(self, features: Tensor, guidance: Tensor, size: tuple[int, int]) -> Iterator[tuple[slice, Tensor]]:
         """See :meth:`Upsampler.row_tiles`. Only the maps before the last stage are held as a whole."""
