@@ -2,7 +2,7 @@
 
 from typing import Literal
 
-__all__ = ["FitBase", "PublishedName", "RangeKernel", "TrainableName", "UpsamplerName"]
+__all__ = ["PerImageName", "PublishedName", "RangeKernel", "TrainableName", "UpsamplerName"]
 
 TrainableName = Literal["jbu", "resize_conv", "carafe", "sapa", "ifa"]
 PublishedName = Literal["anyup"]
@@ -10,5 +10,7 @@ PublishedName = Literal["anyup"]
 UpsamplerName = Literal[
     "nearest", "bilinear", "bicubic", "bilateral", "anyup", "jbu", "resize_conv", "carafe", "sapa", "ifa"
 ]
-FitBase = Literal["bilinear", "bilateral", "jbu"]
+"""Feed-forward upsamplers."""
+PerImageName = Literal["multiview", "implicit"]
+"""Upsamplers that compute the backbone's features of many views of each image."""
 RangeKernel = Literal["projection", "distance"]

@@ -16,7 +16,7 @@ from featup.upsamplers import ChannelMap
 from pipeline.config.evaluate import EvaluateConfig
 from pipeline.console import report_time
 from pipeline.evaluation.image_set import ImageSet, evenly_spaced, picture_name
-from pipeline.evaluation.methods import ImplicitMethod, Method
+from pipeline.evaluation.methods import Method
 from pipeline.evaluation.panels import Panels, colour
 from pipeline.evaluation.results import Part, compare
 from pipeline.training.pixels import PixelSampling
@@ -57,8 +57,6 @@ def evaluate_labels(
     numbers: dict[str, dict[str, Any]] = {}
     for method in methods:
         started = time.perf_counter()
-        if isinstance(method, ImplicitMethod):
-            method.fit_components(train.features)
         probes = {"drop-in": [drop_in]}
         if config.retrained and not method.per_image:
             probes["retrained"] = _fit_pixels(task, method, train, config)

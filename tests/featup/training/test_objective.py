@@ -8,7 +8,8 @@ from featup.backbones import Backbone, create_backbone
 from featup.errors import GeometryError
 from featup.multiview.downsamplers import AttentionDownsampler, BlurDownsampler
 from featup.multiview.views import Jitter
-from featup.training.objective import MultiViewObjective, orthonormal_directions, seeded
+from featup.projection import orthonormal_directions
+from featup.training.objective import MultiViewObjective, seeded
 from featup.upsamplers import Interpolate, Upsampler, create_trainable
 from featup.upsamplers.jbu import JBU
 
