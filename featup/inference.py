@@ -17,7 +17,10 @@ from featup.checkpoints import check_backbone, load_pca
 from featup.errors import GeometryError
 from featup.images import ImageLike, as_images, resize_images
 from featup.maps import as_size, nearest_fit, times
-from featup.names import PublishedName, TrainableName, UpsamplerName
+from featup.multiview.average import MultiView, MultiViewOptions
+from featup.multiview.field import PerImageUpsampler
+from featup.multiview.implicit import Implicit
+from featup.names import PerImageName, PublishedName, TrainableName, UpsamplerName
 from featup.projection import PCA, PCAFit
 from featup.upsamplers import ChannelMap, Upsampler, create_upsampler
 
@@ -116,7 +119,11 @@ class Model(nn.Module):
         seen, target = self._sizes(singles, size, image_size)
         coarse = self.backbone(self._resized(singles, seen))
         projection = None if pca is None else self._projection(pca, coarse)
-        features: Tensor = self.upsampler(coarse, self._resized(singles, target), target, projection)
+        guidance = target
+        if isinstance(self.upsampler, PerImageUpsampler):
+            # Its views are of the image that the backbone sees, which a smaller guidance would blur.
+            guidance = max(seen[0], target[0]), max(seen[1], target[1])
+        features: Tensor = self.upsampler(coarse, self._resized(singles, guidance), target, projection)
         return features if batched else features[0]
 
     @torch.no_grad()
@@ -188,12 +195,14 @@ class Model(nn.Module):
 
 def load(
     name: str,
-    upsampler: UpsamplerName | Upsampler | None = None,
+    upsampler: UpsamplerName | PerImageName | Upsampler | None = None,
     *,
     weights: str | os.PathLike[str] | None = None,
     pretrained: bool = True,
     jbu: str | os.PathLike[str] | None = None,
     checkpoint: str | os.PathLike[str] | None = None,
+    view_base: UpsamplerName = "bilateral",
+    views: int = 16,
     image_size: Size | None = None,
     layer: int = -1,
     stride: int | None = None,
@@ -211,13 +220,16 @@ def load(
     Args:
         name: Of the backbone: timm's, or another of :func:`list_backbones` such as ``dinov2_vits14`` or ``ViT-B/16``.
         upsampler: A name of :func:`list_upsamplers`, or an :class:`featup.Upsampler`; by default ``bilateral``, which
-            follows the image's edges and needs no training.
+            follows the image's edges and needs no training. ``multiview`` averages shifted views of each image;
+            ``implicit`` fits a network to each image, which takes much longer.
         weights: A local file of the backbone's weights; by default timm downloads its own.
         pretrained: ``False`` leaves the weights random where no file is given: for tests and timings.
         jbu: The checkpoint of a JBU, from ``featup train-jbu`` or an official FeatUp ``.ckpt``. The official ones were
             trained on features with ``norm="layer"``, save those named ``no_norm``.
         checkpoint: That of another trained upsampler, which ``upsampler`` names; by default ``anyup`` downloads its
             published one.
+        view_base: For ``multiview``: the upsampler of the averaged views, for which ``checkpoint`` then is.
+        views: For ``multiview``: how many views of an image are averaged, each a pass of the backbone.
         image_size: (height, width) in pixels, or one number for a square, of the images given to the backbone; see
             :meth:`Model.forward`. Some models are created for one size, by default that of their training.
         layer, stride, norm, mean, std, kwargs: Choose the backbone's map and arguments; see
@@ -237,17 +249,13 @@ def load(
             "checkpoint; leave the others out, or give upsampler= and checkpoint= without it"
         )
     takers = (*get_args(TrainableName), *get_args(PublishedName))
-    if file is not None and method not in takers:
+    feed_forward = view_base if method == MultiView.name else method
+    if file is not None and feed_forward not in takers:
         raise GeometryError(
             f"checkpoint={file} with upsampler={_name(method)!r}, which takes none; give upsampler= one of "
             f"{', '.join(takers)}, or leave the checkpoint out"
         )
-    if not isinstance(method, Upsampler) and method not in get_args(UpsamplerName):
-        if str(method) == "implicit":
-            raise GeometryError(
-                "upsampler='implicit' is fitted to each image, in the space of a PCA of its data set; use "
-                "featup.multiview.Implicit(model.backbone, pca, model.upsampler), or the command featup precompute"
-            )
+    if not isinstance(method, Upsampler) and method not in list_upsamplers():
         raise GeometryError(f"unknown upsampler {method!r}; there are {', '.join(list_upsamplers())}")
     backbone = create_backbone(
         name,
@@ -262,7 +270,7 @@ def load(
         kwargs=kwargs,
     )
     if not isinstance(method, Upsampler):
-        method = create_upsampler(method, channels=backbone.channels, checkpoint=None if file is None else Path(file))
+        method = _create(method, backbone, None if file is None else Path(file), view_base, views)
     if file is not None:
         check_backbone(Path(file), backbone)
     if device is None:
@@ -291,8 +299,22 @@ def list_backbones(pattern: str | None = None, *, pretrained: bool = False) -> l
 
 
 def list_upsamplers() -> list[str]:
-    """Names of upsamplers that :func:`load` takes; the trained ones, from ``jbu`` on, need a checkpoint."""
-    return list(get_args(UpsamplerName))
+    """Names of upsamplers that :func:`load` takes; the trained ones, from ``jbu`` to ``ifa``, need a checkpoint."""
+    return [*get_args(UpsamplerName), *get_args(PerImageName)]
+
+
+def _create(
+    name: UpsamplerName | PerImageName,
+    backbone: Backbone,
+    checkpoint: Path | None,
+    view_base: UpsamplerName,
+    views: int,
+) -> Upsampler:
+    if name == "implicit":
+        return Implicit(backbone)
+    base = view_base if name == "multiview" else name
+    upsampler = create_upsampler(base, channels=backbone.channels, checkpoint=checkpoint)
+    return MultiView(backbone, upsampler, MultiViewOptions(views=views)) if name == "multiview" else upsampler
 
 
 def _has_maps(module: str) -> bool:

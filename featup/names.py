@@ -2,7 +2,7 @@
 
 from typing import Literal
 
-__all__ = ["FitBase", "PublishedName", "TrainableName", "UpsamplerName"]
+__all__ = ["PerImageName", "PublishedName", "TrainableName", "UpsamplerName"]
 
 TrainableName = Literal["jbu", "resize_conv", "carafe", "sapa", "ifa"]
 """Upsamplers that are trained for one backbone, and always need a checkpoint."""
@@ -22,4 +22,6 @@ UpsamplerName = Literal[
     "sapa",
     "ifa",
 ]
-FitBase = Literal["bilinear", "bilateral", "jbu"]
+"""Feed-forward upsamplers."""
+PerImageName = Literal["multiview", "implicit"]
+"""Upsamplers that compute the backbone's features of many views of each image."""

@@ -1,4 +1,4 @@
-"""PCA of features: one basis for a whole data set, so that the features of different images share one space."""
+"""Projections of features: the PCA of a data set, in whose space its images share a basis, and random directions."""
 
 from dataclasses import dataclass
 
@@ -8,7 +8,7 @@ from torch import Tensor
 from featup.errors import GeometryError
 from featup.upsamplers.base import ChannelMap
 
-__all__ = ["PCA", "PCAFit"]
+__all__ = ["PCA", "PCAFit", "orthonormal_directions"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -99,3 +99,24 @@ class PCAFit:
             explained_variance_ratio=float(along.sum()) / total if total else 1.0,
             count=self.count,
         )
+
+
+def orthonormal_directions(count: int, channels: int, generator: torch.Generator) -> Tensor:
+    """Sample orthonormal projection directions in the space of channels, uniformly.
+
+    The expected mean square of a vector's products with them equals the mean square of the vector's entries. A loss
+    that is a mean of squares has the same expectation on the projections as on all channels.
+
+    Args:
+        count: Number of directions; at most ``channels`` are returned.
+        channels: C of the features.
+        generator: The only source of chance.
+
+    Returns:
+        ``[min(count, channels), channels]``.
+    """
+    # In double precision, so that other CPUs give the same numbers after rounding.
+    gaussian = torch.randn(channels, min(count, channels), generator=generator, dtype=torch.float64)
+    columns, _ = torch.linalg.qr(gaussian)
+    directions: Tensor = columns.T.float()
+    return directions.contiguous()

@@ -185,8 +185,8 @@ def _pictures(config: "PrecomputeConfig", checkpoint: Path, folder: Path) -> lis
             for fit in fits:
                 print(
                     f"implicit fit of {FITTED}: {time.perf_counter() - started:.0f} s; of the variance of views held "
-                    f"out it explains {fit.explained_variance:.3f}, {config.upsampler} "
-                    f"{fit.initial_explained_variance:.3f}",
+                    f"out it explains {fit.explained_variance:.3f}, bilinear "
+                    f"{fit.baseline_explained_variance:.3f}",
                     flush=True,
                 )
             maps.append(upsampled[0].numpy())

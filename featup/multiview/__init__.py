@@ -1,19 +1,21 @@
-"""Jittered views of an image, and the per-image implicit fit to the backbone's features of them.
+"""Jittered views of an image, and upsamplers that compute the backbone's features of them for each image.
 
-The fit, in ``implicit``, needs timm and is imported from its module.
+These, in ``average`` and ``implicit``, need timm and are imported from their modules.
 """
 
 from featup.multiview.downsamplers import AttentionDownsampler, BlurDownsampler
-from featup.multiview.options import FitOptions
-from featup.multiview.views import Jitter, View, average_views, to_image, to_view, warp
+from featup.multiview.options import FAST, PAPER, ImplicitOptions, MultiViewOptions
+from featup.multiview.views import Jitter, View, to_image, to_view, warp
 
 __all__ = [
+    "FAST",
+    "PAPER",
     "AttentionDownsampler",
     "BlurDownsampler",
-    "FitOptions",
+    "ImplicitOptions",
     "Jitter",
+    "MultiViewOptions",
     "View",
-    "average_views",
     "to_image",
     "to_view",
     "warp",

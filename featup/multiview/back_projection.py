@@ -6,25 +6,22 @@ views. The upsampled residual is smooth, so the map's edges stay.
 """
 
 from collections.abc import Sequence
-from dataclasses import replace
 from math import sqrt
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from featup.kernels.resample import resample
-from featup.multiview.fit import Fit, residual_taps
-from featup.multiview.options import FitOptions
+from featup.kernels.resample import interpolation_taps, resample
 from featup.multiview.views import Jitter, View, warp
 from featup.training.losses import explained_variance
 from featup.upsamplers.base import ChannelMap
-from featup.upsamplers.interpolate import Interpolate
 
-__all__ = ["back_project", "blend_weight", "fit_patch_means", "view_consistency"]
+__all__ = ["add_residual", "blend_weight", "predict_views", "residual_of", "view_consistency"]
 
-# Of a map at the size of the image, of the channels that are evaluated together.
-_PART_BYTES = 1 << 27
+# Keys' a of the interpolated residual. The patch means of an interpolated map blur it, and a sharp cubic makes up for
+# that.
+_RESIDUAL_BICUBIC_A = -2.0
 
 
 def view_consistency(maps: Tensor, views: Sequence[View], targets: Tensor, jitter: Jitter) -> Tensor:
@@ -39,66 +36,32 @@ def view_consistency(maps: Tensor, views: Sequence[View], targets: Tensor, jitte
     Returns:
         See :func:`featup.training.losses.explained_variance`.
     """
-    predicted = _predict_views(maps, views, (targets.shape[1], targets.shape[2]), jitter)
+    predicted = predict_views(maps, views, (targets.shape[1], targets.shape[2]), jitter)
     return explained_variance(predicted.double(), targets.double())
 
 
-@torch.no_grad()
-def back_project(
-    fit: Fit,
-    average: Tensor,
-    features: Tensor,
-    views: Sequence[View],
-    targets: Tensor,
-    options: FitOptions,
-    size: tuple[int, int],
-) -> Fit:
-    """Set the residual of a fit, and its blend weight.
+def residual_of(average: Tensor, maps: Tensor, channel_map: ChannelMap) -> Tensor:
+    """The residual between the multi-view average and the patch means of its upsampled map.
 
     Args:
-        fit: With blend weight 0.
-        average: Multi-view average of the training views' features ``[1, h, w, C]``, not renormalised.
-        features: Single-view features of the image ``[1, h, w, C]``, whose bilinear interpolation is the baseline.
-        views: All views of the image: training, validation and held out, in this order.
-        targets: The backbone's features of the views, projected by the PCA, ``[V, h, w, K]``.
-        options: Of the fit.
-        size: (height, width) of the map that is compared on validation views.
+        average: ``[1, h, w, C]``.
+        maps: ``[1, H, W, K]``, with the channel map applied.
+        channel_map: From ``C`` to ``K`` channels.
 
     Returns:
-        The fit with its residual; the same fit where the best blend weight is 0.
+        ``[1, h, w, K]``.
     """
-    channel_map = fit.pca.as_channel_map().to(features)
-    grid = (targets.shape[1], targets.shape[2])
-    initial = fit.query(size)
-    residual = functional.linear(average, channel_map.weight, channel_map.bias) - _patch_means(initial[None], grid)
-    corrected = initial + resample(residual, *residual_taps(residual, size))[0]
-    baseline = Interpolate("bilinear")(features, fit.image, size, channel_map)[0]
-    validation = slice(options.training_views, options.views)
-    predicted = (
-        _predict_views(maps, views[validation], grid, options.jitter) for maps in (initial, corrected, baseline)
+    grid = (average.shape[1], average.shape[2])
+    return functional.linear(average, channel_map.weight, channel_map.bias) - _patch_means(maps, grid)
+
+
+def add_residual(maps: Tensor, residual: Tensor, weight: float) -> Tensor:
+    """Maps ``[1, H, W, K]`` plus the bicubically upsampled residual ``[1, h, w, K]`` times a blend weight."""
+    rows, cols = (
+        interpolation_taps("bicubic", residual.shape[axis], maps.shape[axis], bicubic_a=_RESIDUAL_BICUBIC_A)
+        for axis in (1, 2)
     )
-    weight = blend_weight(options.margin, targets[validation], *predicted)
-    if not weight:
-        return fit
-    return replace(fit, blend_weight=weight, residual=average - fit_patch_means(fit, grid, size))
-
-
-def fit_patch_means(fit: Fit, grid: tuple[int, int], size: tuple[int, int], part_bytes: int = _PART_BYTES) -> Tensor:
-    """Patch means of all channels of a fit's map, which is evaluated some channels at a time.
-
-    Args:
-        fit: To evaluate.
-        grid: (height, width) of the patches.
-        size: (height, width) of the map.
-        part_bytes: Most bytes of the map that are held at once, at least those of one channel.
-
-    Returns:
-        ``[1, h, w, C]``.
-    """
-    identity = torch.eye(fit.features.shape[-1]).to(fit.features)
-    parts = torch.split(identity, max(1, part_bytes // (4 * size[0] * size[1])))
-    maps = (fit.query(size, projection=ChannelMap(part, part.new_zeros(len(part)))) for part in parts)
-    return torch.cat([_patch_means(channels[None], grid) for channels in maps], -1)
+    return maps + weight * resample(residual, rows, cols)
 
 
 def blend_weight(margin: float, target: Tensor, initial: Tensor, corrected: Tensor, baseline: Tensor) -> float:
@@ -120,7 +83,7 @@ def blend_weight(margin: float, target: Tensor, initial: Tensor, corrected: Tens
     return min(1.0, (descent - sqrt(max(0.0, discriminant))) / curvature)
 
 
-def _predict_views(maps: Tensor, views: Sequence[View], grid: tuple[int, int], jitter: Jitter) -> Tensor:
+def predict_views(maps: Tensor, views: Sequence[View], grid: tuple[int, int], jitter: Jitter) -> Tensor:
     """Predicted features of views of a map ``[H, W, K]``: ``[V, h, w, K]``, each token the mean of its patch."""
     return torch.cat([_patch_means(warp(maps[None], [view], jitter.max_pad), grid) for view in views])
 

@@ -17,7 +17,7 @@ from featup.kernels.resample import Taps, resample
 from featup.multiview.views import reflect
 from featup.upsamplers.base import ChannelMap
 
-__all__ = ["AttentionDownsampler", "BlurDownsampler", "Padding"]
+__all__ = ["AttentionDownsampler", "BlurDownsampler", "Padding", "gaussian_blur"]
 
 
 Padding = Literal["reflect", "valid"]
@@ -68,9 +68,20 @@ class _Downsampler(nn.Module):
         at = reflect(torch.arange(start, start + needed), size[axis])[:, None]
         if not self.blur:
             return Taps(at, torch.ones(at.shape), size[axis])
-        offsets = torch.arange(-_BLUR_RADIUS, _BLUR_RADIUS + 1)
-        weight = (-offsets.square() / (2 * _BLUR_SIGMA**2)).softmax(0)
-        return Taps(reflect(at + offsets, size[axis]), weight.expand(needed, -1), size[axis])
+        return _blur_taps(at, size[axis])
+
+
+def gaussian_blur(values: Tensor) -> Tensor:
+    """``[B, H, W, C]`` smoothed by a Gaussian with a sigma of one position, 5 taps wide, over a reflected border."""
+    rows, cols = (_blur_taps(torch.arange(side)[:, None], side) for side in values.shape[1:3])
+    return resample(values, rows, cols)
+
+
+def _blur_taps(at: Tensor, side: int) -> Taps:
+    """Taps of the Gaussian at positions ``[N, 1]`` of an axis."""
+    offsets = torch.arange(-_BLUR_RADIUS, _BLUR_RADIUS + 1)
+    weight = (-offsets.square() / (2 * _BLUR_SIGMA**2)).softmax(0)
+    return Taps(reflect(at + offsets, side), weight.expand(len(at), -1), side)
 
 
 class BlurDownsampler(_Downsampler):
@@ -159,19 +170,25 @@ class AttentionDownsampler(_Downsampler):
         dropped: Tensor = self.dropout(features)
         return nn.functional.linear(dropped, self.attention.weight, self.attention.bias)
 
-    def filters(self, logits: Tensor, grid: tuple[int, int]) -> Tensor:
-        """The attention of each cell: ``[B, H, W, 1]`` to ``[B, *grid, *kernel]``, which sums to one per cell."""
+    def filters(self, logits: Tensor, grid: tuple[int, int], kept: Tensor | None = None) -> Tensor:
+        """The attention of each cell: ``[B, H, W, 1]`` to ``[B, *grid, *kernel]``, which sums to one per cell.
+
+        ``kept`` ``[B, *grid]`` is 0 for cells whose logits are dropped, which leaves them the biases of the taps.
+        """
         placed = self.windowed(logits, grid).squeeze(-1)
         windows = placed.unfold(1, self.kernel[0], self.stride[0]).unfold(2, self.kernel[1], self.stride[1])
+        if kept is not None:
+            windows = windows * kept[..., None, None]
         scored = windows * self.scale + self.bias
         return scored.flatten(-2).softmax(-1).view_as(scored)
 
-    def forward(self, values: Tensor, logits: Tensor, grid: tuple[int, int]) -> Tensor:
+    def forward(self, values: Tensor, logits: Tensor, grid: tuple[int, int], kept: Tensor | None = None) -> Tensor:
         """
         Args:
             values: ``[B, H, W, P]``: features, or any projection of them.
             logits: ``[B, H, W, 1]``: :meth:`logit_map` of the features, or the same channel upsampled with the values.
             grid: (height, width) of the result, in cells.
+            kept: See :meth:`filters`.
 
         Returns:
             ``[B, *grid, P]``.
@@ -184,4 +201,4 @@ class AttentionDownsampler(_Downsampler):
                 f"downsampler: need values [B, H, W, P] and their logits [B, H, W, 1], got {tuple(values.shape)} and "
                 f"{tuple(logits.shape)}; logit_map computes them from the features"
             )
-        return adaptive_conv(self.windowed(values, grid), self.filters(logits, grid), self.stride)
+        return adaptive_conv(self.windowed(values, grid), self.filters(logits, grid, kept), self.stride)

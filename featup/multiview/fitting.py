@@ -1,214 +1,302 @@
-"""The fit of implicit networks to images (FeatUp, section 3.3): views, target features, and the optimisation.
+"""The fit of an implicit network to the views of an image (FeatUp, section 3.3): the model, its loss, its steps.
 
-A step samples tokens of the training views, and positions in the patch of each. The predicted feature of a token is
-the mean of the map's features at its positions, weighted by a learned attention. Its target is the backbone's feature
-of the view. A linear map of the target predicts the log sigma of the error (equation 2).
+The network's map, with the norm of its features as one more channel, is warped by a view and downsampled by an
+attention over windows; the result must match the backbone's feature of each token. A linear map of the target predicts
+the log sigma of the error (equation 2). A step compares all tokens of some views, or tokens sampled from all views.
 """
 
-from collections.abc import Sequence
-from dataclasses import replace
-from functools import partial
+from collections.abc import Iterator, Sequence
+from math import pi
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
-from featup.backbones import Backbone
-from featup.images import resize_images
-from featup.multiview.back_projection import back_project, view_consistency
-from featup.multiview.fit import Fit, initial_map
-from featup.multiview.network import ImplicitNetwork, scale_colours
-from featup.multiview.options import FitOptions
-from featup.multiview.sampling import PatchPositions, image_generator, sample_tokens
-from featup.multiview.views import Jitter, View, average_views, warp
-from featup.projection import PCA
-from featup.training.losses import reconstruction
-from featup.upsamplers.base import ChannelMap, Upsampler, as_guidance, rescale_to_norm
+from featup.multiview.downsamplers import AttentionDownsampler, gaussian_blur
+from featup.multiview.network import ImplicitNetwork, pixel_coordinates
+from featup.multiview.options import ImplicitOptions
+from featup.multiview.sampling import ViewPositions, sample_tokens
+from featup.multiview.views import View, warp
+from featup.training.losses import explained_variance, reconstruction, total_variation
 
-__all__ = ["fit_images"]
+__all__ = ["FitModel", "fit_steps", "views_explained"]
 
-_VIEW_BATCH = 16
+_CROP = 16
+_LOG_SIGMA = 0.1
+_WARM_START_ROWS = 32
+_WARM_START_TOKENS = 8192
+_WARM_START_POSITIONS = 64
+_WARM_START_CHUNK = 1024
+_WARM_START_ROUNDS = 3
+_RIDGE = 1e-6
 
 
-class _Model(nn.Module):
-    """The parameters of a fit, for ``G`` images side by side: network, attention and log sigma."""
+class FitModel(nn.Module):
+    """Everything that is fitted to an image: the network, the downsampler, and the log sigma of the error."""
 
-    def __init__(self, network: ImplicitNetwork, channels: int, taps: int) -> None:
+    def __init__(
+        self,
+        channels: int,
+        grid: tuple[int, int],
+        size: tuple[int, int],
+        options: ImplicitOptions,
+        generator: torch.Generator,
+    ) -> None:
+        """
+        Args:
+            channels: K of the features.
+            grid, size: (height, width) of a view, in tokens and in pixels.
+            options: Of the fit.
+            generator: Of the initial weights.
+        """
         super().__init__()
-        images = len(network.biases)
-        self.network = network
-        self.attention = nn.Parameter(torch.zeros(images, channels, 1))
-        self.taps = nn.Parameter(torch.zeros(images, taps))
-        self.log_sigma_weight = nn.Parameter(torch.zeros(images, channels, 1))
-        self.log_sigma_bias = nn.Parameter(torch.zeros(images, 1, 1))
+        self.grid = grid
+        self.network = ImplicitNetwork(channels, options.frequencies, options.lowest, options.highest, generator)
+        (height, down), (width, across) = (_window(size[axis], grid[axis], options.kernel) for axis in (0, 1))
+        self.downsampler = AttentionDownsampler(channels + 1, (height, width), (down, across), padding="valid")
+        self.log_sigma = nn.Linear(channels, 1)
+        for linear, factor in ((self.downsampler.attention, 1.0), (self.log_sigma, 0.1)):
+            bound = factor * linear.in_features**-0.5
+            for parameter in linear.parameters():
+                nn.init.uniform_(parameter, -bound, bound, generator)
+        with torch.no_grad():
+            self.log_sigma.bias.add_(_LOG_SIGMA)
+            for taps in (self.downsampler.scale, self.downsampler.bias):
+                taps.add_(0.01 * torch.randn(taps.shape, generator=generator))
 
-    def log_sigma(self, image: int) -> ChannelMap:
-        """The learned map from scaled features of one image to their log sigma."""
-        return ChannelMap(self.log_sigma_weight[image].T.detach(), self.log_sigma_bias[image, 0].detach())
-
-
-def fit_images(
-    backbone: Backbone,
-    pca: PCA,
-    base: Upsampler,
-    options: FitOptions,
-    features: Tensor,
-    guidance: Tensor,
-    size: tuple[int, int],
-) -> list[Fit]:
-    """Fit a stack of networks, one for each image.
-
-    Args:
-        backbone: Computes the features of the views.
-        pca: The space of the networks' output.
-        base: The feed-forward upsampler of the initial maps.
-        options: Of the fits.
-        features: Coarse features of the images ``[G, h, w, C]``.
-        guidance: The images, uint8 ``[G, H, W, 3]``.
-        size: (height, width) of the images that the backbone takes.
-
-    Returns:
-        A fit for each image.
-    """
-    images = resize_images(guidance, size)
-    jitter = options.jitter
-    generators = [image_generator(options.seed, image) for image in images]
-    views = [jitter.sample(options.views + options.held_out, size, generator) for generator in generators]
-    view_features = [_view_features(backbone, *pair, jitter) for pair in zip(images, views, strict=True)]
-    initial_features, averages = _initial_features(options, features, view_features, views, size)
-    targets = torch.stack([pca.project(maps) for maps in view_features])  # [G, V, h, w, K]
-    initial = initial_map(base, initial_features, images, size, pca.as_channel_map().to(features))
-    scale = targets.flatten(1, -2).std(1).mean(-1).view(-1, 1, 1).clamp_min(1e-6)
-    channels = targets.shape[-1]
-    network = ImplicitNetwork(channels, len(images), options.width, options.frequencies, options.highest)
-    model = _Model(network, channels, backbone.stride[0] * backbone.stride[1]).to(images.device)
-    for number, generator in enumerate(generators):
-        network.initialise(number, generator)
-    _optimise(model, options, images, initial, targets[:, : options.training_views], scale, views, generators)
-    fits = []
-    for number in range(len(images)):
-        image = slice(number, number + 1)
-        fit = Fit(
-            explained_variance=0.0,
-            initial_explained_variance=0.0,
-            blend_weight=0.0,
-            pca=pca,
-            base=base,
-            network=network.select(number),
-            features=initial_features[image],
-            residual=torch.zeros_like(initial_features[image]),
-            image=guidance[image],
-            scale=scale[image],
-            log_sigma=model.log_sigma(number),
-        )
-        if options.validation_views:
-            fit = back_project(fit, averages[image], features[image], views[number], targets[number], options, size)
-        held_out = views[number][options.views :], targets[number, options.views :], jitter
-        before, after = (float(view_consistency(maps, *held_out)) for maps in (initial[number], fit.query(size)))
-        fits.append(replace(fit, explained_variance=after, initial_explained_variance=before))
-    return fits
+    def attention(self, rate: float, generator: torch.Generator) -> Tensor:
+        """The downsampler's weights of the channels ``[1, K + 1]``, with dropout of whole channels."""
+        weight = self.downsampler.attention.weight
+        kept = torch.rand(weight.shape, generator=generator) >= rate
+        return weight * kept.to(weight) / (1 - rate)
 
 
-def _optimise(
-    model: _Model,
-    options: FitOptions,
-    images: Tensor,
-    initial: Tensor,
+def fit_steps(
+    model: FitModel,
+    options: ImplicitOptions,
+    colours: Tensor,
+    views: Sequence[View],
     targets: Tensor,
-    scale: Tensor,
-    views: Sequence[Sequence[View]],
-    generators: Sequence[torch.Generator],
-) -> None:
-    """Fit the model to the training views.
+    generator: torch.Generator,
+) -> Iterator[int]:
+    """Fit a model to the views of an image, a step at a time.
 
     Args:
-        model, options: What to fit, and how.
-        images: uint8 ``[G, H, W, 3]``.
-        initial: The initial maps ``[G, H, W, K]``.
-        targets: Features of the training views ``[G, V, h, w, K]``.
-        scale: Their standard deviations ``[G, 1, 1]``.
-        views: Of each image; the training views come first.
-        generators: The source of each image's samples.
+        model: To fit, on the device of the colours.
+        options: Of the fit.
+        colours: Of the image, scaled to [-0.5, 0.5], ``[H, W, 3]``.
+        views: ``V`` views of the image.
+        targets: Their features ``[V, h, w, K]``.
+        generator: The source of samples and dropout.
+
+    Yields:
+        After each step, how many are done.
     """
-    count, size, device = len(images), (images.shape[1], images.shape[2]), images.device
-    grid = (targets.shape[2], targets.shape[3])
-    stride = (size[0] // grid[0], size[1] // grid[1])
-    optimiser = torch.optim.Adam(model.parameters(), options.lr)
-    colours = scale_colours(as_guidance(images, torch.float32)).flatten(1, 2)
-    initial = initial.flatten(1, 2)
-    to_pixels = [
-        PatchPositions(image_views[: options.training_views], size, options.jitter.max_pad) for image_views in views
-    ]
-    points = options.tokens * options.positions
-
-    def by_token(values: Tensor) -> Tensor:
-        """``[G, T * P, D]`` to ``[G, T, P, D]``."""
-        return values.view(count, options.tokens, options.positions, -1)
-
-    for step in range(options.steps):
-        for group in optimiser.param_groups:
-            group["lr"] = options.lr * (1 - step / options.steps)
-        samples = [
-            sample_tokens(options.tokens, options.positions, options.training_views, grid, stride, generator)
-            for generator in generators
-        ]
-        pixels = [origin(sample) for origin, sample in zip(to_pixels, samples, strict=True)]
-        rows, cols = (torch.stack(axis).to(device) for axis in zip(*pixels, strict=True))
-        index = (rows * size[1] + cols).view(count, points)[..., None]
-        positions = torch.stack([(rows + 0.5) / size[0] - 0.5, (cols + 0.5) / size[1] - 0.5], -1)
-        output = model.network(positions.view(count, points, 2).float(), colours.gather(1, index.expand(-1, -1, 3)))
-        values = initial.gather(1, index.expand(-1, -1, initial.shape[-1])) / scale + output
-        taps = torch.stack([sample.tap for sample in samples]).to(device).view(count, points)
-        logits = (values @ model.attention).squeeze(-1) + model.taps.gather(1, taps)
-        predicted = (by_token(values) * by_token(logits).softmax(2)).sum(2)
-        token = torch.stack([sample.token for sample in samples]).to(device)[..., None]
-        target = targets.flatten(1, 3).gather(1, token.expand(-1, -1, predicted.shape[-1])) / scale
-        log_sigma = target @ model.log_sigma_weight + model.log_sigma_bias
-        loss = reconstruction(predicted, target, log_sigma) + options.magnitude * output.square().mean()
-        if options.blur:
-            loss = loss + options.blur * by_token(output).mean(2).square().mean()
+    steps = _SampledSteps if options.tokens else _WholeSteps
+    step = steps(model, options, colours, views, targets, generator)
+    if options.warm_start and isinstance(step, _SampledSteps):
+        step.warm_start()
+    optimiser = torch.optim.NAdam(model.parameters(), options.lr)
+    for number in range(options.steps):
+        if options.lr_decay:
+            for group in optimiser.param_groups:
+                group["lr"] = options.lr * (1 - number / options.steps)
         optimiser.zero_grad(set_to_none=True)
-        # The sum over the images, so that an image's gradient does not depend on their number.
-        (count * loss).backward()
+        step.backward()
         optimiser.step()
-
-
-def _initial_features(
-    options: FitOptions,
-    features: Tensor,
-    view_features: Sequence[Tensor],
-    views: Sequence[Sequence[View]],
-    size: tuple[int, int],
-) -> tuple[Tensor, Tensor]:
-    """The features that the base upsamples, and the multi-view averages, ``[G, h, w, C]`` each.
-
-    The first are the averages rescaled to the norms of the features: a probe needs these norms. The averages
-    themselves explain the views best. Without averaging both are the single-view features.
-    """
-    if options.averaging_sigma is None:
-        return features, features
-    training = slice(options.training_views)
-    renormalised, averages = [], []
-    for image_features, maps, image_views in zip(features, view_features, views, strict=True):
-        all_maps = torch.cat([image_features[None], maps[training]])
-        average = partial(
-            average_views,
-            views=[options.jitter.identity, *image_views[training]],
-            max_pad=options.jitter.max_pad,
-            image_size=size,
-            sigma=options.averaging_sigma,
-        )
-        averages.append(average(all_maps))
-        renormalised.append(rescale_to_norm(averages[-1], average(all_maps.norm(dim=-1, keepdim=True))))
-    return torch.stack(renormalised), torch.stack(averages)
+        yield number + 1
 
 
 @torch.no_grad()
-def _view_features(backbone: Backbone, image: Tensor, views: Sequence[View], jitter: Jitter) -> Tensor:
-    """``[V, h, w, C]``: the backbone's features of the views of one image."""
-    normalised = backbone.normalise(image[None]).permute(0, 2, 3, 1)
-    batches = []
-    for start in range(0, len(views), _VIEW_BATCH):
-        batch = views[start : start + _VIEW_BATCH]
-        warped = warp(normalised.expand(len(batch), -1, -1, -1), batch, jitter.max_pad)
-        batches.append(backbone.features(warped.permute(0, 3, 1, 2)))
-    return torch.cat(batches)
+def views_explained(model: FitModel, maps: Tensor, views: Sequence[View], targets: Tensor, max_pad: int) -> float:
+    """The explained variance of views' features by a map through the model's downsampler.
+
+    Args:
+        model: That was fitted.
+        maps: The network's map ``[H, W, K]``.
+        views, targets: Views and their features ``[V, h, w, K]``.
+        max_pad: Of the jitter that the views were sampled from.
+    """
+    both = torch.cat([maps, maps.norm(dim=-1, keepdim=True)], -1)[None]
+    down = model.downsampler
+    predicted = []
+    for view in views:
+        warped = warp(both, [view], max_pad)
+        logits = functional.linear(warped, down.attention.weight, down.attention.bias)
+        predicted.append(down(warped[..., :-1], logits, model.grid))
+    return float(explained_variance(torch.cat(predicted).double(), targets.double()))
+
+
+class _Steps:
+    """The loss of one step after the other, and its gradient."""
+
+    def __init__(
+        self,
+        model: FitModel,
+        options: ImplicitOptions,
+        colours: Tensor,
+        views: Sequence[View],
+        targets: Tensor,
+        generator: torch.Generator,
+    ) -> None:
+        self.model, self.options, self.generator = model, options, generator
+        self.colours, self.views, self.targets = colours, views, targets
+        self.size = (colours.shape[0], colours.shape[1])
+        rows, cols = (
+            pixel_coordinates(torch.arange(side, device=colours.device), side).to(colours) for side in self.size
+        )
+        self.positions = torch.stack(torch.meshgrid(rows, cols, indexing="ij"), -1)
+
+    def backward(self) -> None:
+        """Add the gradient of the next step's loss to the parameters."""
+        raise NotImplementedError
+
+    def kept(self, *shape: int) -> Tensor:
+        """1 for cells whose logits count in this step, 0 for those that are dropped."""
+        return (torch.rand(shape, generator=self.generator) >= self.options.dropout).to(self.colours)
+
+    def consistency(self, predicted: Tensor, target: Tensor) -> Tensor:
+        """The loss of predicted features ``[..., K + 1]``, the downsampled norm last, to targets ``[..., K]``."""
+        likelihood = reconstruction(predicted[..., :-1], target, self.model.log_sigma(target))
+        norms = torch.linalg.vector_norm(target, dim=-1)
+        loss: Tensor = likelihood + self.options.magnitude * (predicted[..., -1] - norms).square().mean()
+        return loss
+
+    def smoothness(self, both: Tensor, border: int) -> Tensor:
+        """The regularisers of a map ``[1, H, W, K + 1]``, the norm last; the blur leaves a border out."""
+        inner = slice(border, -border or None)
+        values = both[..., :-1]
+        difference = (gaussian_blur(values) - values)[:, inner, inner]
+        loss: Tensor = self.options.total_variation * total_variation(both[..., -1:])
+        return loss + self.options.blur_pin * difference.square().mean()
+
+
+class _WholeSteps(_Steps):
+    """Steps on all tokens of some views: the network is evaluated at every pixel, as in the paper."""
+
+    def backward(self) -> None:
+        options, model = self.options, self.model
+        masks = model.network.dropout_masks(options.dropout, self.generator)
+        graph = _with_norm(model.network(self.positions, self.colours, masks))[None]
+        # View by view from a leaf: the memory of a step does not depend on the number of its views.
+        both = graph.detach().requires_grad_()
+        self.smoothness(both, 0).backward()  # type: ignore[no-untyped-call]
+        for number in torch.randint(len(self.views), (options.step_views,), generator=self.generator).tolist():
+            warped = warp(both, [self.views[number]], options.max_pad)
+            weight = model.attention(options.dropout, self.generator)
+            logits = functional.linear(warped, weight, model.downsampler.attention.bias)
+            predicted = model.downsampler(warped, logits, model.grid, self.kept(1, *model.grid))
+            loss = self.consistency(predicted, self.targets[number][None]) / options.step_views
+            loss.backward()  # type: ignore[no-untyped-call]
+        graph.backward(both.grad)  # type: ignore[no-untyped-call]
+
+
+class _SampledSteps(_Steps):
+    """Steps on sampled tokens and positions: the cost does not depend on the size of the image."""
+
+    def __init__(
+        self,
+        model: FitModel,
+        options: ImplicitOptions,
+        colours: Tensor,
+        views: Sequence[View],
+        targets: Tensor,
+        generator: torch.Generator,
+    ) -> None:
+        super().__init__(model, options, colours, views, targets, generator)
+        self.to_pixels = ViewPositions(views, self.size, options.max_pad)
+
+    def sample(self, tokens: int, positions: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Rows, columns and taps of positions ``[T, P]``, and the targets ``[T, K]`` of their tokens."""
+        down = self.model.downsampler
+        views, grid = len(self.views), self.model.grid
+        sample = sample_tokens(tokens, positions, views, grid, down.kernel, down.stride, self.generator)
+        rows, cols = (axis.to(self.colours.device) for axis in self.to_pixels(sample))
+        target = self.targets.flatten(0, 2)[sample.token.to(self.targets.device)]
+        return rows, cols, sample.tap.to(rows), target
+
+    def backward(self) -> None:
+        options, model = self.options, self.model
+        masks = model.network.dropout_masks(options.dropout, self.generator)
+        assert options.tokens is not None
+        rows, cols, taps, target = self.sample(options.tokens, options.positions)
+        positions, colours = self.positions[rows, cols], self.colours[rows, cols]
+        top, left = (int(torch.randint(max(1, side - _CROP + 1), (), generator=self.generator)) for side in self.size)
+        crop = slice(top, top + _CROP), slice(left, left + _CROP)
+        crop_positions, crop_colours = self.positions[crop], self.colours[crop]
+        # One pass through the network for both.
+        together = (
+            torch.cat([part.flatten(0, -2) for part in parts])
+            for parts in ((positions, crop_positions), (colours, crop_colours))
+        )
+        both = _with_norm(model.network(*together, masks))
+        count = taps.numel()
+        values, cropped = both[:count].view(*taps.shape, -1), both[count:].view(1, *crop_positions.shape[:2], -1)
+        weight = model.attention(options.dropout, self.generator)
+        logits = functional.linear(values, weight, model.downsampler.attention.bias).squeeze(-1)
+        logits = logits * self.kept(len(taps), 1)
+        scale, bias = (each.flatten()[taps] for each in (model.downsampler.scale, model.downsampler.bias))
+        predicted = torch.einsum("tpk,tp->tk", values, (logits * scale + bias).softmax(-1))
+        loss = self.consistency(predicted, target) + self.smoothness(cropped, 2)
+        loss.backward()  # type: ignore[no-untyped-call]
+
+    @torch.no_grad()
+    def warm_start(self) -> None:
+        """Initialise the last layer by the closed form that minimises the loss of the initial activations.
+
+        Frequencies above the grid's half sampling rate are damped in the first layer, in proportion: they carry more
+        noise between pixels than signal. Training may raise them again.
+
+        For mean activations of windows the reconstruction is a least-squares problem, weighted by the variance of its
+        error; the blur pin is quadratic in the layer too, and keeps its weights from fitting noise between pixels. The
+        attention starts uniform, which the closed form assumes.
+        """
+        network = self.model.network
+        damping = (pi / 2 * max(self.model.grid) / network.frequencies).clamp_max(1)[:, None].expand(-1, 5).flatten()
+        columns = torch.cat([damping, damping, damping.new_ones(3)])
+        network.first.weight.mul_(columns / columns.square().mean().sqrt())
+        tiles = zip(
+            torch.split(self.positions, _WARM_START_ROWS), torch.split(self.colours, _WARM_START_ROWS), strict=True
+        )
+        hidden = torch.cat([network.hidden(*tile) for tile in tiles])
+        rough = (gaussian_blur(hidden[None])[0] - hidden).flatten(0, 1).double()
+        pin = self.options.blur_pin * rough.T @ rough / len(rough)
+        rows, cols, _, target = self.sample(_WARM_START_TOKENS, _WARM_START_POSITIONS)
+        pairs = zip(torch.split(rows, _WARM_START_CHUNK), torch.split(cols, _WARM_START_CHUNK), strict=True)
+        windows = torch.cat([hidden[pair].mean(1) for pair in pairs]).double()
+        mean, target_mean = windows.mean(0), target.double().mean(0)
+        windows, target = windows - mean, target.double() - target_mean
+        gram, moment = windows.T @ windows / len(windows), windows.T @ target / len(windows)
+        variance = target.square().mean()
+        for _ in range(_WARM_START_ROUNDS):
+            matrix = gram / (2 * variance) + pin
+            matrix += _RIDGE * matrix.trace() / len(matrix) * torch.eye(len(matrix)).to(matrix)
+            weight = torch.linalg.solve(matrix, moment / (2 * variance))
+            variance = (target - windows @ weight).square().mean().clamp_min(1e-6)
+        network.last.weight.copy_(weight.T)
+        network.last.bias.copy_(target_mean - mean @ weight)
+        self.model.log_sigma.weight.zero_()
+        self.model.log_sigma.bias.fill_(float(variance.log() / 2))
+        self.model.downsampler.attention.weight.zero_()
+        self.model.downsampler.attention.bias.zero_()
+
+
+def _with_norm(features: Tensor) -> Tensor:
+    """``[..., K]`` with the norm as one more channel; its gradient at zero is zero."""
+    return torch.cat([features, torch.linalg.vector_norm(features, dim=-1, keepdim=True)], -1)
+
+
+def _window(side: int, cells: int, kernel: int | None) -> tuple[int, int]:
+    """Kernel and stride along an axis of windows that cover it, the first from its start and the last to its end.
+
+    By default the window is as wide as the original's, 29 pixels for 14 patches of 16 and for 16 patches of 14. A
+    kernel larger than three patches, where the patches are small, would blur more than it aligns: there it is a patch.
+    """
+    patch = side // cells
+    if cells == 1:
+        return side, side
+    stride = max(1, min((side - (kernel or 2 * patch - 3)) // (cells - 1), patch))
+    covering = side - (cells - 1) * stride
+    if kernel is None and covering > 3 * patch:
+        return patch + side % cells, patch
+    return covering, stride

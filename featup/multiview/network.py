@@ -1,89 +1,83 @@
 """The implicit network and its inputs: Fourier features of position and colour through a small MLP."""
 
-from math import log
-
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
-__all__ = ["ImplicitNetwork", "centre_coordinates", "scale_colours"]
+__all__ = ["ImplicitNetwork", "pixel_coordinates"]
 
 
 class ImplicitNetwork(nn.Module):
-    """A stack of networks, one for each image: Fourier features of position and colour through a normalised MLP.
+    """Fourier features of position and colour through a normalised MLP (FeatUp, section 3.3).
 
     Every coordinate is multiplied by each frequency and shifted by a learned bias before its sine and its cosine are
-    taken. The colours themselves follow as three more inputs. A layer normalisation precedes each hidden layer and a
-    ReLU follows it. The last layer is linear.
+    taken. The colours themselves follow as three more inputs. Two hidden layers with a ReLU have the width of the
+    output; a layer normalisation precedes each of them. The last layer is linear.
     """
 
     def __init__(
-        self, channels: int, images: int = 1, width: int = 128, frequencies: int = 12, highest: float = 5.0
+        self,
+        channels: int,
+        frequencies: int = 30,
+        lowest: float = -2.0,
+        highest: float = 10.0,
+        generator: torch.Generator | None = None,
     ) -> None:
         """
         Args:
             channels: K of the features.
-            images: Number of networks.
-            width: Units of the two hidden layers.
-            frequencies, highest: See :class:`featup.multiview.options.FitOptions`.
+            frequencies, lowest, highest: See :class:`featup.multiview.options.ImplicitOptions`.
+            generator: Of the initial weights; by default torch's own.
         """
         super().__init__()
         inputs = 10 * frequencies + 3
-        self.register_buffer("frequencies", torch.linspace(-2, highest, frequencies).exp(), persistent=False)
+        self.register_buffer("frequencies", torch.linspace(lowest, highest, frequencies).exp(), persistent=False)
         self.frequencies: Tensor
-        self.biases = nn.Parameter(torch.zeros(images, 2, frequencies, 5))
-        self.scale_in = nn.Parameter(torch.ones(images, 1, inputs))
-        self.shift_in = nn.Parameter(torch.zeros(images, 1, inputs))
-        self.scale_hidden = nn.Parameter(torch.ones(images, 1, width))
-        self.shift_hidden = nn.Parameter(torch.zeros(images, 1, width))
-        sizes = ((inputs, width), (width, width), (width, channels))
-        self.weights = nn.ParameterList(nn.Parameter(torch.zeros(images, *size)) for size in sizes)
-        self.offsets = nn.ParameterList(nn.Parameter(torch.zeros(images, 1, size)) for _, size in sizes)
+        self.biases = nn.Parameter(torch.randn(2, frequencies, 5, generator=generator))
+        self.norms = nn.ModuleList(nn.LayerNorm(size) for size in (inputs, channels))
+        sizes = ((inputs, channels), (channels, channels), (channels, channels))
+        self.first, self.second, self.last = (nn.Linear(*size) for size in sizes)
+        for layer in (self.first, self.second, self.last):
+            bound = layer.in_features**-0.5
+            for parameter in layer.parameters():
+                nn.init.uniform_(parameter, -bound, bound, generator)
 
-    def initialise(self, image: int, generator: torch.Generator) -> None:
-        """Initialise the network of one image: Gaussian biases, layers scaled by their fan-in, the last layer zero."""
-        with torch.no_grad():
-            self.biases[image] = torch.randn(self.biases.shape[1:], generator=generator).to(self.biases)
-            for weight, offset in zip(list(self.weights)[:-1], list(self.offsets)[:-1], strict=True):
-                bound = weight.shape[1] ** -0.5
-                for parameter in (weight, offset):
-                    uniform = torch.rand(parameter.shape[1:], generator=generator) * 2 - 1
-                    parameter[image] = (uniform * bound).to(parameter)
+    def hidden(self, positions: Tensor, colours: Tensor, masks: tuple[Tensor, Tensor] | None = None) -> Tensor:
+        """The activations of the second hidden layer; see :meth:`forward`."""
+        coordinates = torch.cat([positions, colours], -1)[..., None, :]
+        angles = coordinates * self.frequencies[:, None]
+        waves = [(angles + bias).flatten(-2) for bias in self.biases]
+        hidden = torch.cat([waves[0].sin(), waves[1].cos(), colours], -1)
+        hidden = self.norms[0](hidden)
+        if masks is not None:
+            hidden = hidden * masks[0]
+        hidden = self.first(hidden).relu()
+        if masks is not None:
+            hidden = hidden * masks[1]
+        activations: Tensor = self.second(self.norms[1](hidden)).relu()
+        return activations
 
-    def forward(self, positions: Tensor, colours: Tensor) -> Tensor:
+    def forward(self, positions: Tensor, colours: Tensor, masks: tuple[Tensor, Tensor] | None = None) -> Tensor:
         """
         Args:
-            positions: ``[G, N, 2]``, (row, column), scaled to [-0.5, 0.5] over the image.
-            colours: ``[G, N, 3]``, scaled to [-0.5, 0.5] over the image.
+            positions: ``[..., 2]``, (row, column), from -1 at the first pixel to 1 at the last.
+            colours: ``[..., 3]``, scaled to [-0.5, 0.5] over the image.
+            masks: Dropout, of the normalised inputs and of the first hidden layer, from :meth:`dropout_masks`.
 
         Returns:
-            Features ``[G, N, K]``.
+            Features ``[..., K]``.
         """
-        coordinates = torch.cat([positions, colours], -1)[:, :, None, :]
-        angles = coordinates * self.frequencies[:, None]
-        waves = [(angles + self.biases[:, part, None]).flatten(2) for part in (0, 1)]
-        hidden = torch.cat([waves[0].sin(), waves[1].cos(), colours], -1)
-        hidden = functional.layer_norm(hidden, hidden.shape[-1:]) * self.scale_in + self.shift_in
-        hidden = torch.baddbmm(self.offsets[0], hidden, self.weights[0]).relu()
-        hidden = functional.layer_norm(hidden, hidden.shape[-1:]) * self.scale_hidden + self.shift_hidden
-        hidden = torch.baddbmm(self.offsets[1], hidden, self.weights[1]).relu()
-        features: Tensor = torch.baddbmm(self.offsets[2], hidden, self.weights[2])
+        features: Tensor = self.last(self.hidden(positions, colours, masks))
         return features
 
-    def select(self, image: int) -> "ImplicitNetwork":
-        """A frozen copy of the network of one image, as a stack of one."""
-        channels, width = self.weights[2].shape[2], self.weights[2].shape[1]
-        network = ImplicitNetwork(channels, 1, width, len(self.frequencies), log(float(self.frequencies[-1])))
-        network.load_state_dict({name: value[image : image + 1] for name, value in self.state_dict().items()})
-        return network.to(self.biases.device).requires_grad_(False)
+    def dropout_masks(self, rate: float, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """Sample dropout of whole channels, the same at all positions, ``[inputs]`` and ``[K]``."""
+        first, second = (
+            (torch.rand(layer.in_features, generator=generator) >= rate).to(self.biases) / (1 - rate)
+            for layer in (self.first, self.second)
+        )
+        return first, second
 
 
-def scale_colours(image: Tensor) -> Tensor:
-    """``[B, H, W, 3]`` scaled per image and channel to [-0.5, 0.5]."""
-    least, most = image.amin((1, 2), keepdim=True), image.amax((1, 2), keepdim=True)
-    return (image - least) / (most - least).clamp_min(1e-4) - 0.5
-
-
-def centre_coordinates(count: int, device: torch.device) -> Tensor:
-    """Centres of ``count`` positions along an axis scaled to [-0.5, 0.5]."""
-    return (torch.arange(count, device=device) + 0.5) / count - 0.5
+def pixel_coordinates(pixels: Tensor, side: int) -> Tensor:
+    """Positions along an axis in pixels, whole at their centres, scaled to [-1, 1] from the first to the last."""
+    return 2 * pixels / max(1, side - 1) - 1

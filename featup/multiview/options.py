@@ -1,58 +1,74 @@
-"""Options of an implicit fit, checked on construction."""
+"""Options of the multi-view average and of the implicit fit, checked on construction."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from math import isfinite
+from typing import Any
 
 from featup.errors import GeometryError
 from featup.multiview.views import Jitter
 
-__all__ = ["FitOptions"]
+__all__ = ["FAST", "PAPER", "ImplicitOptions", "MultiViewOptions"]
 
 
-@dataclass(frozen=True)
-class FitOptions:
-    """How the implicit network is fitted to an image.
+def _check_least(name: str, options: Any, least: dict[str, float]) -> None:
+    for attribute, lowest in least.items():
+        value = getattr(options, attribute)
+        if not (isfinite(value) and value >= lowest):
+            raise GeometryError(f"{name}: {attribute}={value} must be at least {lowest}")
+
+
+def _check_positive(name: str, options: Any, attribute: str) -> None:
+    value = getattr(options, attribute)
+    if not (isfinite(value) and value > 0):
+        raise GeometryError(f"{name}: {attribute}={value} must be positive and finite")
+
+
+def _check_share(name: str, options: Any, attribute: str) -> None:
+    value = getattr(options, attribute)
+    if not 0 <= value < 1:
+        raise GeometryError(f"{name}: {attribute}={value} is a share, at least 0 and below 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class MultiViewOptions:
+    """How the views of an image are averaged.
 
     Attributes:
-        steps: Steps of Adam, at least 0.
-        tokens: Tokens sampled in a step, at least 1.
-        positions: Positions sampled in the patch of each token, at least 1.
-        views: Views that the fit may use, at least 1: training views and, after them, :attr:`validation_views`.
-        held_out: Views held out to measure the explained variance, at least 1.
-        jitter: Distribution of the views.
-        lr: Initial learning rate of Adam, above 0; it falls linearly to 0.
-        width: Units of the network's hidden layers, at least 1.
-        frequencies: Frequencies for each coordinate, at least 1, from ``exp(-2)`` to ``exp(highest)`` radians.
-        highest: Logarithm of the highest frequency, on coordinates scaled to [-0.5, 0.5].
-        magnitude: Weight of the mean square of the network's output, at least 0.
-        blur: Weight of the mean square of the output's patch means, at least 0; it pins the coarse features.
-        averaging_sigma: Sigma of the multi-view average in cells of the backbone's grid, above 0, see
-            :func:`featup.multiview.views.average_views`; ``None`` fits to single-view features.
-        back_project: Whether to add the upsampled residual between the multi-view average and the map's patch means.
+        views: Jittered views of an image, at least 1: training views and, after them, :attr:`validation_views`.
+        held_out: Further views that measure the explained variance, at least 0; of none it is not measured.
+        max_pad: Largest shift of a view in pixels, at least 0.
+        flip: Whether half of the views are mirrored.
+        sigma: Of the weights of the average, in cells of the backbone's grid, above 0; see
+            :func:`featup.multiview.average.average_views`.
+        back_project: Whether the residual between the average and the map's patch means is added.
         margin: Share of the bilinear baseline's squared error on validation views by which the corrected map must
             fall below it, in [0, 1). The blend weight of the residual is the smallest that does.
-        seed: Of the views, the samples and the initial weights, at least 0.
+        directions: Random projection directions on which views are compared, at least 1.
+        seed: Of the views and the directions, at least 0.
 
     Raises:
         GeometryError: a number out of its range.
     """
 
-    steps: int = 20
-    tokens: int = 256
-    positions: int = 16
-    views: int = 32
-    held_out: int = 8
-    jitter: Jitter = field(default_factory=lambda: Jitter(max_pad=20, zoom=(1.0, 1.0)))
-    lr: float = 1e-3
-    width: int = 128
-    frequencies: int = 12
-    highest: float = 3.5
-    magnitude: float = 2.0
-    blur: float = 0.0
-    averaging_sigma: float | None = 0.3
+    views: int = 16
+    held_out: int = 0
+    max_pad: int = 20
+    flip: bool = True
+    sigma: float = 0.3
     back_project: bool = True
     margin: float = 0.02
+    directions: int = 32
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        _check_least("multiview", self, {"views": 1, "held_out": 0, "max_pad": 0, "directions": 1, "seed": 0})
+        _check_positive("multiview", self, "sigma")
+        _check_share("multiview", self, "margin")
+
+    @property
+    def jitter(self) -> Jitter:
+        """The distribution of the views."""
+        return Jitter(self.max_pad, (1.0, 1.0), self.flip)
 
     @property
     def validation_views(self) -> int:
@@ -61,33 +77,87 @@ class FitOptions:
 
     @property
     def training_views(self) -> int:
-        """How many of the ``views``, the first ones, the network is fitted to."""
+        """How many of the ``views``, the first ones, are averaged."""
         return self.views - self.validation_views
 
+
+@dataclass(frozen=True, kw_only=True)
+class ImplicitOptions:
+    """How the implicit network is fitted to an image.
+
+    Attributes:
+        views: Views that the network is fitted to, at least 1.
+        held_out: Further views that measure the explained variance, at least 1.
+        steps: Steps of NAdam, at least 0.
+        lr: Learning rate, above 0.
+        lr_decay: Whether the learning rate falls linearly to 0.
+        components: K, principal components of the features of the image's views where no PCA is given, at least 1.
+        frequencies: For each coordinate, at least 1, evenly spaced in their logarithm.
+        lowest, highest: Logarithms of the lowest and of the highest frequency, in radians on positions from -1 to 1.
+        dropout: Share of whole channels that is dropped in a step, in [0, 1).
+        magnitude: Weight of the squared error of the features' norms, at least 0.
+        total_variation: Weight of the total variation of the norms, at least 0.
+        blur_pin: Weight of the squared difference between the map and its Gaussian blur, at least 0.
+        max_pad, max_zoom, flip, zoom_share: Of the views; see :class:`featup.multiview.views.Jitter`.
+        kernel: Least side in pixels of the window that a token attends to; ``None`` for twice the patch less three.
+        step_views: Views of a step of which all tokens are compared, at least 1.
+        tokens: Tokens of all views that a step samples, at least 1, in place of whole views; ``None`` samples none.
+        positions: Positions that are sampled in the window of each of these tokens, at least 1.
+        warm_start: Whether the last layer starts from the ridge regression of the views' features.
+        seed: Of the views, the samples, the initial weights and the dropout, at least 0.
+
+    Raises:
+        GeometryError: a number out of its range.
+    """
+
+    views: int
+    held_out: int = 8
+    steps: int
+    lr: float = 2e-3
+    lr_decay: bool
+    components: int = 128
+    frequencies: int = 30
+    lowest: float = -2.0
+    highest: float = 10.0
+    dropout: float = 0.2
+    magnitude: float = 1e-3
+    total_variation: float = 0.05
+    blur_pin: float = 0.1
+    max_pad: int = 30
+    max_zoom: float = 1.8
+    flip: bool = True
+    zoom_share: float = 0.5
+    kernel: int | None = None
+    step_views: int = 10
+    tokens: int | None
+    positions: int = 16
+    warm_start: bool
+    seed: int = 0
+
     def __post_init__(self) -> None:
-        for name, least in (
-            ("steps", 0),
-            ("tokens", 1),
-            ("positions", 1),
-            ("views", 1),
-            ("held_out", 1),
-            ("width", 1),
-            ("frequencies", 1),
-            ("magnitude", 0),
-            ("blur", 0),
-            ("seed", 0),
-        ):
-            value = getattr(self, name)
-            if not (isfinite(value) and value >= least):
-                raise GeometryError(f"implicit: {name}={value} must be at least {least}")
-        if not (isfinite(self.lr) and self.lr > 0):
-            raise GeometryError(f"implicit: lr={self.lr} must be positive and finite")
-        if not isfinite(self.highest):
-            raise GeometryError(f"implicit: highest={self.highest} must be a finite logarithm of a frequency")
-        if self.averaging_sigma is not None and not (isfinite(self.averaging_sigma) and self.averaging_sigma > 0):
+        least: dict[str, float] = dict.fromkeys(
+            ("views", "held_out", "components", "frequencies", "step_views", "positions"), 1
+        )
+        least |= dict.fromkeys(("steps", "magnitude", "total_variation", "blur_pin", "seed"), 0)
+        least |= {name: 1 for name in ("kernel", "tokens") if getattr(self, name) is not None}
+        _check_least("implicit", self, least)
+        _check_positive("implicit", self, "lr")
+        _check_share("implicit", self, "dropout")
+        if not (isfinite(self.highest) and isfinite(self.lowest) and self.lowest <= self.highest):
             raise GeometryError(
-                f"implicit: averaging_sigma={self.averaging_sigma} cells must be positive, or None for single-view "
-                "features"
+                f"implicit: lowest={self.lowest} and highest={self.highest} must be finite logarithms of frequencies, "
+                "in this order"
             )
-        if not 0 <= self.margin < 1:
-            raise GeometryError(f"implicit: margin={self.margin} is a share of an error, at least 0 and below 1")
+        _ = self.jitter  # Raises for views that cannot be.
+
+    @property
+    def jitter(self) -> Jitter:
+        """The distribution of the views."""
+        return Jitter(self.max_pad, (1.0, self.max_zoom), self.flip, self.zoom_share)
+
+
+PAPER = ImplicitOptions(views=3000, steps=1200, lr_decay=False, tokens=None, warm_start=False)
+"""The paper's numbers, and those of its published code where the paper has none."""
+
+FAST = ImplicitOptions(views=100, steps=300, lr_decay=True, tokens=256, warm_start=True)
+"""Fewer views and steps, and sampled tokens: a step's cost does not depend on the size of the image."""

@@ -1,22 +1,21 @@
-"""Samples of a step of an implicit fit: tokens of views, positions in their patches, and the generator behind them."""
+"""Samples of a step of an implicit fit: tokens of views, and positions in the windows that they attend to."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from featup.multiview.views import View, from_view
 
-__all__ = ["PatchPositions", "TokenSample", "image_generator", "sample_tokens"]
+__all__ = ["TokenSample", "ViewPositions", "sample_tokens"]
 
 
 class TokenSample(NamedTuple):
-    """``T`` tokens, and ``P`` positions in the patch of each.
+    """``T`` tokens, and ``P`` positions in the window of each.
 
     ``view``, ``row``, ``column`` ``[T, P]``: the positions, in pixels of their views. ``tap`` ``[T, P]``: their index
-    within the patch. ``token`` ``[T]``: the tokens' indices among those of all views.
+    within the window. ``token`` ``[T]``: the tokens' indices among those of all views.
     """
 
     view: Tensor
@@ -26,7 +25,7 @@ class TokenSample(NamedTuple):
     token: Tensor
 
 
-class PatchPositions:
+class ViewPositions:
     """Maps positions in many views of an image to pixels of the image."""
 
     def __init__(self, views: Sequence[View], size: tuple[int, int], max_pad: int) -> None:
@@ -57,34 +56,27 @@ def sample_tokens(
     positions: int,
     views: int,
     grid: tuple[int, int],
+    kernel: tuple[int, int],
     stride: tuple[int, int],
     generator: torch.Generator,
 ) -> TokenSample:
-    """Sample tokens of the first ``views`` views, and positions in their patches, uniformly and with replacement.
+    """Sample tokens of the views, and positions in their windows, uniformly and with replacement.
 
     Args:
-        tokens, positions: How many, see :class:`featup.multiview.options.FitOptions`.
+        tokens, positions: How many tokens, and how many positions for each.
         views: Number of views.
         grid: (height, width) of a view in tokens.
-        stride: (height, width) of a token's patch in pixels.
+        kernel, stride: (height, width) of the windows and from one to the next, in pixels of a view.
         generator: The only source of chance.
     """
     cells = grid[0] * grid[1]
     token = torch.randint(views * cells, (tokens,), generator=generator)
-    tap = torch.randint(stride[0] * stride[1], (tokens, positions), generator=generator)
+    tap = torch.randint(kernel[0] * kernel[1], (tokens, positions), generator=generator)
     cell = (token % cells)[:, None]
     return TokenSample(
         view=(token // cells)[:, None].expand_as(tap),
-        row=cell // grid[1] * stride[0] + tap // stride[1],
-        column=cell % grid[1] * stride[1] + tap % stride[1],
+        row=cell // grid[1] * stride[0] + tap // kernel[1],
+        column=cell % grid[1] * stride[1] + tap % kernel[1],
         tap=tap,
         token=token,
     )
-
-
-def image_generator(seed: int, image: Tensor) -> torch.Generator:
-    """A generator seeded by an image's pixels: the image's place in a batch or a data set makes no difference."""
-    pixels = image.cpu().numpy()
-    key = np.frombuffer(pixels.tobytes()[: pixels.size // 8 * 8], np.uint64)
-    (state,) = np.random.SeedSequence([seed, int(np.bitwise_xor.reduce(key))]).generate_state(1, np.uint64)
-    return torch.Generator().manual_seed(int(state))

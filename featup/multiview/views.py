@@ -18,7 +18,7 @@ from torch import Tensor
 from featup.errors import GeometryError
 from featup.kernels.resample import Taps, resample
 
-__all__ = ["Jitter", "View", "average_views", "from_view", "reflect", "to_image", "to_view", "warp"]
+__all__ = ["Jitter", "View", "check_view", "from_view", "reflect", "to_image", "to_view", "to_view_axis", "warp"]
 
 
 @dataclass(frozen=True)
@@ -60,14 +60,17 @@ class Jitter:
         max_pad: Pixels of reflected border on every side, at least 0: the largest shift of a view that is not zoomed.
         zoom: (least, largest) zoom, both at least 1.
         flip: Whether half of the views are mirrored.
+        zoom_share: Share of the views that are zoomed, in [0, 1]; the others keep zoom 1.
 
     Raises:
-        GeometryError: a negative pad, or zooms that are not finite, below 1, or in the wrong order.
+        GeometryError: a negative pad, zooms that are not finite, below 1, or in the wrong order, or a share that is
+            none.
     """
 
     max_pad: int = 20
     zoom: tuple[float, float] = (1.0, 1.8)
     flip: bool = True
+    zoom_share: float = 1.0
 
     def __post_init__(self) -> None:
         if self.max_pad < 0:
@@ -78,6 +81,8 @@ class Jitter:
                 f"jitter: zoom={self.zoom} must be (least, largest), both finite and at least 1; "
                 "give (1.0, 1.0) for views that are not zoomed"
             )
+        if not 0 <= self.zoom_share <= 1:
+            raise GeometryError(f"jitter: zoom_share={self.zoom_share} is a share of the views, from 0 to 1")
 
     @property
     def identity(self) -> View:
@@ -87,7 +92,7 @@ class Jitter:
     def sample(
         self, count: int, size: tuple[int, int], generator: torch.Generator, identity_first: bool = False
     ) -> list[View]:
-        """Sample views: zoom uniform in its range, crop uniform over where it fits, flip with probability 1/2.
+        """Sample views: zoom uniform in its range or 1, crop uniform over where it fits, flip with probability 1/2.
 
         Args:
             count: Number of views, at least 0.
@@ -105,7 +110,8 @@ class Jitter:
         uniform = torch.rand(count, 4, generator=generator, device=generator.device, dtype=torch.float64)
         views = []
         for for_zoom, for_top, for_left, for_flip in uniform.tolist():
-            zoom = least + (largest - least) * for_zoom
+            zoomed = for_zoom < self.zoom_share
+            zoom = least + (largest - least) * for_zoom / self.zoom_share if zoomed else 1.0
             down, across = (_room(side, zoom, self.max_pad) + 1 for side in size)
             views.append(View(zoom, floor(for_top * down), floor(for_left * across), self.flip and for_flip < 0.5))
         if identity_first and views:
@@ -150,7 +156,7 @@ def warp(
     out_height, out_width = size or map_size
     warped = []
     for index, view in enumerate(views):
-        _check_view(view, (height, width), max_pad)
+        check_view(view, (height, width), max_pad)
         rows = _view_taps(map_size[0], height, out_height, view.zoom, view.top, False, max_pad)
         cols = _view_taps(map_size[1], width, out_width, view.zoom, view.left, view.flip, max_pad)
         warped.append(resample(maps[index : index + 1], rows, cols))
@@ -201,48 +207,9 @@ def to_view(view: View, positions: Tensor, size: tuple[int, int], max_pad: int) 
         GeometryError: positions that are not pairs, or a view that reaches beyond the padded image.
     """
     row, column = _split_positions(view, positions, size, max_pad)
-    row, row_inside = _to_view(row, size[0], view.zoom, view.top, False, max_pad)
-    column, column_inside = _to_view(column, size[1], view.zoom, view.left, view.flip, max_pad)
+    row, row_inside = to_view_axis(row, size[0], view.zoom, view.top, False, max_pad)
+    column, column_inside = to_view_axis(column, size[1], view.zoom, view.left, view.flip, max_pad)
     return torch.stack([row, column], -1), row_inside & column_inside
-
-
-def average_views(
-    maps: Tensor, views: Sequence[View], max_pad: int, image_size: tuple[int, int], sigma: float
-) -> Tensor:
-    """Multi-view average: the coarse maps of an image's views, averaged on the grid of the image.
-
-    For every cell of the grid, the vectors of all views within one cell of its centre, down and across, are averaged.
-    A vector at distance ``d``, in cells of its view, has weight ``exp(-d^2 / (2 sigma^2))``: the Nadaraya-Watson
-    estimate of the features of a patch centred there. Vectors of the reflected border are ignored.
-
-    Args:
-        maps: Of the views, ``[V, h, w, C]``.
-        views: One for each map. With the identity among them, every cell has a vector.
-        max_pad: Of the jitter that the views were sampled from, in pixels of the image.
-        image_size: (height, width) of the image, in pixels.
-        sigma: Of the weights, in cells of a view, above 0.
-
-    Returns:
-        ``[h, w, C]``; NaN in cells that no view covers.
-
-    Raises:
-        GeometryError: maps that are not as many as there are views, a view that reaches beyond the padded image, or a
-            sigma that is not positive.
-    """
-    if maps.dim() != 4 or len(maps) != len(views) or not sigma > 0:
-        raise GeometryError(
-            f"average_views: need maps [V, h, w, C], one view for each and a positive sigma, got {tuple(maps.shape)}, "
-            f"{len(views)} views and sigma={sigma}"
-        )
-    grid = (maps.shape[1], maps.shape[2])
-    total, weight = maps.new_zeros(1, *grid, maps.shape[3]), maps.new_zeros(grid)
-    for number, view in enumerate(views):
-        _check_view(view, image_size, max_pad)
-        rows = _averaging_taps(grid[0], image_size[0], view.zoom, view.top, False, max_pad, sigma)
-        cols = _averaging_taps(grid[1], image_size[1], view.zoom, view.left, view.flip, max_pad, sigma)
-        total = total + resample(maps[number : number + 1], rows, cols)
-        weight = weight + (rows.weight.sum(1)[:, None] * cols.weight.sum(1)).to(weight)
-    return (total / weight[..., None])[0]
 
 
 def from_view(at: Tensor, side: int, zoom: float | Tensor, offset: int | Tensor, max_pad: int) -> Tensor:
@@ -279,7 +246,7 @@ def _room(side: int, zoom: float, max_pad: int) -> int:
     return floor((side + 2 * max_pad) * zoom) - side
 
 
-def _to_view(at: Tensor, side: int, zoom: float, offset: int, flip: bool, max_pad: int) -> tuple[Tensor, Tensor]:
+def to_view_axis(at: Tensor, side: int, zoom: float, offset: int, flip: bool, max_pad: int) -> tuple[Tensor, Tensor]:
     """Positions along one axis of the image to the view's, and whether these lie within the area of its pixels."""
     at = (at + max_pad + 0.5) * zoom - 0.5 - offset
     if flip:
@@ -300,29 +267,18 @@ def _view_taps(length: int, side: int, out: int, zoom: float, offset: int, flip:
     return Taps(index, torch.stack([1 - t, t], 1).float(), length)
 
 
-def _averaging_taps(cells: int, side: int, zoom: float, offset: int, flip: bool, max_pad: int, sigma: float) -> Taps:
-    """Taps into an axis of a view's cells for the cells of the image's own: the weights of :func:`average_views`."""
-    at = (torch.arange(cells, dtype=torch.float64) + 0.5) * (side / cells) - 0.5
-    at, inside = _to_view(at, side, zoom, offset, flip, max_pad)
-    place = (at + 0.5) * (cells / side) - 0.5
-    index = place.floor()[:, None] + torch.tensor([0, 1])
-    distance = (index - place[:, None]).abs()
-    used = inside[:, None] & (index >= 0) & (index < cells) & (distance < 1)
-    weight = torch.exp(-0.5 * (distance / sigma).square()) * used
-    return Taps(index.clamp(0, cells - 1).long(), weight.float(), cells)
-
-
 def _split_positions(view: View, positions: Tensor, size: tuple[int, int], max_pad: int) -> tuple[Tensor, Tensor]:
     """Rows and columns of positions in a view, checked."""
     if positions.shape[-1:] != (2,) or not positions.is_floating_point():
         raise GeometryError(
             f"view: positions must be floating [..., 2], (row, column), got {positions.dtype} {tuple(positions.shape)}"
         )
-    _check_view(view, size, max_pad)
+    check_view(view, size, max_pad)
     return positions[..., 0], positions[..., 1]
 
 
-def _check_view(view: View, size: tuple[int, int], max_pad: int) -> None:
+def check_view(view: View, size: tuple[int, int], max_pad: int) -> None:
+    """Raise :class:`GeometryError` for a view that reaches beyond an image of ``size`` padded by ``max_pad``."""
     down, across = (_room(side, view.zoom, max_pad) for side in size)
     if view.top > down or view.left > across:
         raise GeometryError(

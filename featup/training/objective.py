@@ -17,10 +17,11 @@ from torch import Tensor, nn
 
 from featup.backbones import Backbone
 from featup.errors import GeometryError
+from featup.projection import orthonormal_directions
 from featup.training.losses import explained_variance
 from featup.upsamplers import Upsampler
 
-__all__ = ["HeldOut", "Objective", "Purpose", "orthonormal_directions", "seeded"]
+__all__ = ["HeldOut", "Objective", "Purpose", "seeded"]
 
 
 class Purpose(IntEnum):
@@ -50,27 +51,6 @@ def seeded(*key: int) -> torch.Generator:
     """A generator on the CPU, seeded by whole numbers of at least 0; other keys give other numbers."""
     (state,) = np.random.SeedSequence(key).generate_state(1, np.uint64)
     return torch.Generator().manual_seed(int(state))
-
-
-def orthonormal_directions(count: int, channels: int, generator: torch.Generator) -> Tensor:
-    """Sample orthonormal projection directions in the space of channels, uniformly.
-
-    The expected mean square of a vector's products with them equals the mean square of the vector's entries. A loss
-    that is a mean of squares has the same expectation on the projections as on all channels.
-
-    Args:
-        count: Number of directions; at most ``channels`` are returned.
-        channels: C of the features.
-        generator: The only source of chance.
-
-    Returns:
-        ``[min(count, channels), channels]``.
-    """
-    # In double precision, so that other CPUs give the same numbers after rounding.
-    gaussian = torch.randn(channels, min(count, channels), generator=generator, dtype=torch.float64)
-    columns, _ = torch.linalg.qr(gaussian)
-    directions: Tensor = columns.T.float()
-    return directions.contiguous()
 
 
 class Objective(nn.Module):

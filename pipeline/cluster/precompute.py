@@ -71,8 +71,9 @@ T = TypeVar("T")
 _ALIKE = 5
 # The slowest unit that a run should bear: Ray Data ends a run in which nothing happens for longer.
 _LEAST_PATIENCE = 1800.0
-_SECONDS_PER_FIT = 60.0
 _SECONDS_PER_IMAGE = 5.0
+_SECONDS_PER_MULTIVIEW = 30.0
+_SECONDS_PER_FIT = {"fast": 300.0, "paper": 14400.0}
 
 
 def precompute(config: PrecomputeConfig) -> Summary:
@@ -199,7 +200,7 @@ def _run(config: PrecomputeConfig, lease: Lease, state: _State, on_cluster: bool
     if len(todo):
         if alone:
             config, _ = start_ray(config, on_cluster)
-        work = Work(len(todo), actor_bytes(config, layout, peak), fits=config.upsampler == "implicit")
+        work = Work(len(todo), actor_bytes(config, layout, peak), fits=config.per_image)
         config, allotment = allot_work(config, work)
         withdraw_complete(config.out)
         _set_patience(config, plan)
@@ -267,7 +268,10 @@ def _write_index(config: PrecomputeConfig, plan: Plan, ledger: Ledger, state: _S
 
 def _set_patience(config: PrecomputeConfig, plan: Plan) -> None:
     """How long Ray Data may see nothing happen before it ends the run: several of the slowest units."""
-    per_image = _SECONDS_PER_FIT if config.upsampler == "implicit" else _SECONDS_PER_IMAGE
+    per_image = {
+        "implicit": _SECONDS_PER_FIT[config.implicit_preset],
+        "multiview": _SECONDS_PER_MULTIVIEW,
+    }.get(config.upsampler, _SECONDS_PER_IMAGE)
     patience = max(_LEAST_PATIENCE, 4 * per_image * plan.rows_per_shard)
     ray.data.DataContext.get_current().execution_no_progress_timeout_s = patience
 

@@ -63,7 +63,7 @@ def _estimate(config: PrecomputeConfig, index_all: IndexAll | None, folder: str)
     layout = layout_of(config, rows, channels, plan.units)
     need = actor_bytes(config, layout, peak)
     models = need - UNITS_IN_MEMORY * rows * layout.sample_bytes
-    work = Work(plan.units, need, fits=config.upsampler == "implicit")
+    work = Work(plan.units, need, fits=config.per_image)
     allotment = allotment_of(config, [this_machine()], work)
     threads = set_threads(config.threads, allotment.actors_per_node)
 

@@ -14,7 +14,9 @@ from featup.backbones import Backbone, create_backbone
 from featup.checkpoints import check_backbone
 from featup.errors import GeometryError
 from featup.images import resize_images
-from featup.multiview.implicit import Fit, Implicit
+from featup.multiview.average import MultiView
+from featup.multiview.field import FeatureField, PerImageUpsampler
+from featup.multiview.implicit import Implicit
 from featup.projection import PCA, PCAFit
 from featup.published import checkpoint_file
 from featup.upsamplers import ChannelMap, Upsampler, create_upsampler
@@ -123,21 +125,10 @@ class Extractor:
         self.device = choose_device(config.gpus_per_actor)
         self.backbone: Backbone = (backbone or make_backbone(config, weights)).to(self.device)
         self.grid = self.backbone.grid(config.size)
-        # Of implicit fitting this is what a fit starts from.
-        name = config.fit_base if config.upsampler == "implicit" else config.upsampler
-        checkpoint = checkpoint_file(name, storage.local_copy(config.checkpoint) if config.checkpoint else None)
-        self.upsampler: Upsampler = create_upsampler(
-            name,
-            channels=self.backbone.channels,
-            checkpoint=checkpoint,
-            bilateral=config.bilateral,
-        ).to(self.device)
         self.digests = {"backbone": self.backbone.digest}
-        if checkpoint:
-            check_backbone(checkpoint, self.backbone)
-            self.digests["checkpoint"] = file_digest(checkpoint)
+        self.upsampler = self._create_upsampler().to(self.device)
         largest, target = self.upsampler.largest(self.grid), config.target_size
-        if largest and config.upsampler != "implicit" and (target.height > largest[0] or target.width > largest[1]):
+        if largest and (target.height > largest[0] or target.width > largest[1]):
             raise GeometryError(
                 f"{config.upsampler} brings {self.grid[0]}x{self.grid[1]} to at most {largest[0]}x{largest[1]} and "
                 f"output_size is {target}; ask for less, or train a deeper stack"
@@ -151,8 +142,27 @@ class Extractor:
         """From now on give principal components in place of the channels."""
         self.projection = pca.as_channel_map()
         self.channels = len(pca.components)
-        if self.config.upsampler == "implicit":
-            self.upsampler = Implicit(self.backbone, pca, self.upsampler, self.config.fit_options, self.config.size)
+        if isinstance(self.upsampler, Implicit):
+            self.upsampler.pca = pca
+
+    def _create_upsampler(self) -> Upsampler:
+        config, name = self.config, self.config.feed_forward
+        if name is None:
+            return Implicit(self.backbone, None, config.implicit_options())
+        checkpoint = checkpoint_file(name, storage.local_copy(config.checkpoint) if config.checkpoint else None)
+        upsampler = create_upsampler(
+            name,
+            channels=self.backbone.channels,
+            checkpoint=checkpoint,
+            bilateral=config.bilateral,
+        )
+        if checkpoint:
+            check_backbone(checkpoint, self.backbone)
+            self.digests["checkpoint"] = file_digest(checkpoint)
+        if config.upsampler == "multiview":
+            options = config.multiview_options(config.views, config.held_out_views)
+            return MultiView(self.backbone, upsampler, options)
+        return upsampler
 
     def setup(self) -> Setup:
         """The facts every actor must agree on."""
@@ -179,14 +189,20 @@ class Extractor:
         return features.float()
 
     @torch.inference_mode()
-    def upsample(self, features: Tensor, images: Tensor, out: Tensor) -> list[Fit]:
+    def upsample(self, features: Tensor, images: Tensor, out: Tensor) -> list[FeatureField]:
         """Coarse features and their images into ``out`` float16 ``[B, H', W', K]``, projected.
 
         Returns:
-            The images' fits where they are fitted, else nothing.
+            The images' feature fields where the upsampler makes such, else nothing.
         """
-        self.upsampler(features, images.to(self.device), self.config.target_size, self.projection, out)
-        return self.upsampler.fits if isinstance(self.upsampler, Implicit) else []
+        images, size = images.to(self.device), self.config.target_size
+        if not isinstance(self.upsampler, PerImageUpsampler):
+            self.upsampler(features, images, size, self.projection, out)
+            return []
+        fields = self.upsampler.fields(features, images)
+        for image_out, field in zip(out, fields, strict=True):
+            field.query(size, self.projection, image_out)
+        return fields
 
 
 def fit_pca(extractor: Extractor, plan: Plan, components: int, images: int) -> PCA:

@@ -3,7 +3,7 @@
 import hashlib
 import sys
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from importlib.metadata import version
 from typing import Any
@@ -47,6 +47,13 @@ __all__ = [
     "units_to_retry",
     "versions",
 ]
+
+# Options, by their names or what these begin with, and the upsamplers that read them; ``fit_base`` was once an option.
+_OPTIONS_OF: tuple[tuple[tuple[str, ...], set[str]], ...] = (
+    (("sigma_", "feature_components", "same_resolution_stages"), {"bilateral", "implicit"}),
+    (("fit_", "implicit_preset"), {"implicit", "multiview"}),
+    (("view", "held_out_views", "back_projection"), {"multiview"}),
+)
 
 
 def plan_input(
@@ -291,12 +298,24 @@ def units_to_retry(config: PrecomputeConfig, plan: Plan, ledger: Ledger) -> list
 
 
 def _refuse(out: str, stored: dict[str, Any], wanted: dict[str, Any]) -> None:
-    differences = list_differences(stored, wanted, defaults=_defaults())
+    differences = list_differences(_deciding(stored), _deciding(wanted), defaults=_defaults())
     if differences:
         raise StoreMismatchError(
             f"{out} was made with other settings: {'; '.join(differences)}. Finish it with the settings it was made "
             "with, or give another --out"
         )
+
+
+def _deciding(identity: Mapping[str, Any]) -> dict[str, Any]:
+    """An identity without the options of upsamplers that it does not use: their defaults may change."""
+    used = {identity.get("upsampler")} | (
+        {identity.get("view_base")} if identity.get("upsampler") == "multiview" else set()
+    )
+    return {
+        name: value
+        for name, value in identity.items()
+        if all(used & users for options, users in _OPTIONS_OF if name.startswith(options))
+    }
 
 
 def _defaults() -> dict[str, Any]:

@@ -213,7 +213,7 @@ class UnitProcessor:
                     place = (
                         block[rows[0] : rows[-1] + 1] if together else np.empty((len(rows), *shape[1:]), block.dtype)
                     )
-                    fits = self.extractor.upsample(features, images, torch.from_numpy(place))
+                    fields = self.extractor.upsample(features, images, torch.from_numpy(place))
                     if not together:
                         block[rows] = place
             except torch.cuda.OutOfMemoryError:
@@ -221,9 +221,10 @@ class UnitProcessor:
                     raise
                 good, batch_size = rows + good, max(1, batch_size // 2)
                 continue
-            for row, fit in zip(rows, fits, strict=False):
-                records[row] = replace(records[row], explained_variance=fit.explained_variance)
-                if not fit.explained_variance > fit.initial_explained_variance:
+            for row, field in zip(rows, fields, strict=False):
+                explained, baseline = field.explained_variance, field.baseline_explained_variance
+                records[row] = replace(records[row], explained_variance=explained)
+                if explained is not None and baseline is not None and not explained > baseline:
                     records[row] = replace(records[row], flags=(*records[row].flags, "fit_no_better"))
             for row, one in zip(rows, place, strict=True):
                 # float16 ends at 65504: what does not fit is infinite, and would poison a probe.

@@ -3,33 +3,52 @@
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Literal, NamedTuple, cast, get_args
 
 from featup.names import PublishedName, TrainableName, UpsamplerName
 from pipeline.config.base import BackboneConfig
 from pipeline.config.bilateral import BilateralOptions
+from pipeline.config.per_image import PerImageOptions
 from pipeline.decode.options import DepthOptions
 from pipeline.options import option
 
-__all__ = ["EvaluateConfig"]
+__all__ = ["EvaluateConfig", "MultiViewRow", "multiview_row"]
 
 
 _TRAINED = get_args(TrainableName)
 _WITH_FILE = (*_TRAINED, *get_args(PublishedName))
-_UNTRAINED = (
-    *(name for name in get_args(UpsamplerName) if name not in _TRAINED),
-    *("strided", "large_image", "deep_image_prior", "implicit", "implicit=bilinear", "implicit=bilateral"),
-)
+_FEED_FORWARD = tuple(name for name in get_args(UpsamplerName) if name not in _TRAINED)
+_UNTRAINED = (*_FEED_FORWARD, "strided", "large_image", "deep_image_prior", "implicit", "implicit=paper")
 _METHODS = (
-    f"{', '.join(_UNTRAINED)}, nor NAME=FILE with one of {', '.join(_WITH_FILE)}, "
-    "nor implicit=FILE.safetensors of a jbu"
+    f"{', '.join(_UNTRAINED)}, nor NAME=FILE with one of {', '.join(_WITH_FILE)}, nor multiview or multiview=BASE, "
+    f"BASE one of {', '.join(_FEED_FORWARD)} or the FILE.safetensors of a jbu, and :VIEWS behind it or not"
 )
+# The last number is that of the views; a FILE may have colons of its own.
+_MULTIVIEW = re.compile(r"multiview(?:=(?P<base>.+?))?(?::(?P<views>[1-9]\d*))?")
+
+
+class MultiViewRow(NamedTuple):
+    """A row ``multiview[=BASE][:VIEWS]``: its upsampler's name, the file of a jbu or nothing, and number of views."""
+
+    base: UpsamplerName
+    file: str
+    views: int
+
+
+def multiview_row(row: str) -> MultiViewRow | None:
+    """What a row of multiview names; ``None`` for any other row."""
+    match = _MULTIVIEW.fullmatch(row)
+    if match is None:
+        return None
+    base, views = match["base"] or "bilateral", int(match["views"] or 16)
+    if base.endswith(".safetensors"):
+        return MultiViewRow("jbu", base, views)
+    return MultiViewRow(cast(UpsamplerName, base), "", views) if base in _FEED_FORWARD else None
 
 
 def _is_method(row: str) -> bool:
     name, _, file = row.partition("=")
-    trained = name in _WITH_FILE or (name == "implicit" and file.endswith(".safetensors"))
-    return row in _UNTRAINED or (trained and bool(file))
+    return row in _UNTRAINED or (name in _WITH_FILE and bool(file)) or multiview_row(row) is not None
 
 
 def _is_expression(text: str | None) -> bool:
@@ -40,7 +59,7 @@ def _is_expression(text: str | None) -> bool:
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvaluateConfig(BilateralOptions, DepthOptions, BackboneConfig):
+class EvaluateConfig(PerImageOptions, BilateralOptions, DepthOptions, BackboneConfig):
     """Options of ``featup evaluate``: shards of labelled images in, a table of upsamplers out."""
 
     train: tuple[str, ...] = option(
@@ -70,18 +89,11 @@ class EvaluateConfig(BilateralOptions, DepthOptions, BackboneConfig):
     rows: tuple[str, ...] = option(
         ("nearest", "bilinear", "bicubic", "strided", "large_image", "bilateral"),
         "of the table, one a method: nearest, bilinear, bicubic, norm_bilinear (norms restored), guided_filter, "
-        "bilateral, anyup, strided, large_image; trained, as "
-        "NAME=FILE: anyup, jbu, resize_conv, carafe, sapa, ifa; fitted to each image: deep_image_prior, implicit (its "
-        "initial map by bilateral) or implicit=FILE (by a jbu)",
+        "bilateral, anyup, strided, large_image; trained, as NAME=FILE: anyup, jbu, resize_conv, carafe, sapa, ifa; "
+        "views of each image: multiview[=BASE][:VIEWS], BASE the upsampler of their average or the FILE.safetensors "
+        "of a jbu; fitted to each image: deep_image_prior, implicit, implicit=paper",
         group="upsampler",
         path=True,
-    )
-    fit_steps: int = option(20, "implicit: steps of a fit", group="upsampler", at_least=1)
-    fit_views: int = option(
-        32, "implicit: jittered views of an image that it is fitted to", group="upsampler", at_least=1
-    )
-    fit_components: int = option(
-        128, "implicit: principal components of the training images' features to fit in", group="upsampler", at_least=1
     )
     prior_steps: int = option(300, "deep_image_prior: steps of a fit", group="upsampler", at_least=1)
     factor: int = option(
@@ -125,6 +137,11 @@ class EvaluateConfig(BilateralOptions, DepthOptions, BackboneConfig):
     pictures: int = option(6, "images of each set to draw pictures of", group="evaluation", at_least=0)
 
     batch_size: int = option(8, "images upsampled at once", group="run", run=True, at_least=1)
+
+    @property
+    def fits_networks(self) -> bool:
+        """See :attr:`PerImageOptions.fits_networks`."""
+        return any(row.partition("=")[0] == "implicit" for row in self.rows)
 
     def _checks(self) -> Sequence[tuple[bool, str]]:
         return [

@@ -2,24 +2,21 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, get_args
+from typing import Literal, get_args
 
-from featup.errors import GeometryError
-from featup.names import FitBase, PublishedName, TrainableName, UpsamplerName
-from pipeline.config.base import LARGEST_SEED, InputConfig, whole_gpus
+from featup.names import PerImageName, PublishedName, TrainableName, UpsamplerName
+from pipeline.config.base import InputConfig, whole_gpus
 from pipeline.config.bilateral import BilateralOptions
+from pipeline.config.per_image import PerImageOptions
 from pipeline.decode.options import LabelOptions
 from pipeline.errors import Reason
 from pipeline.options import Size, option
-
-if TYPE_CHECKING:
-    from featup.multiview import FitOptions
 
 __all__ = ["PrecomputeConfig"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class PrecomputeConfig(BilateralOptions, LabelOptions, InputConfig):
+class PrecomputeConfig(PerImageOptions, BilateralOptions, LabelOptions, InputConfig):
     """Options of ``featup precompute``: shards of images in, a store of features out."""
 
     label_dir: tuple[str, ...] = option(
@@ -31,10 +28,11 @@ class PrecomputeConfig(BilateralOptions, LabelOptions, InputConfig):
         path=True,
     )
 
-    upsampler: UpsamplerName | Literal["implicit"] = option(
+    upsampler: UpsamplerName | PerImageName = option(
         "bilateral",
         "nearest, bilinear, bicubic, bilateral (training-free); anyup (trained for any backbone); jbu, "
-        "resize_conv, carafe, sapa, ifa (trained for one); or implicit (fitted to every image, seconds each)",
+        "resize_conv, carafe, sapa, ifa (trained for one); multiview (the average of many views of every image, "
+        "upsampled by --view-base); or implicit (a network fitted to every image)",
         group="upsampler",
     )
     checkpoint: str | None = option(
@@ -52,21 +50,20 @@ class PrecomputeConfig(BilateralOptions, LabelOptions, InputConfig):
         at_least=1,
         at_most=16384,
     )
-    fit_base: FitBase = option(
+    views: int = option(
+        16, "multiview: shifted views of an image, whose features are averaged", group="upsampler", at_least=1
+    )
+    view_base: UpsamplerName = option(
         "bilateral",
-        "implicit: the upsampler of the initial map: bilinear, bilateral, or jbu with its checkpoint",
+        "multiview: the upsampler of the average, any other than multiview and implicit; trained ones with their "
+        "checkpoint",
         group="upsampler",
     )
-    fit_steps: int = option(20, "implicit: steps of a fit", group="upsampler", at_least=1)
-    fit_views: int = option(
-        32, "implicit: jittered views of an image that it is fitted to", group="upsampler", at_least=1
-    )
-    fit_seed: int = option(
-        0,
-        "implicit: seed of views, samples and initial weights",
+    held_out_views: int = option(
+        4,
+        "multiview: further views that measure the explained variance in the index, or 0",
         group="upsampler",
         at_least=0,
-        at_most=LARGEST_SEED,
     )
 
     pca: int | None = option(
@@ -172,7 +169,6 @@ class PrecomputeConfig(BilateralOptions, LabelOptions, InputConfig):
 
     def _checks(self) -> Sequence[tuple[bool, str]]:
         reasons = [reason.value for reason in Reason]
-        fit_problem = self._fit_problem()
         return [
             *super()._checks(),
             *(
@@ -192,17 +188,12 @@ class PrecomputeConfig(BilateralOptions, LabelOptions, InputConfig):
                 f"label_dir={self.label_dir} goes with --images; in tars labels lie beside their image",
             ),
             (
-                self._feed_forward not in get_args(PublishedName)
-                and (self._feed_forward in get_args(TrainableName)) != (self.checkpoint is not None),
+                self.feed_forward not in get_args(PublishedName)
+                and (self.feed_forward in get_args(TrainableName)) != (self.checkpoint is not None),
                 f"upsampler={self.upsampler!r} with checkpoint={self.checkpoint!r}: those that are trained "
-                f"({', '.join(get_args(TrainableName))}; implicit with fit_base=jbu) need a checkpoint, "
+                f"({', '.join(get_args(TrainableName))}; multiview with one as view_base) need a checkpoint, "
                 f"{', '.join(get_args(PublishedName))} may have one, the others take none",
             ),
-            (
-                self.upsampler == "implicit" and not self.projects,
-                "upsampler='implicit' fits in the space of a PCA; give --pca, 128 for instance, or --pca-from STORE",
-            ),
-            (fit_problem is not None, f"upsampler='implicit': {fit_problem}"),
             (
                 self.pca is not None and self.pca_from is not None,
                 f"pca={self.pca} fits a PCA and pca_from={self.pca_from!r} takes one that is there; give one of them",
@@ -224,25 +215,22 @@ class PrecomputeConfig(BilateralOptions, LabelOptions, InputConfig):
             ),
         ]
 
-    def _fit_problem(self) -> str | None:
-        if self.upsampler != "implicit":
+    @property
+    def feed_forward(self) -> UpsamplerName | None:
+        """The feed-forward upsampler: that of the average for multiview, none for implicit."""
+        if self.upsampler == "implicit":
             return None
-        try:
-            _ = self.fit_options
-        except GeometryError as error:
-            return str(error)
-        return None
+        return self.view_base if self.upsampler == "multiview" else self.upsampler
 
     @property
-    def fit_options(self) -> "FitOptions":
-        """How implicit fits an image."""
-        from featup.multiview import FitOptions
-
-        return FitOptions(steps=self.fit_steps, views=self.fit_views, seed=self.fit_seed)
+    def fits_networks(self) -> bool:
+        """See :attr:`PerImageOptions.fits_networks`."""
+        return self.upsampler == "implicit"
 
     @property
-    def _feed_forward(self) -> str:
-        return self.fit_base if self.upsampler == "implicit" else self.upsampler
+    def per_image(self) -> bool:
+        """Whether many views of each image go through the backbone."""
+        return self.upsampler in get_args(PerImageName)
 
     @property
     def target_size(self) -> Size:

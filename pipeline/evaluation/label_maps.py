@@ -21,7 +21,7 @@ from pipeline.config.evaluate import EvaluateConfig
 from pipeline.console import report_time
 from pipeline.evaluation.failures import Failures
 from pipeline.evaluation.image_set import ImageSet, evenly_spaced, picture_name
-from pipeline.evaluation.methods import FeedForwardMethod, ImplicitMethod, Method
+from pipeline.evaluation.methods import FeedForwardMethod, Method
 from pipeline.evaluation.panels import Panels, colour
 from pipeline.evaluation.protocol_448 import Protocol448
 from pipeline.evaluation.results import Part, Resampling, compare
@@ -90,8 +90,6 @@ def evaluate_labels(
         for method in methods:
             count = partial(_count, progress, f"{task.kind}, {method.name}")
             started = time.perf_counter()
-            if isinstance(method, ImplicitMethod):
-                method.fit_components(train.features)
             probes = {"drop-in": _Probes([drop_in.channel_map], _describe([drop_in]))}
             if config.retrained and not method.per_image:
                 fits = _fit_pixels(task, method, train, config, count)

@@ -11,8 +11,9 @@ from torch.nn import functional
 from featup.backbones import Backbone
 from featup.checkpoints import check_backbone
 from featup.evaluation.large_image import large_image_features, strided_features
-from featup.multiview.implicit import Fit, FitOptions, Implicit
-from featup.projection import PCAFit
+from featup.multiview.average import MultiView
+from featup.multiview.field import FeatureField, PerImageUpsampler
+from featup.multiview.implicit import Implicit
 from featup.published import checkpoint_file
 from featup.upsamplers import (
     ChannelMap,
@@ -22,15 +23,15 @@ from featup.upsamplers import (
     create_upsampler,
 )
 from featup.weights import file_digest
-from pipeline.config.evaluate import EvaluateConfig
+from pipeline.config.evaluate import EvaluateConfig, multiview_row
 from pipeline.inputs import storage
 
 __all__ = [
     "DeepImagePriorMethod",
     "FeedForwardMethod",
-    "ImplicitMethod",
     "LargeImageMethod",
     "Method",
+    "PerImageMethod",
     "StridedMethod",
     "UpsamplerMethod",
     "create_methods",
@@ -125,61 +126,37 @@ class DeepImagePriorMethod(UpsamplerMethod):
         super().__init__(self.name, DeepImagePrior(steps))
 
 
-class ImplicitMethod:
-    """A fit to every image, kept for later calls with the same image."""
+class PerImageMethod:
+    """An upsampler that makes a feature field of each image, kept for later calls with the same image."""
 
-    name = "implicit"
-    per_image = True
-
-    def __init__(self, backbone: Backbone, base: Upsampler, config: EvaluateConfig, digests: dict[str, str]) -> None:
+    def __init__(self, name: str, upsampler: PerImageUpsampler, digests: dict[str, str], per_image: bool) -> None:
         """
         Args:
-            backbone: The one to evaluate.
-            base: The upsampler of each fit's initial map.
-            config: The options of the fits.
-            digests: Of the weights of ``base``.
+            name: In the table.
+            upsampler: Makes the feature fields.
+            digests: Of the weights it was created from.
+            per_image: Whether each image is fitted.
         """
+        self.name = name
         self.digests = digests
-        self.backbone = backbone
-        self.base = base
-        self.config = config
-        self.options = FitOptions(steps=config.fit_steps, views=config.fit_views)
-        self._implicit: Implicit | None = None
-        self._fits: dict[bytes, Fit] = {}
-
-    def fit_components(self, features: Tensor) -> None:
-        """Fit the principal components that later fits use to coarse features of a data set, ``[N, h, w, C]``.
-
-        Earlier fits are forgotten.
-        """
-        fit = PCAFit(features.shape[-1])
-        fit.add(features)
-        pca = fit.solve(min(self.config.fit_components, features.shape[-1]))
-        self._implicit = Implicit(self.backbone, pca, self.base, self.options)
-        self._fits = {}
+        self.per_image = per_image
+        self.upsampler = upsampler
+        self._fields: dict[bytes, FeatureField] = {}
 
     def predict(self, images: Tensor, features: Tensor, projection: ChannelMap | None, size: tuple[int, int]) -> Tensor:
         """See :meth:`Method.predict`."""
-        if self._implicit is None:
-            self.fit_components(features)
-        assert self._implicit is not None
         outputs = []
         for image, feature in zip(images, features, strict=True):
             key = sha256(image.cpu().numpy().tobytes()).digest()
-            if key not in self._fits:
-                (self._fits[key],) = self._implicit.fit(feature[None], image[None])
-            outputs.append(self._fits[key].query(size, projection=projection or _identity(features)))
+            if key not in self._fields:
+                (self._fields[key],) = self.upsampler.fields(feature[None], image[None])
+            outputs.append(self._fields[key].query(size, projection))
         return torch.stack(outputs)
 
 
 def _probabilities(features: Tensor, probe: ChannelMap) -> Tensor:
     probe = probe.to(features)
     return functional.linear(features, probe.weight, probe.bias).softmax(-1)
-
-
-def _identity(features: Tensor) -> ChannelMap:
-    channels = features.shape[-1]
-    return ChannelMap(torch.eye(channels).to(features), features.new_zeros(channels))
 
 
 class _FinerFeaturesMethod:
@@ -242,17 +219,22 @@ def create_methods(config: EvaluateConfig, backbone: Backbone, device: torch.dev
         FeatupError: a checkpoint that cannot be read, or of another backbone.
     """
     finer = {method.name: method for method in (StridedMethod, LargeImageMethod)}
-    bases = ("bilinear", "bilateral", "jbu")
     methods: list[Method] = []
-    for name, _, file in (row.partition("=") for row in config.rows):
-        if name in finer:
+    for row in config.rows:
+        name, _, file = row.partition("=")
+        if (multiview := multiview_row(row)) is not None:
+            base = _upsampler_method(config, backbone, device, multiview.base, multiview.file)
+            options = config.multiview_options(multiview.views, held_out=0)
+            averaging = MultiView(backbone, base.upsampler, options)
+            title = row.replace(multiview.file, str(Path(multiview.file).with_suffix(""))) if multiview.file else row
+            methods.append(PerImageMethod(title, averaging, base.digests, per_image=False))
+        elif name in finer:
             methods.append(finer[name](backbone, config.factor))
         elif name == DeepImagePriorMethod.name:
             methods.append(DeepImagePriorMethod(config.prior_steps))
-        elif name == ImplicitMethod.name:
-            base = file if file in bases else "jbu" if file else "bilateral"
-            initial = _upsampler_method(config, backbone, device, base, file if base == "jbu" else "")
-            methods.append(ImplicitMethod(backbone, initial.upsampler, config, initial.digests))
+        elif name == Implicit.name:
+            implicit = Implicit(backbone, None, config.implicit_options("paper" if file else None))
+            methods.append(PerImageMethod(row, implicit, {}, per_image=True))
         else:
             methods.append(_upsampler_method(config, backbone, device, name, file))
     return methods

@@ -15,8 +15,9 @@ import zarr
 from featup.backbones import create_backbone
 from featup.checkpoints import load_pca, pca_bytes, upsampler_bytes
 from featup.images import resize_images
-from featup.multiview.implicit import FitOptions, Implicit
-from featup.upsamplers import JBU, AnyUp, Bilateral
+from featup.multiview.average import MultiView, MultiViewOptions
+from featup.multiview.implicit import FAST, Implicit
+from featup.upsamplers import JBU, AnyUp, Bilateral, Interpolate
 from pipeline.loader.dataset import FeatureDataset
 from tests.e2e import support
 from tests.e2e.in_process import run
@@ -271,33 +272,44 @@ def test_another_store_takes_the_pca(store: Path, shards: Path, tmp_path: Path) 
     assert "0 to do with 0 samples" in run("precompute", *command, store)
 
 
+VIEWS = {
+    "multiview": ("--upsampler", "multiview", "--views", 6, "--fit-seed", 5, "--view-base", "bilinear"),
+    "implicit": ("--upsampler", "implicit", "--fit-steps", 20, "--fit-views", 6, "--fit-seed", 5),
+}
+
+
 @pytest.mark.ray
-def test_implicit_fits_go_into_the_store_with_their_quality(shards: Path, tmp_path: Path) -> None:
-    """Whatever batches and units the images come in, a fit is the one the image has alone."""
+@pytest.mark.parametrize("name", VIEWS)
+def test_features_of_views_go_into_the_store_with_their_quality(shards: Path, tmp_path: Path, name: str) -> None:
+    """Whatever batches and units the images come in, a field is the one the image has alone."""
     from pipeline.decode.options import DecodeOptions
     from pipeline.decode.sample import prepare_sample
     from tests.pipeline.inputs.tars import iterate_tar
 
     out = tmp_path / "store"
-    options = ("--upsampler", "implicit", "--fit-steps", 20, "--fit-views", 6, "--fit-seed", 5, "--output-size", 96)
     tar = shards / "train-0001.tar"
-    run("precompute", "--shards", tar, "--out", out, *OPTIONS, *options)
+    run("precompute", "--shards", tar, "--out", out, *OPTIONS, *VIEWS[name], "--output-size", 96)
     run("verify", out)
     (sample,) = [one for number, (_, one) in enumerate(iterate_tar(str(tar))) if number == 4]
     image = prepare_sample(sample, DecodeOptions(size=(96, 96), geometry="squash")).image
     images = torch.from_numpy(image)[None]
     backbone = create_backbone("test_vit", stride=16, image_size=(64, 64))
     pca = load_pca(out / "plan" / "pca.safetensors")
-    implicit = Implicit(backbone, pca, Bilateral(), FitOptions(steps=20, views=6, seed=5), (64, 64))
-    (fit,) = implicit.fit(backbone(resize_images(images, (64, 64))), images)
+    upsampler = {
+        "multiview": MultiView(backbone, Interpolate("bilinear"), MultiViewOptions(views=6, held_out=4, seed=5)),
+        "implicit": Implicit(backbone, pca, replace(FAST, steps=20, views=6, seed=5)),
+    }[name]
+    (field,) = upsampler.fields(backbone(resize_images(images, (64, 64))), images)
     stored = FeatureDataset(str(out), ["features"])[4]["features"]
-    expected = fit.query((96, 96))
+    expected = field.query((96, 96), pca.as_channel_map())
     assert (stored - expected).abs().max() / expected.abs().max() < 2e-3
     index = pq.read_table(out / "index")
     explained = index["explained_variance"].to_pylist()
-    assert explained[4] == pytest.approx(fit.explained_variance, abs=1e-4)
+    assert explained[4] == pytest.approx(field.explained_variance, abs=1e-4)
     assert len(explained) == 6
     assert all(one is not None and one < 1 for one in explained)
+    flags = index["flags"].to_pylist()[4]
+    assert ("fit_no_better" in flags) == (field.explained_variance <= field.baseline_explained_variance)
 
 
 @pytest.mark.ray

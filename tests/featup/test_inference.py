@@ -1,6 +1,7 @@
 """The model for images in memory: sizes, devices, projections, checkpoints and refusals."""
 
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,8 @@ from featup.checkpoints import load_upsampler, pca_bytes, upsampler_bytes
 from featup.errors import GeometryError, WeightsError
 from featup.images import resize_images
 from featup.inference import LONGEST_SIDE, Model, _has_maps, load
+from featup.multiview.average import MultiView
+from featup.multiview.implicit import FAST, Implicit
 from featup.projection import PCAFit
 from featup.upsamplers import Bilateral, create_trainable
 from tests.featup.support import ROOT, images, run_python
@@ -204,8 +207,27 @@ def test_upsamplers_by_name_and_as_modules() -> None:
     assert small(upsampler=own).upsampler is own
     with pytest.raises(GeometryError, match="unknown upsampler 'bilinar'; there are nearest, bilinear"):
         small(upsampler="bilinar")
-    with pytest.raises(GeometryError, match=r"fitted to each image, .* featup\.multiview\.Implicit\(model"):
-        small(upsampler="implicit")
+    assert featup.list_upsamplers()[-2:] == ["multiview", "implicit"]
+
+
+def test_multiview_and_implicit_work_in_memory() -> None:
+    image = torch.randint(0, 256, (64, 64, 3), generator=torch.Generator().manual_seed(0)).byte()
+    model = small(upsampler="multiview", view_base="bilinear", views=3)
+    assert isinstance(model.upsampler, MultiView)
+    assert (model.upsampler.base.name, model.upsampler.options.views) == ("bilinear", 3)
+    found = model(image, size=48, image_size=64)
+    assert found.shape == (48, 48, model.channels)
+    # The views are of the image that the backbone sees, also where the result is smaller.
+    coarse = model.coarse(image, image_size=64)[None]
+    assert torch.equal(found, model.upsampler(coarse, image[None], (48, 48))[0])
+    implicit = small(upsampler="implicit")
+    assert isinstance(implicit.upsampler, Implicit)
+    implicit.upsampler.options = replace(FAST, views=4, steps=2)
+    assert implicit(image, size=80, image_size=64, pca=4).shape == (80, 80, 4)
+    with pytest.raises(GeometryError, match=r"checkpoint=a\.safetensors with upsampler='multiview'"):
+        small(upsampler="multiview", checkpoint="a.safetensors")
+    with pytest.raises(GeometryError, match=r"checkpoint=a\.safetensors with upsampler='implicit'"):
+        small(upsampler="implicit", checkpoint="a.safetensors")
 
 
 def featup_test_registered(**_: Any) -> torch.nn.Module:

@@ -1,57 +1,31 @@
-"""The implicit network against reference values, and fits of real images by a real (random) backbone."""
+"""The implicit network against reference values, its loss against the formulas, and fits with a (random) backbone."""
 
-from collections.abc import Iterator
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 from torch import Tensor
+from torch.nn import functional
 
-from featup.backbones import Backbone, create_backbone
+from featup.backbones import Backbone
 from featup.errors import GeometryError
-from featup.kernels.resample import interpolation_taps, resample
-from featup.multiview.back_projection import blend_weight, fit_patch_means, view_consistency
-from featup.multiview.implicit import FitOptions, Implicit
-from featup.multiview.network import ImplicitNetwork
-from featup.multiview.sampling import image_generator
-from featup.multiview.views import Jitter, View, average_views, warp
+from featup.multiview.fitting import FitModel, _SampledSteps, _WholeSteps, _window, views_explained
+from featup.multiview.implicit import FAST, PAPER, Fit, Implicit, ImplicitField, ImplicitOptions
+from featup.multiview.network import ImplicitNetwork, pixel_coordinates
+from featup.multiview.sampling import ViewPositions, sample_tokens
+from featup.multiview.view_features import image_generator
+from featup.multiview.views import View, to_image, warp
 from featup.projection import PCA, PCAFit
-from featup.upsamplers import JBU, Bilateral, ChannelMap, Interpolate, Upsampler, create_trainable
-from featup.upsamplers.base import norm_preserving_mean
+from featup.upsamplers import ChannelMap
+from tests.featup.multiview.photographs import SIZE
+from tests.featup.support import relative_error
 
-SIZE = (64, 48)
-JITTER = Jitter(max_pad=8, zoom=(1.0, 1.0))
-OPTIONS = FitOptions(
-    steps=40, tokens=48, positions=8, views=10, held_out=3, jitter=JITTER, width=32, lr=5e-3, magnitude=0.02
+OPTIONS = replace(
+    FAST, steps=40, tokens=48, positions=8, views=10, held_out=3, max_pad=8, components=6, frequencies=8, lr=5e-3
 )
-
-
-@pytest.fixture(scope="module")
-def backbone() -> Backbone:
-    torch.manual_seed(0)
-    return create_backbone("test_vit", pretrained=False, stride=16, norm="layer", image_size=SIZE)
-
-
-@pytest.fixture(scope="module")
-def images() -> Tensor:
-    """Blocks of colour that do not lie on the backbone's grid, each with a texture of its own."""
-    generator = torch.Generator().manual_seed(5)
-    coarse = torch.rand(3, 3, 7, 5, generator=generator)
-    smooth = torch.nn.functional.interpolate(coarse, SIZE, mode="nearest")
-    noise = torch.rand(3, 3, *SIZE, generator=generator) * 0.1
-    return ((smooth * 0.9 + noise) * 255).to(torch.uint8).permute(0, 2, 3, 1).contiguous()
-
-
-@pytest.fixture(scope="module")
-def features(backbone: Backbone, images: Tensor) -> Tensor:
-    with torch.no_grad():
-        coarse: Tensor = backbone(images)
-    return coarse
+WHOLE = replace(PAPER, steps=2, views=4, held_out=2, max_pad=8, step_views=2, components=6, frequencies=8)
 
 
 @pytest.fixture(scope="module")
@@ -61,15 +35,15 @@ def pca(features: Tensor) -> PCA:
     return fit.solve(6)
 
 
-def make(backbone: Backbone, pca: PCA, options: FitOptions = OPTIONS) -> Implicit:
-    return Implicit(backbone, pca, Bilateral(), options)
-
-
 @pytest.fixture(scope="module")
-def fitted(backbone: Backbone, pca: PCA, features: Tensor, images: Tensor) -> Implicit:
-    implicit = make(backbone, pca)
-    implicit(features, images, SIZE, pca.as_channel_map())
-    return implicit
+def fitted(backbone: Backbone, pca: PCA, features: Tensor, images: Tensor) -> list[ImplicitField]:
+    return implicit_fields(Implicit(backbone, pca, OPTIONS), features, images)
+
+
+def implicit_fields(implicit: Implicit, features: Tensor, images: Tensor) -> list[ImplicitField]:
+    fields = implicit.fields(features, images)
+    assert all(isinstance(field, ImplicitField) for field in fields)
+    return fields  # type: ignore[return-value]
 
 
 def test_the_network_is_that_of_the_reference(shared: Path) -> None:
@@ -82,166 +56,162 @@ def test_the_network_is_that_of_the_reference(shared: Path) -> None:
     }
     image = torch.from_numpy(found["image"])
     count = int(found["n_freqs"])
-    network = ImplicitNetwork(16, width=16, frequencies=count, highest=10.0)
-    # In the reference's own precision: waves of 22 thousand radians leave no digits for another one to agree on.
-    # The reference keeps one number for each input and frequency, in another order.
-    loaded = {
-        "biases": state["1.biases"].reshape(1, 2, count, 5),
-        "scale_in": state["2.norm.weight"].view(1, 1, -1),
-        "shift_in": state["2.norm.bias"].view(1, 1, -1),
-        "scale_hidden": state["7.norm.weight"].view(1, 1, -1),
-        "shift_hidden": state["7.norm.bias"].view(1, 1, -1),
-    }
-    for number, layer in enumerate(("4", "8", "10")):
-        loaded[f"weights.{number}"] = state[f"{layer}.weight"][:, :, 0, 0].T[None]
-        loaded[f"offsets.{number}"] = state[f"{layer}.bias"].view(1, 1, -1)
+    network = ImplicitNetwork(16, frequencies=count)
+    # The original adds its biases [2, 5, n] to [n, 5] coordinates after a reshape: the order of the numbers decides.
+    loaded = {"biases": state["1.biases"].reshape(2, count, 5)}
+    for ours, theirs in (("norms.0", "2.norm"), ("norms.1", "7.norm"), ("first", "4"), ("second", "8"), ("last", "10")):
+        weight = state[f"{theirs}.weight"]
+        loaded |= {f"{ours}.weight": weight.flatten(1) if weight.dim() > 1 else weight}
+        loaded |= {f"{ours}.bias": state[f"{theirs}.bias"]}
     network.load_state_dict(loaded)
-    height, width = image.shape[2:]
-    axes = [torch.linspace(-1, 1, side) for side in (height, width)]
-    positions = torch.stack(torch.meshgrid(*axes, indexing="ij"), -1).reshape(1, -1, 2)
+    axes = [pixel_coordinates(torch.arange(side), side) for side in image.shape[2:]]
+    positions = torch.stack(torch.meshgrid(*axes, indexing="ij"), -1)
     colours = image[0].permute(1, 2, 0)
     low, high = colours.amin((0, 1)), colours.amax((0, 1))
-    scaled = ((colours - low) / (high - low) - 0.5).reshape(1, -1, 3)
-    output = torch.from_numpy(found["output"])[0].permute(1, 2, 0).reshape(-1, 16)
+    output = torch.from_numpy(found["output"])[0].permute(1, 2, 0)
     with torch.no_grad():
-        ours = network(positions, scaled)[0]
+        ours = network(positions, (colours - low) / (high - low) - 0.5)
     assert (ours - output).norm() / output.norm() < 1e-5
 
 
-def test_the_networks_of_a_stack_are_independent() -> None:
-    stack = ImplicitNetwork(5, images=3, width=8, frequencies=4)
-    generators = [torch.Generator().manual_seed(seed) for seed in range(3)]
-    for image, generator in enumerate(generators):
-        stack.initialise(image, generator)
-    torch.nn.init.normal_(stack.weights[2])
-    positions, colours = torch.rand(3, 11, 2) - 0.5, torch.rand(3, 11, 3) - 0.5
-    whole = stack(positions, colours)
-    for image in range(3):
-        index = slice(image, image + 1)
-        assert torch.allclose(stack.select(image)(positions[index], colours[index]), whole[index], atol=1e-5)
+def test_dropout_is_of_whole_channels() -> None:
+    network = ImplicitNetwork(200, frequencies=20)
+    first, second = network.dropout_masks(0.2, torch.Generator().manual_seed(0))
+    assert (first.shape, second.shape) == ((203,), (200,))
+    for mask in (first, second):
+        assert set(mask.unique().tolist()) == {0.0, 1.25}
+        assert 0.7 < (mask > 0).float().mean() < 0.9
+    positions, colours = torch.rand(5, 2), torch.rand(5, 3)
+    dropped = network.hidden(positions, colours, (torch.zeros(203), torch.ones(200)))
+    assert torch.allclose(dropped, dropped[:1].expand(5, -1)), "inputs that are dropped still count"
 
 
-def test_an_initial_network_adds_nothing(backbone: Backbone, pca: PCA, features: Tensor, images: Tensor) -> None:
-    implicit = make(
-        backbone,
-        pca,
-        FitOptions(steps=0, views=2, held_out=2, jitter=JITTER, averaging_sigma=None, back_project=False),
-    )
-    found = implicit(features, images, SIZE)
-    with torch.no_grad():
-        expected = Bilateral()(features, images, SIZE)
-    assert torch.allclose(found, expected, atol=1e-5)
-    assert [fit.explained_variance for fit in implicit.fits] == pytest.approx(
-        [fit.initial_explained_variance for fit in implicit.fits]
-    )
-
-
-def test_an_initial_fit_is_the_base_of_the_multi_view_average(
-    backbone: Backbone, pca: PCA, features: Tensor, images: Tensor
+@pytest.mark.parametrize(
+    ("side", "cells", "kernel", "expected"),
+    [
+        (224, 14, None, (29, 15)),
+        (224, 16, None, (29, 13)),
+        (224, 28, None, (8, 8)),
+        (448, 28, None, (43, 15)),
+        (224, 14, 16, (16, 16)),
+        (64, 1, None, (64, 64)),
+        (56, 14, None, (4, 4)),
+    ],
+)
+def test_windows_cover_the_image_and_are_the_originals_at_its_sizes(
+    side: int, cells: int, kernel: int | None, expected: tuple[int, int]
 ) -> None:
-    options = replace(OPTIONS, steps=0, averaging_sigma=0.3, back_project=False)
-    jbu = create_trainable("jbu", features.shape[-1]).eval().requires_grad_(False)
-    found = Implicit(backbone, pca, jbu, options).fit(features[:1], images[:1])[0].query(SIZE)
-    generator = image_generator(options.seed, images[0])
-    views = JITTER.sample(options.views + options.held_out, SIZE, generator)[: options.views]
+    assert _window(side, cells, kernel) == expected
+    window, stride = expected
+    assert (cells - 1) * stride + window == side
+
+
+def test_sampled_positions_lie_in_the_windows_of_their_tokens() -> None:
+    views = [View(1.0, 3, 12, True), View(1.5, 16, 0, False)]
+    generator = torch.Generator().manual_seed(0)
+    sample = sample_tokens(400, 8, 2, (4, 3), (31, 30), (11, 9), generator)
+    rows = sample.row - sample.tap // 30
+    cols = sample.column - sample.tap % 30
+    cells = sample.token % 12
+    assert torch.equal(rows, (cells // 3 * 11)[:, None].expand_as(rows))
+    assert torch.equal(cols, (cells % 3 * 9)[:, None].expand_as(cols))
+    assert torch.equal(sample.view, (sample.token // 12)[:, None].expand_as(rows))
+    assert len(sample.token.unique()) == 24
+    assert (int(sample.row.max()), int(sample.column.max())) == (63, 47)
+    row, column = ViewPositions(views, SIZE, 8)(sample)
+    for number, view in enumerate(views):
+        chosen = sample.view == number
+        at = torch.stack([sample.row[chosen], sample.column[chosen]], -1).double()
+        expected = to_image(view, at, SIZE, 8).round()
+        assert torch.equal(torch.stack([row[chosen], column[chosen]], -1).double(), expected)
+
+
+def test_a_whole_step_has_the_gradient_of_the_papers_loss(backbone: Backbone, images: Tensor) -> None:
+    """All views of a step at once, by autograd, and with the formulas of the original."""
+    options = replace(WHOLE, dropout=0.0)
+    fit = Fit(backbone, None, options, images[:1])
+    views, targets = fit.views[:4], fit.targets[:4]
+    step = _WholeSteps(fit.model, options, fit.colours, views, targets, torch.Generator().manual_seed(3))
+    step.backward()
+    found = {name: parameter.grad.clone() for name, parameter in fit.model.named_parameters()}  # type: ignore[union-attr]
+    fit.model.zero_grad()
+    generator = torch.Generator().manual_seed(3)
+    fit.model.network.dropout_masks(0.0, generator)
+    chosen = torch.randint(4, (2,), generator=generator).tolist()
+    down, maps = fit.model.downsampler, fit.model.network(step.positions, fit.colours)[None]
+    norms = maps.square().sum(-1, keepdim=True).sqrt()
+    both = torch.cat([maps, norms], -1)
+    loss = 0.05 * (norms.diff(dim=1).square().sum() + norms.diff(dim=2).square().sum()) / norms.numel()
+    taps = torch.exp(-(torch.arange(-2.0, 3.0) ** 2) / 2)
+    planes = functional.pad(maps.permute(0, 3, 1, 2), [2] * 4, mode="reflect")
+    kernel = (torch.outer(taps, taps) / taps.sum() ** 2).expand(maps.shape[-1], 1, 5, 5)
+    blurred = functional.conv2d(planes, kernel, groups=maps.shape[-1]).permute(0, 2, 3, 1)
+    loss = loss + 0.1 * (blurred - maps).square().mean()
+    for number in chosen:
+        warped = warp(both, [views[number]], options.max_pad)
+        out = down(warped, functional.linear(warped, down.attention.weight, down.attention.bias), fit.model.grid)
+        target = targets[number][None]
+        sigma = fit.model.log_sigma(target).exp()
+        likelihood = ((out[..., :-1] - target).square() / (2 * sigma**2) + sigma.log()).mean()
+        loss = loss + (likelihood + 0.001 * (out[..., -1] - target.norm(dim=-1)).square().mean()) / 2
+    loss.backward()  # type: ignore[no-untyped-call]
+    for name, parameter in fit.model.named_parameters():
+        assert parameter.grad is not None
+        assert relative_error(found[name], parameter.grad) < 1e-3, name
+
+
+def test_sampled_steps_have_the_gradient_of_whole_steps(backbone: Backbone, images: Tensor) -> None:
+    """With the regularisers off, a window for all positions: on average over the samples."""
+    options = replace(
+        OPTIONS, dropout=0.0, blur_pin=0.0, total_variation=0.0, zoom_share=0.0, tokens=4096, positions=256, views=1
+    )
+    fit = Fit(backbone, None, options, images[:1])
+    gradients = []
+    for kind in (_SampledSteps, _WholeSteps):
+        fit.model.zero_grad()
+        fit.model.downsampler.blur = False
+        generator = torch.Generator().manual_seed(3)
+        kind(fit.model, options, fit.colours, fit.views[:1], fit.targets[:1], generator).backward()
+        gradients.append(fit.model.network.last.weight.grad.clone())  # type: ignore[union-attr]
+    assert torch.cosine_similarity(gradients[0].flatten(), gradients[1].flatten(), dim=0) > 0.98
+    assert gradients[0].norm() == pytest.approx(float(gradients[1].norm()), rel=0.1)
+
+
+@pytest.mark.parametrize("warm", [False, True], ids=["cold", "warm"])
+def test_a_fit_explains_held_out_views(
+    backbone: Backbone, pca: PCA, features: Tensor, images: Tensor, warm: bool
+) -> None:
+    options = replace(OPTIONS, warm_start=warm, steps=150, views=40)
+    before, after = (
+        Implicit(backbone, pca, one).fields(features[:1], images[:1])[0]
+        for one in (replace(options, steps=0, warm_start=False), options)
+    )
+    assert before.explained_variance is not None
+    assert after.explained_variance is not None
+    assert after.explained_variance > max(0.0, before.explained_variance) + 0.02
+
+
+def test_the_quality_is_that_of_held_out_views(backbone: Backbone, pca: PCA, features: Tensor, images: Tensor) -> None:
+    """Computed again, from the map that a query returns, by the model's downsampler."""
+    (field,) = implicit_fields(Implicit(backbone, pca, OPTIONS), features[:1], images[:1])
+    views = OPTIONS.jitter.sample(13, SIZE, image_generator(OPTIONS.seed, images[0]))[10:]
     normalised = backbone.normalise(images[:1]).permute(0, 2, 3, 1)
-    warped = warp(normalised.expand(len(views), -1, -1, -1), views, JITTER.max_pad)
+    warped = warp(normalised.expand(3, -1, -1, -1), views, OPTIONS.max_pad)
     with torch.no_grad():
-        maps = torch.cat([features[:1], backbone.features(warped.permute(0, 3, 1, 2))])
-        average = partial(
-            average_views, views=[JITTER.identity, *views], max_pad=JITTER.max_pad, image_size=SIZE, sigma=0.3
+        targets = pca.project(backbone.features(warped.permute(0, 3, 1, 2)))
+    maps = field.query(SIZE, pca.as_channel_map())
+    assert field.explained_variance == pytest.approx(views_explained(field.model, maps, views, targets, 8), abs=1e-5)
+    both = torch.cat([maps, maps.norm(dim=-1, keepdim=True)], -1)
+    down = field.model.downsampler
+    with torch.no_grad():
+        predicted = torch.cat(
+            [
+                down(one[..., :-1], functional.linear(one, down.attention.weight, down.attention.bias), (4, 3))
+                for one in (warp(both[None], [view], 8) for view in views)
+            ]
         )
-        averages = norm_preserving_mean(average, maps)[None]
-        expected = jbu(averages, images[:1], SIZE, pca.as_channel_map())[0]
-        single_view = jbu(features[:1], images[:1], SIZE, pca.as_channel_map())[0]
-    assert torch.allclose(found, expected, atol=1e-4)
-    assert not torch.allclose(found, single_view, atol=1e-3)
-
-
-class Grey(Upsampler):
-    """The mean feature everywhere: the worst initial map."""
-
-    name = "grey"
-
-    def row_tiles(self, features: Tensor, guidance: Tensor, size: tuple[int, int]) -> Iterator[tuple[slice, Tensor]]:
-        yield slice(0, size[0]), features.mean((1, 2), keepdim=True).expand(-1, *size, -1).clone()
-
-
-def test_back_projection_reaches_the_bilinear_baseline(
-    backbone: Backbone, pca: PCA, features: Tensor, images: Tensor
-) -> None:
-    options, image = replace(OPTIONS, steps=0, views=400, held_out=60), (features[:1], images[:1])
-    bilinear, uncorrected, corrected = (
-        Implicit(backbone, pca, base, replace(options, averaging_sigma=sigma, back_project=back)).fit(*image)[0]
-        for base, sigma, back in ((Interpolate("bilinear"), None, False), (Grey(), 0.3, False), (Grey(), 0.3, True))
-    )
-    assert uncorrected.explained_variance < bilinear.explained_variance - 0.05
-    assert corrected.explained_variance == pytest.approx(bilinear.explained_variance, abs=0.02)
-    assert 0.2 < corrected.blend_weight < 1
-    assert bilinear.blend_weight == uncorrected.blend_weight == 0
-
-
-@pytest.mark.parametrize("size", [SIZE, (128, 96)], ids=["the image's", "larger"])
-def test_the_residual_of_the_patch_means_is_upsampled_and_added(
-    backbone: Backbone, pca: PCA, features: Tensor, images: Tensor, size: tuple[int, int]
-) -> None:
-    options, image = replace(OPTIONS, steps=3, averaging_sigma=None), (features[:1], images[:1])
-    # The training views of both are the same; the second has a validation view more.
-    validated = replace(options, views=options.views + 1, held_out=options.held_out - 1)
-    (before,) = Implicit(backbone, pca, Grey(), replace(options, back_project=False)).fit(*image)
-    (fit,) = Implicit(backbone, pca, Grey(), validated).fit(*image)
-    assert 0.05 < fit.blend_weight < 1
-    cells = before.query(SIZE).view(4, 16, 3, 16, -1).mean((1, 3))
-    residual = pca.project(features[0]) - cells
-    down, across = (
-        interpolation_taps("bicubic", low, high, bicubic_a=-2.0) for low, high in zip((4, 3), size, strict=True)
-    )
-    added = resample(residual[None], down, across)[0]
-    assert added.abs().max() > 0.1
-    assert torch.allclose(fit.query(size), before.query(size) + fit.blend_weight * added, atol=1e-4)
-    channels = features.shape[-1]
-    # All channels take several parts, the last one smaller.
-    assert channels % 5
-    parts = fit_patch_means(before, (4, 3), SIZE, part_bytes=4 * SIZE[0] * SIZE[1] * 5)
-    assert torch.allclose(parts, features[:1] - fit.residual, atol=1e-4)
-    everything = fit.query(size, projection=ChannelMap(torch.eye(channels), torch.zeros(channels)))
-    assert torch.allclose(pca.project(everything), fit.query(size), atol=1e-3)
-    # The residual also has the channels that the PCA drops.
-    cells = everything.view(4, size[0] // 4, 3, size[1] // 3, -1).mean((1, 3))
-    rest = torch.eye(channels) - pca.components.T @ pca.components
-    flat = features[0].mean((0, 1))
-    assert ((cells - features[0]) @ rest).norm() < 0.97 * ((flat - features[0]) @ rest).norm()
-
-
-def test_a_single_view_is_no_validation_view(backbone: Backbone, pca: PCA, features: Tensor, images: Tensor) -> None:
-    (fit,) = make(backbone, pca, replace(OPTIONS, views=1, steps=2)).fit(features[:1], images[:1])
-    assert fit.blend_weight == 0
-    assert fit.query(SIZE).isfinite().all()
-
-
-@given(st.integers(0, 2**32 - 1), st.floats(0, 3), st.floats(0, 3), st.sampled_from([0.0, 0.01, 0.5]))
-def test_the_blend_weight_is_the_smallest_that_suffices(
-    seed: int, initial_error: float, corrected_error: float, margin: float
-) -> None:
-    generator = torch.Generator().manual_seed(seed)
-    target, *errors = torch.randn(4, 50, 3, generator=generator, dtype=torch.float64)
-    initial, corrected = target + initial_error * errors[0], target + corrected_error * errors[1]
-    baseline = target + errors[2]
-
-    def error(weight: float) -> float:
-        return float((target - torch.lerp(initial, corrected, weight)).square().sum())
-
-    weight = blend_weight(margin, target, initial, corrected, baseline)
-    goal = (1 - margin) * float((target - baseline).square().sum())
-    assert 0 <= weight <= 1
-    least = min(error(other) for other in np.linspace(0, 1, 101))
-    assert error(weight) <= least + 1e-6 or error(weight) <= goal + 1e-6
-    assert weight == 0 or all(error(other) > goal - 1e-6 for other in np.linspace(0, weight, 20)[:-1])
-
-
-def test_a_fit_explains_held_out_views(backbone: Backbone, pca: PCA, features: Tensor, images: Tensor) -> None:
-    for fit in make(backbone, pca, replace(OPTIONS, back_project=False)).fit(features, images):
-        assert fit.explained_variance > fit.initial_explained_variance + 0.02
+    expected = 1 - (predicted - targets).square().sum() / (targets - targets.mean((0, 1, 2))).square().sum()
+    assert field.explained_variance == pytest.approx(float(expected), abs=1e-4)
 
 
 def test_what_cannot_be_predicted_is_uncertain(backbone: Backbone, pca: PCA, images: Tensor) -> None:
@@ -251,107 +221,88 @@ def test_what_cannot_be_predicted_is_uncertain(backbone: Backbone, pca: PCA, ima
     image[:, 32:] = torch.randint(0, 256, (1, 32, 48, 3), generator=torch.Generator().manual_seed(2)).byte()
     with torch.no_grad():
         features = backbone(image)
-    (fit,) = make(backbone, pca, replace(OPTIONS, steps=150)).fit(features, image)
-    sigma = fit.uncertainty(features)
+    (field,) = implicit_fields(Implicit(backbone, pca, replace(OPTIONS, steps=150, zoom_share=0.0)), features, image)
+    sigma = field.uncertainty(features)
     assert sigma.shape == (1, 4, 3, 1)
     assert sigma[:, 3].min() > 1.1 * sigma[:, 0].max()
 
 
-def test_view_consistency_is_the_explained_variance_of_patch_means(
-    fitted: Implicit, backbone: Backbone, pca: PCA, images: Tensor
-) -> None:
-    """Computed again, from the map that a query returns."""
-    views = [View(1.0, 3, 12, True), View(1.0, 16, 0, False)]
-    normalised = backbone.normalise(images[:1]).permute(0, 2, 3, 1)
-    warped = warp(normalised.expand(2, -1, -1, -1), views, JITTER.max_pad)
-    with torch.no_grad():
-        targets = pca.project(backbone.features(warped.permute(0, 3, 1, 2)))
-    consistency = float(view_consistency(fitted.fits[0].query(SIZE), views, targets, JITTER))
-    predicted = warp(fitted.fits[0].query(SIZE).expand(2, -1, -1, -1), views, JITTER.max_pad)
-    cells = predicted.view(2, targets.shape[1], 16, targets.shape[2], 16, -1).mean((2, 4))
-    expected = 1 - (cells - targets).square().sum() / (targets - targets.mean((0, 1, 2))).square().sum()
-    assert consistency == pytest.approx(float(expected), abs=1e-4)
-
-
+@pytest.mark.parametrize("options", [OPTIONS, WHOLE], ids=["fast", "paper"])
 def test_the_same_whoever_shares_the_batch(
-    fitted: Implicit, backbone: Backbone, pca: PCA, features: Tensor, images: Tensor
+    backbone: Backbone, pca: PCA, features: Tensor, images: Tensor, options: ImplicitOptions
 ) -> None:
-    order = [2, 0]
-    other = make(backbone, pca)
-    other(features[order], images[order], SIZE, pca.as_channel_map())
-    for place, number in enumerate(order):
-        assert torch.equal(other.fits[place].query(SIZE), fitted.fits[number].query(SIZE))
-        assert other.fits[place].explained_variance == fitted.fits[number].explained_variance
+    implicit, order = Implicit(backbone, pca, replace(options, steps=3)), [2, 0]
+    whole = implicit(features, images, SIZE)
+    assert whole.shape == (3, *SIZE, features.shape[-1])
+    torch.manual_seed(7)
+    assert torch.equal(implicit(features[order], images[order], SIZE), whole[order])
+    other = Implicit(backbone, pca, replace(options, steps=3, seed=1))
+    assert not torch.equal(other(features[:1], images[:1], SIZE), whole[:1])
 
 
-def test_another_seed_is_another_fit(
-    fitted: Implicit, backbone: Backbone, pca: PCA, features: Tensor, images: Tensor
-) -> None:
-    other = make(backbone, pca, replace(OPTIONS, seed=1)).fit(features[:1], images[:1])[0]
-    assert not torch.equal(other.query(SIZE), fitted.fits[0].query(SIZE))
+def test_it_also_fits_under_inference_mode(backbone: Backbone, pca: PCA, images: Tensor) -> None:
+    with torch.inference_mode():
+        features = backbone(images[:1])
+        found = Implicit(backbone, pca, OPTIONS)(features, images[:1], SIZE, pca.as_channel_map())
+    assert found.isfinite().all()
 
 
-@pytest.mark.parametrize("size", [SIZE, (96, 100)], ids=["the image's", "larger"])
-def test_a_window_is_that_part_of_the_whole(fitted: Implicit, size: tuple[int, int]) -> None:
-    whole = fitted.fits[1].query(size)
-    assert whole.shape == (*size, 6)
-    part = fitted.fits[1].query(size, (10, 7, 20, 31))
-    assert torch.allclose(part, whole[10:30, 7:38], atol=1e-5)
-
-
-@pytest.mark.parametrize("window", [(0, 0, 65, 48), (-1, 0, 4, 4), (0, 40, 4, 9), (0, 0, 0, 4)])
-def test_a_window_beyond_the_map_is_refused(fitted: Implicit, window: tuple[int, int, int, int]) -> None:
-    with pytest.raises(GeometryError, match="reaches beyond a map"):
-        fitted.fits[0].query(SIZE, window)
-
-
-def test_projection_equals_projecting_afterwards(fitted: Implicit, features: Tensor) -> None:
-    projection = ChannelMap(torch.randn(4, features.shape[-1]), torch.randn(4))
+def test_projection_equals_projecting_afterwards(fitted: list[ImplicitField], pca: PCA, features: Tensor) -> None:
     channels = features.shape[-1]
-    whole = fitted.fits[0].query(SIZE, projection=ChannelMap(torch.eye(channels), torch.zeros(channels)))
-    found = fitted.fits[0].query(SIZE, projection=projection)
-    assert torch.allclose(found, whole @ projection.weight.T + projection.bias, atol=1e-3)
-
-
-def test_larger_guidance_is_fitted_at_the_backbones_size(backbone: Backbone, pca: PCA, features: Tensor) -> None:
-    large = (torch.rand(1, 96, 72, 3, generator=torch.Generator().manual_seed(0)) * 255).to(torch.uint8)
-    implicit = Implicit(backbone, pca, Bilateral(), FitOptions(steps=2, views=2, held_out=1, jitter=JITTER), SIZE)
-    assert implicit(features[:1], large, (96, 72), pca.as_channel_map()).shape == (1, 96, 72, 6)
-
-
-def test_a_fit_may_start_from_a_jbu(backbone: Backbone, pca: PCA, features: Tensor, images: Tensor) -> None:
-    """A JBU takes the backbone's channels, not those of the PCA."""
-    jbu = create_trainable("jbu", features.shape[-1]).eval().requires_grad_(False)
-    implicit = Implicit(
-        backbone,
-        pca,
-        jbu,
-        FitOptions(steps=0, views=2, held_out=1, jitter=JITTER, averaging_sigma=None, back_project=False),
+    projection = ChannelMap(torch.randn(3, channels, generator=torch.Generator().manual_seed(0)), torch.ones(3))
+    everything = fitted[0].query(SIZE)
+    assert torch.allclose(
+        fitted[0].query(SIZE, projection), functional.linear(everything, *_parts(projection)), atol=1e-3
     )
-    found = implicit(features[:1], images[:1], SIZE)
-    assert torch.allclose(found, jbu(features[:1], images[:1], SIZE), atol=1e-4)
+    # All channels lie in the span of the PCA.
+    assert torch.allclose(everything, pca.project(everything) @ pca.components + pca.mean, atol=1e-4)
+    out = torch.empty(*SIZE, 3, dtype=torch.float16)
+    fitted[0].query(SIZE, projection, out)
+    assert torch.equal(out, fitted[0].query(SIZE, projection).half())
 
 
-def test_a_fit_goes_beyond_the_stack_it_starts_from(
+def _parts(projection: ChannelMap) -> tuple[Tensor, Tensor]:
+    return projection.weight, projection.bias
+
+
+def test_without_a_pca_it_is_that_of_the_images_own_views(backbone: Backbone, features: Tensor, images: Tensor) -> None:
+    (field,) = implicit_fields(Implicit(backbone, None, OPTIONS), features[:1], images[:1])
+    assert len(field.pca.components) == 6
+    assert field.pca.count == 13 * 12
+    assert field.query(SIZE).shape == (*SIZE, features.shape[-1])
+
+
+def test_larger_guidance_is_fitted_at_the_backbones_size(
+    backbone: Backbone, pca: PCA, features: Tensor, images: Tensor, fitted: list[ImplicitField]
+) -> None:
+    """Each pixel twice in both directions: the fit and the positions of the pixels' centres stay the same."""
+    large = images[:1].repeat_interleave(2, 1).repeat_interleave(2, 2)
+    (field,) = implicit_fields(Implicit(backbone, pca, OPTIONS), features[:1], large)
+    assert torch.allclose(field.query(SIZE), fitted[0].query(SIZE), atol=1e-4)
+    assert field.query((128, 96)).shape == (128, 96, features.shape[-1])
+
+
+def test_images_that_do_not_belong_to_the_features_are_refused(
     backbone: Backbone, pca: PCA, features: Tensor, images: Tensor
 ) -> None:
-    jbu = JBU(features.shape[-1], stages=2).eval().requires_grad_(False)
-    implicit = Implicit(
-        backbone,
-        pca,
-        jbu,
-        FitOptions(steps=0, views=2, held_out=1, jitter=JITTER, averaging_sigma=None, back_project=False),
+    with pytest.raises(GeometryError, match=r"implicit: need uint8 images \[B, H, W, 3\] and their features"):
+        Implicit(backbone, pca, OPTIONS).fields(features, images.float())
+
+
+def test_a_warm_start_minimises_the_loss_over_the_last_layer(backbone: Backbone, images: Tensor) -> None:
+    options = replace(OPTIONS, dropout=0.0, magnitude=0.0, total_variation=0.0, tokens=2048, positions=64, views=40)
+    fit = Fit(backbone, None, options, images[:1])
+    step = _SampledSteps(
+        fit.model, options, fit.colours, fit.views[:40], fit.targets[:40], torch.Generator().manual_seed(1)
     )
-    (fit,) = implicit.fit(features[:1], images[:1])
-    # 4x3 tokens, of which two stages make 16x12.
-    found = fit.query((32, 24))
-    low = jbu(features[:1], images[:1], (16, 12), pca.as_channel_map())
-    expected = torch.nn.functional.interpolate(low.permute(0, 3, 1, 2), (32, 24), mode="bilinear")[0].permute(1, 2, 0)
-    assert torch.allclose(found, expected, atol=1e-4)
-
-
-def test_features_of_another_grid_are_refused(backbone: Backbone, pca: PCA, features: Tensor, images: Tensor) -> None:
-    with pytest.raises(GeometryError, match=r"need uint8 images .* and their features \[B, 4, 3, C\]"):
-        make(backbone, pca).fit(features[:, :3], images)
-    with pytest.raises(GeometryError, match="need uint8 images"):
-        make(backbone, pca).fit(features, images.float())
+    losses = []
+    for warm in (False, True):
+        if warm:
+            step.warm_start()
+        fit.model.zero_grad()
+        step.backward()
+        gradient = fit.model.network.last.weight.grad
+        assert gradient is not None
+        losses.append(float(gradient.norm()))
+    assert losses[1] < 0.2 * losses[0], "the warm start is not near the minimum"
+    assert isinstance(fit.model, FitModel)

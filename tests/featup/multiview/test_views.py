@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from featup.errors import GeometryError
-from featup.multiview.views import Jitter, View, average_views, reflect, to_image, to_view, warp
+from featup.multiview.views import Jitter, View, reflect, to_image, to_view, warp
 from tests.featup.support import TOLERANCE, random, relative_error
 
 SIZE = (23, 31)
@@ -63,6 +63,16 @@ def test_draws_reach_the_whole_range() -> None:
     assert min(zooms) < 1.21
     assert max(zooms) > 1.59
     assert min(zooms) >= 1.2
+
+
+def test_a_share_of_the_views_is_zoomed_and_the_rest_is_not() -> None:
+    generator = torch.Generator().manual_seed(0)
+    zooms = [v.zoom for v in Jitter(zoom=(1.2, 1.6), zoom_share=0.25).sample(1000, SIZE, generator)]
+    zoomed = [zoom for zoom in zooms if zoom != 1]
+    assert 200 < len(zoomed) < 300
+    assert 1.2 <= min(zoomed) < 1.22
+    assert 1.58 < max(zoomed) <= 1.6
+    assert {v.zoom for v in Jitter(zoom_share=0.0).sample(20, SIZE, generator)} == {1.0}
 
 
 def test_a_seed_decides_and_nothing_else() -> None:
@@ -264,53 +274,3 @@ def test_reflection_equals_numpy(size: int) -> None:
 
 def test_reflection_of_fractions() -> None:
     assert reflect(torch.tensor([-0.25, 0.5, 3.5, 4.0, 4.25, 8.5]), 5).tolist() == [0.25, 0.5, 3.5, 4.0, 3.75, 0.5]
-
-
-# Multi-view averages
-
-
-def test_the_average_is_the_weighted_mean_of_the_cells_nearby() -> None:
-    """Cell by cell, at the positions of the image's cell centres in each view."""
-    size, grid, sigma = (24, 32), (6, 4), 0.3
-    views = [VIEWS["identity"], VIEWS["flipped"], VIEWS["zoomed-flipped"], VIEWS["shifted"]]
-    maps = random(len(views), *grid, 3)
-    step = torch.tensor([size[0] / grid[0], size[1] / grid[1]])
-    centres = (ramp(grid)[0] + 0.5) * step - 0.5
-    total, weight = torch.zeros(*grid, 3), torch.zeros(*grid, 1)
-    for cells, view in zip(maps, views, strict=True):
-        at, inside = to_view(view, centres, size, PAD)
-        place = (at + 0.5) / step - 0.5
-        for y in range(grid[0]):
-            for x in range(grid[1]):
-                distance = (place - torch.tensor([y, x])).abs()
-                near = inside & (distance < 1).all(-1)
-                share = torch.exp(-distance.square().sum(-1) / (2 * sigma**2)) * near
-                total += share[..., None] * cells[y, x]
-                weight += share[..., None]
-    assert relative_error(average_views(maps, views, PAD, size, sigma), total / weight) < TOLERANCE
-
-
-def test_the_average_of_constant_views_is_the_constant() -> None:
-    jitter = Jitter(max_pad=PAD, zoom=(1.0, 1.4))
-    views = [jitter.identity, *jitter.sample(5, SIZE, torch.Generator().manual_seed(3))]
-    average = average_views(torch.full((6, 5, 4, 2), 3.0), views, PAD, SIZE, 0.2)
-    assert torch.allclose(average, torch.full((5, 4, 2), 3.0))
-
-
-def test_the_average_ignores_reflections() -> None:
-    """The first cells of a view that is shifted by the whole pad are reflections, and must not count."""
-    view = View(1.0, 0, PAD, False)
-    maps = torch.zeros(2, 5, 4, 1)
-    maps[1, 0] = 100
-    average = average_views(maps, [View(1.0, PAD, PAD, False), view], 7, (35, 28), 0.2)
-    assert float(average.abs().max()) == 0
-
-
-@pytest.mark.parametrize(
-    "arguments",
-    [(torch.zeros(2, 3, 3, 1), 0.2), (torch.zeros(3, 3, 1), 0.2), (torch.zeros(1, 3, 3, 1), 0.0)],
-    ids=["maps", "dimensions", "sigma"],
-)
-def test_averages_of_maps_that_do_not_fit(arguments: tuple[Tensor, float]) -> None:
-    with pytest.raises(GeometryError, match="one view for each and a positive sigma"):
-        average_views(arguments[0], [VIEWS["identity"]], PAD, SIZE, arguments[1])

@@ -8,9 +8,10 @@ from featup.backbones import Backbone, create_backbone
 from featup.errors import GeometryError
 from featup.multiview.downsamplers import AttentionDownsampler, BlurDownsampler
 from featup.multiview.views import Jitter
+from featup.projection import orthonormal_directions
 from featup.training.losses import sample_positions, sampled_crf
 from featup.training.multi_view import LogSigma, MultiViewObjective
-from featup.training.objective import orthonormal_directions, seeded
+from featup.training.objective import seeded
 from featup.upsamplers import Interpolate, Upsampler, create_trainable
 from featup.upsamplers.jbu import IMAGENET_MEAN, IMAGENET_STD, JBU
 

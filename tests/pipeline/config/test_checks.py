@@ -6,8 +6,9 @@ from typing import Any, get_args, get_type_hints
 
 import pytest
 
+from featup.multiview import FAST, PAPER, ImplicitOptions, MultiViewOptions
 from pipeline.config.base import InputConfig
-from pipeline.config.evaluate import EvaluateConfig
+from pipeline.config.evaluate import EvaluateConfig, multiview_row
 from pipeline.config.precompute import PrecomputeConfig
 from pipeline.config.predict import PredictConfig
 from pipeline.config.probe import ProbeConfig
@@ -141,8 +142,11 @@ def test_paths_are_never_empty(kind: type[Checked]) -> None:
         ({"upsampler": "jbu"}, "upsampler='jbu' with checkpoint=None: those that are trained (jbu, resize_conv"),
         ({"upsampler": "ifa"}, "upsampler='ifa' with checkpoint=None: those that are trained (jbu, resize_conv"),
         ({"checkpoint": "a"}, "upsampler='bilateral' with checkpoint='a': those that are trained (jbu, resize_conv"),
-        ({"upsampler": "implicit"}, "fits in the space of a PCA; give --pca"),
-        ({"upsampler": "implicit", "pca": 8, "fit_base": "jbu"}, "need a checkpoint"),
+        ({"upsampler": "multiview", "view_base": "jbu"}, "need a checkpoint"),
+        ({"upsampler": "implicit", "checkpoint": "a"}, "upsampler='implicit' with checkpoint='a'"),
+        ({"view_base": "multiview"}, "view_base='multiview' must be one of nearest, bilinear"),
+        ({"fit_dropout": 1.0}, "implicit: dropout=1.0 is a share, at least 0 and below 1; change the --fit options"),
+        ({"fit_lowest": 11.0}, "must be finite logarithms of frequencies, in this order"),
         ({"pca": 8, "pca_from": "out/a"}, "pca=8 fits a PCA and pca_from='out/a' takes one that is there; give one"),
         (
             {"cpus_per_actor": 2.0, "loader_cpus": 2.0, "gpus_per_actor": 0.0},
@@ -238,18 +242,59 @@ def test_values_at_the_edge_are_taken() -> None:
         {"precision": "float16", "gpus_per_actor": 0.5, "mean": (0, 0, 1), "std": (1, 1, 1)},
         {"cpus_per_actor": 0.5},
         {"cpus_per_actor": 0.5, "loader_cpus": 0.5, "gpus_per_actor": 1.0},
-        {"upsampler": "implicit", "pca": 8},
+        {"upsampler": "implicit"},
+        {"upsampler": "implicit", "pca": 8, "implicit_preset": "paper"},
+        {"upsampler": "multiview", "view_base": "jbu", "checkpoint": "a", "views": 1, "held_out_views": 0},
+        {"upsampler": "multiview", "view_base": "anyup"},
     ):
         construct(PrecomputeConfig, **options)
-    for rows in (("implicit",), ("implicit=bilinear",), ("implicit=a.safetensors", "jbu=a.safetensors"), ("strided",)):
+    for rows in (
+        ("implicit", "implicit=paper"),
+        ("multiview", "multiview:4", "multiview:32", "multiview=bilinear", "multiview=anyup:4"),
+        ("multiview=a.safetensors", "multiview=s3://a/b:c.safetensors:4", "jbu=a.safetensors"),
+        ("strided",),
+    ):
         construct(EvaluateConfig, rows=rows)
 
 
-def test_the_options_of_a_fit_are_those_of_the_config() -> None:
+def test_options_of_a_fit_win_over_its_preset() -> None:
+    given = {name: 3 for name in ("views", "steps", "step_views", "tokens", "positions", "components", "kernel")}
+    given |= {name: 0.5 for name in ("lr", "dropout", "magnitude", "total_variation", "blur_pin", "zoom_share")}
+    given |= {"lowest": -1.0, "highest": 2.0, "max_zoom": 2.5, "max_pad": 7, "frequencies": 9, "seed": 7}
+    given |= {"lr_decay": True, "warm_start": False, "flip": False}
+    own = {field.name for field in fields(ImplicitOptions)} - {"held_out"}
+    assert set(given) == own, "an option of a fit cannot be reached from the command line"
+    for preset in ("fast", "paper"):
+        config = construct(PrecomputeConfig, implicit_preset=preset, **{f"fit_{k}": v for k, v in given.items()})
+        assert isinstance(config, PrecomputeConfig)
+        options = config.implicit_options()
+        assert {name: getattr(options, name) for name in given} == given
+    assert PrecomputeConfig(shards=("a",), out="b", implicit_preset="paper").implicit_options() == PAPER
+    assert PrecomputeConfig(shards=("a",), out="b").implicit_options() == FAST
     config = PrecomputeConfig(
-        shards=("a.tar",), out="out", upsampler="implicit", pca=8, fit_steps=3, fit_views=5, fit_seed=7
+        shards=("a",), out="b", view_max_pad=9, view_flips=False, back_projection=False, fit_seed=3
     )
-    assert (config.fit_options.steps, config.fit_options.views, config.fit_options.seed) == (3, 5, 7)
+    expected = MultiViewOptions(views=5, held_out=2, max_pad=9, flip=False, back_project=False, seed=3)
+    assert config.multiview_options(5, 2) == expected
+
+
+@pytest.mark.parametrize(
+    ("row", "expected"),
+    [
+        ("multiview", ("bilateral", "", 16)),
+        ("multiview:4", ("bilateral", "", 4)),
+        ("multiview=anyup:32", ("anyup", "", 32)),
+        ("multiview=a/b:c.safetensors:8", ("jbu", "a/b:c.safetensors", 8)),
+        ("multiview=s3://a/b.safetensors", ("jbu", "s3://a/b.safetensors", 16)),
+        ("multiview=jbu", None),
+        ("multiview:0", None),
+        ("multiview=strided", None),
+        ("multiview4", None),
+        ("implicit", None),
+    ],
+)
+def test_rows_of_multiview(row: str, expected: tuple[str, str, int] | None) -> None:
+    assert multiview_row(row) == expected
 
 
 def test_only_what_must_be_given_has_no_default() -> None:

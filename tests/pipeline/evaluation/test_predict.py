@@ -286,8 +286,13 @@ def test_pixel_values_of_many_classes_and_of_no_prediction() -> None:
     assert np.array(read(depth_png(metres))).tolist() == [[0, 1, 1, 1235, 65535]]
 
 
-def test_implicit_fits_each_photograph(tmp_path: Path) -> None:
-    fitted = fit(tmp_path, upsampler="implicit", pca=8, fit_steps=5, fit_views=4)
+@pytest.mark.parametrize(
+    "upsampler",
+    [{"upsampler": "implicit", "fit_steps": 5, "fit_views": 4}, {"upsampler": "multiview", "views": 4}],
+    ids=["implicit", "multiview"],
+)
+def test_views_of_each_photograph(tmp_path: Path, upsampler: dict[str, Any]) -> None:
+    fitted = fit(tmp_path, pca=8, **upsampler)
     expected = stored_outputs(fitted)
     pixels = np.stack([at_size(photograph(number)) for number in (0, 1)])
     outputs = load_predictor(fitted.probe).outputs(torch.from_numpy(pixels))
