@@ -1,7 +1,7 @@
 """All the jobs on a few photographs, from shards to pictures: what they do, seen in a few minutes.
 
-A feature store by bilateral upsampling; JBU trained for about a minute, which shows that it runs and not what it can
-do; and an implicit fit of one photograph.
+A feature store by bilateral upsampling; AnyUp, where its weights can be had; JBU trained for about a minute, which
+shows that it runs and not what it can do; and of one photograph the average of views and the network fitted to it.
 
 featup demo --out out/demo
 featup demo --backbone mobilenetv1_100 --weights mobilenetv1.safetensors --stride 16
@@ -23,6 +23,8 @@ from pipeline.options import Size
 from . import CommandParser, at_least, exit_status
 
 if TYPE_CHECKING:
+    from featup.projection import PCA
+    from pipeline.compute.models import Extractor
     from pipeline.config.precompute import PrecomputeConfig
 
 # About a minute on two cores.
@@ -133,7 +135,7 @@ def _train(config: "PrecomputeConfig", out: Path) -> None:
 
 
 def _pictures(config: "PrecomputeConfig", checkpoint: Path, folder: Path) -> list[Path]:
-    """For each photograph: itself, coarse features, bilinear, what the store holds, JBU; and once an implicit fit."""
+    """For each photograph: itself, coarse features, bilinear, what the store holds, AnyUp, JBU; of one more."""
     import numpy as np
     import torch
     from PIL import Image
@@ -151,7 +153,14 @@ def _pictures(config: "PrecomputeConfig", checkpoint: Path, folder: Path) -> lis
     pca, _ = stored_pca(config.out)
     extractor = Extractor(config, pca)
     jbu = Extractor(replace(config, upsampler="jbu", checkpoint=str(checkpoint)), pca)
-    implicit = Extractor(replace(config, upsampler="implicit"), pca)
+    whole_set = {
+        **({} if (anyup := _anyup(config, pca)) is None else {"anyup (published weights)": anyup}),
+        f"jbu after {TRAINING_STEPS} steps": jbu,
+    }
+    of_one = {
+        f"multiview ({config.views} views)": Extractor(replace(config, upsampler="multiview"), pca),
+        "implicit (a network for this image)": Extractor(replace(config, upsampler="implicit"), pca),
+    }
     options = decode_options(config, extractor.backbone.mean)
     plan = Plan.from_json(Path(config.out, "plan/plan.json").read_bytes(), f"{config.out}/plan/index")
     index: dict[int, dict[str, Any]] = {row["row"]: row for row in read_index(config.out).to_pylist()}
@@ -173,18 +182,15 @@ def _pictures(config: "PrecomputeConfig", checkpoint: Path, folder: Path) -> lis
         titles = [
             f"{low.shape[1]}x{low.shape[2]} {config.backbone.split('.')[0]}{trained}",
             "bilinear",
-            config.upsampler,
+            f"{config.upsampler} (the store)",
         ]
-        others = {f"JBU after {TRAINING_STEPS} steps": jbu}
-        if index[row]["key"] == FITTED:
-            others["implicit"] = implicit
-        for title, other in others.items():
+        for title, other in (whole_set | (of_one if index[row]["key"] == FITTED else {})).items():
             upsampled = torch.empty(1, *config.target_size, len(pca.components))
             started = time.perf_counter()
             fits = other.upsample(features, images, upsampled)
             for fit in fits:
                 print(
-                    f"implicit fit of {FITTED}: {time.perf_counter() - started:.0f} s; of the variance of views held "
+                    f"{title}, {FITTED}: {time.perf_counter() - started:.0f} s; of the variance of views held "
                     f"out it explains {fit.explained_variance:.3f}, bilinear "
                     f"{fit.baseline_explained_variance:.3f}",
                     flush=True,
@@ -196,6 +202,17 @@ def _pictures(config: "PrecomputeConfig", checkpoint: Path, folder: Path) -> lis
         Image.fromarray(side_by_side(panels)).save(path)
         written.append(path)
     return written
+
+
+def _anyup(config: "PrecomputeConfig", pca: "PCA") -> "Extractor | None":
+    """AnyUp by its published weights; says so where they cannot be had."""
+    from pipeline.compute.models import Extractor
+
+    try:
+        return Extractor(replace(config, upsampler="anyup"), pca)
+    except WeightsError as error:
+        print(f"no AnyUp in the pictures: {str(error).partition('. ')[0]}", flush=True)
+        return None
 
 
 if __name__ == "__main__":
