@@ -61,7 +61,7 @@ def main() -> None:
             name, evaluating, started = f"{args.preset} {' '.join(settings)}", 0.0, time.process_time()
             fit = Fit(backbone, None, options, image)
             for step in fit.steps():
-                if step == options.steps or (args.every and step % args.every == 0):
+                if step == options.steps or (args.every and step and step % args.every == 0):
                     now = time.process_time()
                     scores = _scores(fit, features, views, targets)
                     cells = [number, name, step, f"{now - started - evaluating:.1f}", *(f"{one:.4f}" for one in scores)]

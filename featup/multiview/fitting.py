@@ -90,13 +90,14 @@ def fit_steps(
         generator: The source of samples and dropout.
 
     Yields:
-        After each step, how many are done.
+        How many steps are done: 0 with the initial model, and one more after each step.
     """
     steps = _SampledSteps if options.tokens else _WholeSteps
     step = steps(model, options, colours, views, targets, generator)
     if options.warm_start and isinstance(step, _SampledSteps):
         step.warm_start()
     optimiser = torch.optim.NAdam(model.parameters(), options.lr)
+    yield 0
     for number in range(options.steps):
         if options.lr_decay:
             for group in optimiser.param_groups:

@@ -31,14 +31,14 @@ class PerImageOptions(Checked):
     )
     implicit_preset: ImplicitPreset = option(
         "fast",
-        "implicit: paper (3000 views, 1200 steps on all patches of 10 views) or fast (fewer views and steps, sampled "
-        "tokens and positions); the fit options below win over it",
+        "implicit: paper (3000 views, 1200 steps on all patches of 10 views) or fast (100 views, the closed form of "
+        "the last layer and no steps; steps asked for sample tokens and positions); the fit options below win over it",
         group="upsampler",
     )
     fit_views: int | None = option(
         None, "implicit: views of an image that it is fitted to", group="upsampler", at_least=1
     )
-    fit_steps: int | None = option(None, "implicit: steps of a fit", group="upsampler", at_least=1)
+    fit_steps: int | None = option(None, "implicit: steps of a fit", group="upsampler", at_least=0)
     fit_step_views: int | None = option(
         None, "implicit, paper: views of a step, of which all tokens are compared", group="upsampler", at_least=1
     )
@@ -64,9 +64,15 @@ class PerImageOptions(Checked):
         None, "implicit: frequencies of each coordinate", group="upsampler", at_least=1
     )
     fit_lowest: float | None = option(
-        None, "implicit: logarithm of the lowest frequency, on positions from -1 to 1", group="upsampler"
+        None,
+        "implicit: logarithm of the lowest frequency, on positions from -1 to 1",
+        group="upsampler",
+        at_least=-20,
+        at_most=20,
     )
-    fit_highest: float | None = option(None, "implicit: logarithm of the highest frequency", group="upsampler")
+    fit_highest: float | None = option(
+        None, "implicit: logarithm of the highest frequency", group="upsampler", at_least=-20, at_most=20
+    )
     fit_dropout: float | None = option(
         None, "implicit: share of whole channels dropped in a step, below 1", group="upsampler", at_least=0, at_most=1
     )

@@ -17,7 +17,7 @@ from featup.checkpoints import load_pca, pca_bytes, upsampler_bytes
 from featup.images import resize_images
 from featup.multiview.average import MultiView, MultiViewOptions
 from featup.multiview.implicit import FAST, Implicit
-from featup.upsamplers import JBU, AnyUp, Bilateral
+from featup.upsamplers import JBU, AnyUp, Bilateral, Interpolate
 from pipeline.loader.dataset import FeatureDataset
 from tests.e2e import support
 from tests.e2e.in_process import run

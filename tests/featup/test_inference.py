@@ -1,6 +1,7 @@
 """The model for images in memory: sizes, devices, projections, checkpoints and refusals."""
 
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,8 @@ from featup.checkpoints import load_upsampler, pca_bytes, upsampler_bytes
 from featup.errors import GeometryError, WeightsError
 from featup.images import resize_images
 from featup.inference import LONGEST_SIDE, Model, _has_maps, load
+from featup.multiview.average import MultiView
+from featup.multiview.implicit import FAST, Implicit
 from featup.projection import PCAFit
 from featup.upsamplers import Bilateral, create_trainable
 from tests.featup.support import ROOT, images, run_python

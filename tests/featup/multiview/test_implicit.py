@@ -11,6 +11,7 @@ from torch.nn import functional
 
 from featup.backbones import Backbone
 from featup.errors import GeometryError
+from featup.images import resize_images
 from featup.multiview.fitting import FitModel, _SampledSteps, _WholeSteps, _window, views_explained
 from featup.multiview.implicit import FAST, PAPER, Fit, Implicit, ImplicitField, ImplicitOptions
 from featup.multiview.network import ImplicitNetwork, pixel_coordinates
@@ -20,7 +21,6 @@ from featup.multiview.views import View, to_image, warp
 from featup.projection import PCA, PCAFit
 from featup.upsamplers import ChannelMap
 from tests.featup.multiview.photographs import SIZE
-from tests.featup.support import relative_error
 
 OPTIONS = replace(
     FAST, steps=40, tokens=48, positions=8, views=10, held_out=3, max_pad=8, components=6, frequencies=8, lr=5e-3
@@ -64,7 +64,10 @@ def test_the_network_is_that_of_the_reference(shared: Path) -> None:
         loaded |= {f"{ours}.weight": weight.flatten(1) if weight.dim() > 1 else weight}
         loaded |= {f"{ours}.bias": state[f"{theirs}.bias"]}
     network.load_state_dict(loaded)
-    axes = [pixel_coordinates(torch.arange(side), side) for side in image.shape[2:]]
+    # The original's own rounding: waves of 22 thousand radians leave no digits for another one to agree on.
+    axes = [torch.linspace(-1, 1, side) for side in image.shape[2:]]
+    for axis in axes:
+        assert torch.allclose(pixel_coordinates(torch.arange(len(axis)), len(axis)), axis, atol=1e-6)
     positions = torch.stack(torch.meshgrid(*axes, indexing="ij"), -1)
     colours = image[0].permute(1, 2, 0)
     low, high = colours.amin((0, 1)), colours.amax((0, 1))
@@ -157,7 +160,8 @@ def test_a_whole_step_has_the_gradient_of_the_papers_loss(backbone: Backbone, im
     loss.backward()  # type: ignore[no-untyped-call]
     for name, parameter in fit.model.named_parameters():
         assert parameter.grad is not None
-        assert relative_error(found[name], parameter.grad) < 1e-3, name
+        # A softmax does not depend on the bias of its logits but through the taps' scales: that gradient is rounding.
+        assert torch.allclose(found[name], parameter.grad, rtol=1e-3, atol=1e-6), name
 
 
 def test_sampled_steps_have_the_gradient_of_whole_steps(backbone: Backbone, images: Tensor) -> None:
@@ -181,7 +185,7 @@ def test_sampled_steps_have_the_gradient_of_whole_steps(backbone: Backbone, imag
 def test_a_fit_explains_held_out_views(
     backbone: Backbone, pca: PCA, features: Tensor, images: Tensor, warm: bool
 ) -> None:
-    options = replace(OPTIONS, warm_start=warm, steps=150, views=40)
+    options = replace(OPTIONS, warm_start=warm, steps=0 if warm else 150, views=40)
     before, after = (
         Implicit(backbone, pca, one).fields(features[:1], images[:1])[0]
         for one in (replace(options, steps=0, warm_start=False), options)
@@ -221,7 +225,8 @@ def test_what_cannot_be_predicted_is_uncertain(backbone: Backbone, pca: PCA, ima
     image[:, 32:] = torch.randint(0, 256, (1, 32, 48, 3), generator=torch.Generator().manual_seed(2)).byte()
     with torch.no_grad():
         features = backbone(image)
-    (field,) = implicit_fields(Implicit(backbone, pca, replace(OPTIONS, steps=150, zoom_share=0.0)), features, image)
+    options = replace(OPTIONS, steps=400, zoom_share=0.0, warm_start=False)
+    (field,) = implicit_fields(Implicit(backbone, pca, options), features, image)
     sigma = field.uncertainty(features)
     assert sigma.shape == (1, 4, 3, 1)
     assert sigma[:, 3].min() > 1.1 * sigma[:, 0].max()
@@ -273,13 +278,18 @@ def test_without_a_pca_it_is_that_of_the_images_own_views(backbone: Backbone, fe
 
 
 def test_larger_guidance_is_fitted_at_the_backbones_size(
-    backbone: Backbone, pca: PCA, features: Tensor, images: Tensor, fitted: list[ImplicitField]
+    backbone: Backbone, pca: PCA, features: Tensor, images: Tensor
 ) -> None:
-    """Each pixel twice in both directions: the fit and the positions of the pixels' centres stay the same."""
-    large = images[:1].repeat_interleave(2, 1).repeat_interleave(2, 2)
-    (field,) = implicit_fields(Implicit(backbone, pca, OPTIONS), features[:1], large)
-    assert torch.allclose(field.query(SIZE), fitted[0].query(SIZE), atol=1e-4)
+    """The fit is that of the image at its size, and the positions of the map's centres stay the same."""
+    large = resize_images(images[:1], (128, 96))
+    implicit = Implicit(backbone, pca, OPTIONS)
+    (field,) = implicit_fields(implicit, features[:1], large)
+    (same,) = implicit_fields(implicit, features[:1], resize_images(large, SIZE))
     assert field.query((128, 96)).shape == (128, 96, features.shape[-1])
+    found, expected = (replace(one, guidance=images[:1]).query(SIZE) for one in (field, same))
+    assert torch.equal(found, expected)
+    down = field.query((128, 96)).unflatten(0, (64, 2)).unflatten(2, (48, 2)).mean((1, 3))
+    assert torch.cosine_similarity(down, found, dim=-1).mean() > 0.8
 
 
 def test_images_that_do_not_belong_to_the_features_are_refused(

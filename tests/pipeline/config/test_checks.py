@@ -6,8 +6,8 @@ from typing import Any, get_args, get_type_hints
 
 import pytest
 
-from pipeline.config.base import InputConfig
 from featup.multiview import FAST, PAPER, ImplicitOptions, MultiViewOptions
+from pipeline.config.base import InputConfig
 from pipeline.config.evaluate import EvaluateConfig, multiview_row
 from pipeline.config.precompute import PrecomputeConfig
 from pipeline.config.predict import PredictConfig
