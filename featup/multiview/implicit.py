@@ -2,8 +2,8 @@
 
 The network maps a position and its colour to a feature: the map is absolute, and no coarse feature enters it. The fit
 is described in :mod:`featup.multiview.fitting`. Its numbers are those of the paper (:data:`PAPER`), or it has fewer
-views and the closed form of the network's last layer in place of steps (:data:`FAST`); steps after that sample tokens
-of views and positions in their windows, as a NeRF samples rays.
+views and the closed form of the network's last layer in place of steps (:data:`FAST`); steps that are asked for then
+sample tokens of views and positions in their windows, as a NeRF samples rays.
 
 The network works in the space of a PCA: that of a data set, or of the features of the image's own views, as in the
 paper.

@@ -160,7 +160,7 @@ def test_pictures_have_a_panel_for_every_method(evaluated: tuple[Path, dict[str,
             for place in range((pixels.shape[1] - 8) // 344)
         ]
         filled = [one for one in panels if (one != 255).any()]
-        assert len(filled) == (9 if path.name.startswith("cam") else 10), path.name
+        assert len(filled) == (10 if path.name.startswith("cam") else 11), path.name
         assert all(one.std() > 5 for one in filled), path.name
 
 
