@@ -12,7 +12,7 @@ from pipeline.config.per_image import PerImageOptions
 from pipeline.decode.options import DepthOptions
 from pipeline.options import option
 
-__all__ = ["EvaluateConfig", "MultiViewRow", "multiview_row"]
+__all__ = ["EvaluateConfig", "MultiViewRow", "multiview_row", "row_file"]
 
 
 _TRAINED = get_args(TrainableName)
@@ -44,6 +44,14 @@ def multiview_row(row: str) -> MultiViewRow | None:
     if base.endswith(".safetensors"):
         return MultiViewRow("jbu", base, views)
     return MultiViewRow(cast(UpsamplerName, base), "", views) if base in _FEED_FORWARD else None
+
+
+def row_file(row: str) -> str:
+    """The file that a row names; nothing where it names none."""
+    multiview = multiview_row(row)
+    if multiview is not None:
+        return multiview.file
+    return "" if row in _UNTRAINED else row.partition("=")[2]
 
 
 def _is_method(row: str) -> bool:

@@ -1,17 +1,19 @@
 """Files and folders that options name, looked for before anything is imported that takes seconds."""
 
 import os
+from collections.abc import Callable
 from dataclasses import fields
 from typing import Any
 
+from pipeline.config.evaluate import row_file
 from pipeline.errors import EnvironmentFault, InputError
 from pipeline.inputs import storage
 from pipeline.inputs.patterns import expand
 
 __all__ = ["check_places"]
 
-# Options of NAME=PATH, of which the part without a path is no place.
-_NAMED = ("label_dir", "rows")
+# Options of which only a part is a place, and the function that gives it.
+_NAMED: dict[str, Callable[[str], str]] = {"label_dir": lambda text: text.partition("=")[2], "rows": row_file}
 # What is no file.
 _KINDS = {
     "label_dir": "folder",
@@ -42,7 +44,7 @@ def check_places(config: Any) -> None:
             _check_output(value)
             continue
         for text in value if isinstance(value, tuple) else (value,):
-            place = text.partition("=")[2] if one.name in _NAMED else text
+            place = _NAMED[one.name](text) if one.name in _NAMED else text
             if not place or not storage.is_local(place):
                 continue
             if isinstance(value, tuple) and one.name not in (*_NAMED, "images"):

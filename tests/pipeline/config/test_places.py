@@ -76,6 +76,12 @@ SHARDS: dict[str, Any] = {"shards": ("a.tar",), "out": "out"}
             ),
             "rows: there is no file at none.safetensors",
         ),
+        (
+            EvaluateConfig(
+                out="o", train=("a.tar",), val=("a.tar",), classes=3, rows=("multiview=none.safetensors:4",)
+            ),
+            "rows: there is no file at none.safetensors",
+        ),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
@@ -90,7 +96,7 @@ def test_what_is_there_passes_and_urls_and_missing_tars_are_left_to_who_reads_th
     check_places(PrecomputeConfig(shards=("a.tar", "gone-{0..1}.tar"), out="deep/below/out"))
     url = "s3://no-such-bucket/x"
     check_places(PrecomputeConfig(shards=(f"{url}-*.tar",), out=url, weights=f"{url}.pth", pca_from=url))
-    rows = ("bilinear", "large_image")
+    rows = ("bilinear", "large_image", "implicit=paper", "multiview=bilinear:4", "multiview")
     check_places(EvaluateConfig(out="o", train=("a.tar",), val=("a.tar",), classes=3, rows=rows))
 
 
