@@ -145,8 +145,11 @@ def test_paths_are_never_empty(kind: type[Checked]) -> None:
         ({"upsampler": "multiview", "view_base": "jbu"}, "need a checkpoint"),
         ({"upsampler": "implicit", "checkpoint": "a"}, "upsampler='implicit' with checkpoint='a'"),
         ({"view_base": "multiview"}, "view_base='multiview' must be one of nearest, bilinear"),
-        ({"fit_dropout": 1.0}, "implicit: dropout=1.0 is a share, at least 0 and below 1; change the --fit options"),
-        ({"fit_lowest": 11.0}, "must be finite logarithms of frequencies, in this order"),
+        (
+            {"upsampler": "implicit", "fit_dropout": 1.0},
+            "implicit: dropout=1.0 is a share, at least 0 and below 1; change the --fit options",
+        ),
+        ({"upsampler": "implicit", "fit_lowest": 11.0}, "must be finite logarithms of frequencies, in this order"),
         ({"pca": 8, "pca_from": "out/a"}, "pca=8 fits a PCA and pca_from='out/a' takes one that is there; give one"),
         (
             {"cpus_per_actor": 2.0, "loader_cpus": 2.0, "gpus_per_actor": 0.0},
