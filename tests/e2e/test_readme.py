@@ -116,7 +116,7 @@ def test_the_clusters_block_and_a_submission_that_fails(
             env=variables | {"RAY_AUTH_MODE": "token"},
             capture_output=True,
             text=True,
-            timeout=120,
+            timeout=300,
         )
         text = done.stdout + done.stderr
         assert done.returncode != 0, text[-4000:]

@@ -60,7 +60,10 @@ def test_a_full_disk_stops_the_job_soon_and_resume_works(shards: Path, small_dis
     assert done < 8
     subprocess.run(["mount", "-o", "remount,size=64m", str(small_disk)], check=True)
     text = run("precompute", *command)
-    assert f"{done} units done before" in text
+    # An actor of the stopped job may have ended one more unit once there was space.
+    before = re.search(r"(\d+) units done before", text)
+    assert before is not None
+    assert done <= int(before[1]) <= done + 1
     assert "input 16 = ok 16 + failed 0" in text
     assert "clean" in run("verify", small_disk / "out")
 
