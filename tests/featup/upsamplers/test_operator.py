@@ -6,23 +6,17 @@ import pytest
 import torch
 
 from featup.errors import GeometryError
-from featup.upsamplers import AnyUp, ChannelMap, GuidedFilter, NormBilinear, Upsampler, create_upsampler
+from featup.upsamplers import AnyUp, Bilateral, ChannelMap, GuidedFilter, NormBilinear, Upsampler, create_upsampler
 from tests.featup.support import CHANNELS, TOLERANCE, picture, random, relative_error
 from tests.featup.upsamplers.support import learned, random_jbu, randomised
 
 
-def jbu_with_affinity() -> Upsampler:
-    jbu = random_jbu(kernel="distance", affinity_channels=2)
-    jbu.set_affinity_projection(random(2, CHANNELS), torch.ones(2))
-    return jbu.requires_grad_(False)
-
-
 UPSAMPLERS: dict[str, Callable[[], Upsampler]] = {
     name: (lambda name=name: create_upsampler(name, channels=CHANNELS))  # type: ignore[misc]
-    for name in ("nearest", "bilinear", "bicubic", "bilateral", "guided_filter")
+    for name in ("nearest", "bilinear", "bicubic", "guided_filter")
 }
 UPSAMPLERS |= {
-    "jbu_with_affinity": jbu_with_affinity,
+    "bilateral": lambda: Bilateral(same_resolution_stages=0),
     "carafe": lambda: learned("carafe"),
     "sapa": lambda: learned("sapa"),
     "anyup": lambda: randomised(AnyUp(16)).eval().requires_grad_(False),
@@ -71,3 +65,12 @@ def test_upsamplers_without_one_operator(upsampler: Upsampler) -> None:
 def test_values_of_another_grid() -> None:
     with pytest.raises(GeometryError, match=r"guided_filter: values \[1, 5, 4, 2\] must lie on the grid"):
         GuidedFilter().apply_operator(random(1, 4, 5, CHANNELS), random(1, 5, 4, 2), picture(1, 26, 31, 3), (26, 31))
+
+
+def test_means_of_a_same_resolution_stage_do_not_rescale_other_values() -> None:
+    """Probabilities stay those: only features are rescaled to their norms."""
+    features, image = random(1, 4, 5, CHANNELS), picture(1, 26, 31, 3)
+    found = Bilateral().apply_operator(features, random(1, 4, 5, 7).softmax(-1), image, (26, 31)).sum(-1)
+    assert relative_error(found, torch.ones(1, 26, 31)) <= TOLERANCE
+    rescaled = Bilateral()(features, image, (26, 31))
+    assert relative_error(Bilateral().apply_operator(features, features, image, (26, 31)), rescaled) > 0.01
