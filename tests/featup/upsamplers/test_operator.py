@@ -10,7 +10,6 @@ from featup.upsamplers import AnyUp, Bilateral, ChannelMap, GuidedFilter, NormBi
 from tests.featup.support import CHANNELS, TOLERANCE, picture, random, relative_error
 from tests.featup.upsamplers.support import learned, random_jbu, randomised
 
-
 UPSAMPLERS: dict[str, Callable[[], Upsampler]] = {
     name: (lambda name=name: create_upsampler(name, channels=CHANNELS))  # type: ignore[misc]
     for name in ("nearest", "bilinear", "bicubic", "guided_filter")
