@@ -224,7 +224,7 @@ def load(
             ``implicit`` fits a network to each image, which takes much longer.
         weights: A local file of the backbone's weights; by default timm downloads its own.
         pretrained: ``False`` leaves the weights random where no file is given: for tests and timings.
-        jbu: The checkpoint of a JBU, from ``featup train-jbu`` or an official FeatUp ``.ckpt``. The official ones were
+        jbu: The checkpoint of a JBU, from ``featup train`` or an official FeatUp ``.ckpt``. The official ones were
             trained on features with ``norm="layer"``, save those named ``no_norm``.
         checkpoint: That of another trained upsampler, which ``upsampler`` names; by default ``anyup`` downloads its
             published one.

@@ -57,7 +57,7 @@ class MultiViewField(FeatureField):
                 self.features, self.guidance, size, projection, None if out is None else out[None]
             )
             return upsampled[0]
-        channel_map = projection or _identity(self.features)
+        channel_map = projection or ChannelMap.without_bias(torch.eye(self.features.shape[-1]).to(self.features))
         if out is None:
             out = self.features.new_empty(*size, len(channel_map.bias))
         # Some channels at a time: the correction needs the whole map of each.
@@ -117,7 +117,7 @@ class MultiView(PerImageUpsampler):
             return field
         seeded = torch.Generator().manual_seed(options.seed)
         directions = orthonormal_directions(options.directions, features.shape[-1], seeded).to(features)
-        channel_map = ChannelMap(directions, directions.new_zeros(len(directions)))
+        channel_map = ChannelMap.without_bias(directions)
         targets = maps @ directions.T
         initial = self.base(rescaled, image, size, channel_map)
         residual = residual_of(average, initial, channel_map)
@@ -187,8 +187,3 @@ def _averaging_taps(cells: int, side: int, zoom: float, offset: int, flip: bool,
     used = inside[:, None] & (index >= 0) & (index < cells) & (distance < 1)
     weight = torch.exp(-0.5 * (distance / sigma).square()) * used
     return Taps(index.clamp(0, cells - 1).long(), weight.float(), cells)
-
-
-def _identity(features: Tensor) -> ChannelMap:
-    channels = features.shape[-1]
-    return ChannelMap(torch.eye(channels).to(features), features.new_zeros(channels))

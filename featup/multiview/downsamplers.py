@@ -170,6 +170,19 @@ class AttentionDownsampler(_Downsampler):
         dropped: Tensor = self.dropout(features)
         return nn.functional.linear(dropped, self.attention.weight, self.attention.bias)
 
+    def sample_logit_weight(self, rate: float, generator: torch.Generator) -> Tensor:
+        """The weight of :attr:`logit_projection` with dropout of whole channels, ``[1, C]``.
+
+        The same channels are dropped at all positions, or the logits would not be a projection of the features.
+
+        Args:
+            rate: Probability that a channel is dropped, in [0, 1).
+            generator: The only source of chance.
+        """
+        weight = self.attention.weight
+        kept = torch.rand(weight.shape, generator=generator) >= rate
+        return weight * kept.to(weight) / (1 - rate)
+
     def filters(self, logits: Tensor, grid: tuple[int, int], kept: Tensor | None = None) -> Tensor:
         """The attention of each cell: ``[B, H, W, 1]`` to ``[B, *grid, *kernel]``, which sums to one per cell.
 

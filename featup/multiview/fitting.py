@@ -6,6 +6,7 @@ the log sigma of the error (equation 2). A step compares all tokens of some view
 """
 
 from collections.abc import Iterator, Sequence
+from functools import cached_property
 from math import pi
 
 import torch
@@ -64,12 +65,6 @@ class FitModel(nn.Module):
             for taps in (self.downsampler.scale, self.downsampler.bias):
                 taps.add_(0.01 * torch.randn(taps.shape, generator=generator))
 
-    def attention(self, rate: float, generator: torch.Generator) -> Tensor:
-        """The downsampler's weights of the channels ``[1, K + 1]``, with dropout of whole channels."""
-        weight = self.downsampler.attention.weight
-        kept = torch.rand(weight.shape, generator=generator) >= rate
-        return weight * kept.to(weight) / (1 - rate)
-
 
 def fit_steps(
     model: FitModel,
@@ -118,7 +113,7 @@ def views_explained(model: FitModel, maps: Tensor, views: Sequence[View], target
         views, targets: Views and their features ``[V, h, w, K]``.
         max_pad: Of the jitter that the views were sampled from.
     """
-    both = torch.cat([maps, maps.norm(dim=-1, keepdim=True)], -1)[None]
+    both = _with_norm(maps)[None]
     down = model.downsampler
     predicted = []
     for view in views:
@@ -184,7 +179,7 @@ class _WholeSteps(_Steps):
         self.smoothness(both, 0).backward()  # type: ignore[no-untyped-call]
         for number in torch.randint(len(self.views), (options.step_views,), generator=self.generator).tolist():
             warped = warp(both, [self.views[number]], options.max_pad)
-            weight = model.attention(options.dropout, self.generator)
+            weight = model.downsampler.sample_logit_weight(options.dropout, self.generator)
             logits = functional.linear(warped, weight, model.downsampler.attention.bias)
             predicted = model.downsampler(warped, logits, model.grid, self.kept(1, *model.grid))
             loss = self.consistency(predicted, self.targets[number][None]) / options.step_views
@@ -195,17 +190,10 @@ class _WholeSteps(_Steps):
 class _SampledSteps(_Steps):
     """Steps on sampled tokens and positions: the cost does not depend on the size of the image."""
 
-    def __init__(
-        self,
-        model: FitModel,
-        options: ImplicitOptions,
-        colours: Tensor,
-        views: Sequence[View],
-        targets: Tensor,
-        generator: torch.Generator,
-    ) -> None:
-        super().__init__(model, options, colours, views, targets, generator)
-        self.to_pixels = ViewPositions(views, self.size, options.max_pad)
+    @cached_property
+    def to_pixels(self) -> ViewPositions:
+        """From positions in the views to pixels of the image."""
+        return ViewPositions(self.views, self.size, self.options.max_pad)
 
     def sample(self, tokens: int, positions: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Rows, columns and taps of positions ``[T, P]``, and the targets ``[T, K]`` of their tokens."""
@@ -233,7 +221,7 @@ class _SampledSteps(_Steps):
         both = _with_norm(model.network(*together, masks))
         count = taps.numel()
         values, cropped = both[:count].view(*taps.shape, -1), both[count:].view(1, *crop_positions.shape[:2], -1)
-        weight = model.attention(options.dropout, self.generator)
+        weight = model.downsampler.sample_logit_weight(options.dropout, self.generator)
         logits = functional.linear(values, weight, model.downsampler.attention.bias).squeeze(-1)
         logits = logits * self.kept(len(taps), 1)
         scale, bias = (each.flatten()[taps] for each in (model.downsampler.scale, model.downsampler.bias))

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from featup.backbones import Backbone
 from featup.multiview.views import View, warp
+from featup.training.objective import seeded
 
 __all__ = ["image_generator", "view_features"]
 
@@ -40,5 +41,4 @@ def image_generator(seed: int, image: Tensor) -> torch.Generator:
     """A generator seeded by an image's pixels: the image's place in a batch or a data set makes no difference."""
     pixels = image.cpu().numpy()
     key = np.frombuffer(pixels.tobytes()[: pixels.size // 8 * 8], np.uint64)
-    (state,) = np.random.SeedSequence([seed, int(np.bitwise_xor.reduce(key))]).generate_state(1, np.uint64)
-    return torch.Generator().manual_seed(int(state))
+    return seeded(seed, int(np.bitwise_xor.reduce(key)))

@@ -131,7 +131,7 @@ class CropObjective(Objective):
 
     def _upsampled(self, coarse: Tensor, image: Tensor, fine: tuple[int, int], directions: Tensor) -> Tensor:
         """``[1, h, w, C]`` to ``[1, *fine, P]``."""
-        projection = ChannelMap(directions, directions.new_zeros(len(directions)))
+        projection = ChannelMap.without_bias(directions)
         height, width = fine
         cell = max(1, min(image.shape[1] // height, image.shape[2] // width)) if self._stack else 1
         upsampled: Tensor = self.upsampler(coarse, image, (cell * height, cell * width), projection)

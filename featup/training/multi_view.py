@@ -25,7 +25,7 @@ from featup.training.losses import (
 )
 from featup.training.objective import Objective, Purpose, seeded
 from featup.upsamplers import ChannelMap, Upsampler
-from featup.upsamplers.base import as_guidance
+from featup.upsamplers.base import as_guidance, normalise_colours
 from featup.upsamplers.jbu import IMAGENET_MEAN, IMAGENET_STD
 
 __all__ = ["LogSigma", "MultiViewObjective"]
@@ -164,15 +164,12 @@ class MultiViewObjective(Objective):
 
     def _upsampled(self, coarse: Tensor, images: Tensor, directions: Tensor, dropout: torch.Generator | None) -> Tensor:
         """``[B, H, W, P]``; for an attention downsampler the logits follow as one more channel."""
-        projection = ChannelMap(directions, directions.new_zeros(len(directions)))
+        projection = ChannelMap.without_bias(directions)
         if isinstance(self.downsampler, AttentionDownsampler):
             logit = self.downsampler.logit_projection
             weight = logit.weight
             if dropout is not None:
-                # The same channels are dropped at all positions, or the logits would not be a projection.
-                rate = self.downsampler.dropout.p
-                mask = torch.rand(weight.shape, generator=dropout) >= rate
-                weight = weight * mask.to(weight) / (1 - rate)
+                weight = self.downsampler.sample_logit_weight(self.downsampler.dropout.p, dropout)
             projection = ChannelMap(torch.cat([directions, weight]), torch.cat([projection.bias, logit.bias]))
         upsampled: Tensor = self.upsampler(coarse, images, _size(images), projection)
         return upsampled
@@ -200,8 +197,7 @@ class MultiViewObjective(Objective):
 
 def _imagenet_normalised(images: Tensor) -> Tensor:
     """uint8 ``[B, H, W, 3]`` in the normalisation that the CRF's constants are for, whatever the backbone's own is."""
-    colours = as_guidance(images, torch.float32)
-    return (colours - colours.new_tensor(IMAGENET_MEAN)) / colours.new_tensor(IMAGENET_STD)
+    return normalise_colours(as_guidance(images, torch.float32), IMAGENET_MEAN, IMAGENET_STD)
 
 
 def _size(maps: Tensor) -> tuple[int, int]:

@@ -16,7 +16,7 @@ from featup.errors import GeometryError
 from featup.kernels import wants_gradient
 from featup.kernels.resample import Taps, resample
 from featup.upsamplers.anyup_network import GROUPS, Bands, Encoder, FeatureUnification, Rotation
-from featup.upsamplers.base import ChannelMap, Upsampler, as_guidance
+from featup.upsamplers.base import ChannelMap, Upsampler, as_guidance, normalise_colours
 from featup.upsamplers.jbu import IMAGENET_MEAN, IMAGENET_STD
 
 __all__ = ["AnyUp"]
@@ -93,7 +93,7 @@ class AnyUp(Upsampler):
 
     def _encode_image(self, guidance: Tensor, low: tuple[int, int]) -> tuple[Bands, Tensor]:
         """``[1, H, W, 3]`` in [0, 1] to what queries ``[1, H, W, D]`` and keys ``[1, h, w, D]`` are made of."""
-        image = (guidance - guidance.new_tensor(IMAGENET_MEAN)) / guidance.new_tensor(IMAGENET_STD)
+        image = normalise_colours(guidance, IMAGENET_MEAN, IMAGENET_STD)
         rows, columns = self.rope.angles((image.shape[1], image.shape[2]))
         if wants_gradient(guidance, *self.parameters()):
             encoded = self.rope(self.image_encoder(image.permute(0, 3, 1, 2)).permute(0, 2, 3, 1), rows, columns)

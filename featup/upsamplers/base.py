@@ -14,6 +14,7 @@ __all__ = [
     "Upsampler",
     "as_guidance",
     "norm_preserving_mean",
+    "normalise_colours",
     "rescale_to_norm",
     "row_slices",
     "stage_sizes",
@@ -29,6 +30,11 @@ class ChannelMap:
 
     weight: Tensor
     bias: Tensor
+
+    @classmethod
+    def without_bias(cls, weight: Tensor) -> "ChannelMap":
+        """``y = x @ weight.T``."""
+        return cls(weight, weight.new_zeros(len(weight)))
 
     def after(self, first: "ChannelMap | None") -> "ChannelMap":
         """The map that applies ``first`` and then this one."""
@@ -258,6 +264,11 @@ def row_slices(size: tuple[int, int], pixels: int | None, device: torch.device) 
 def as_guidance(guidance: Tensor, dtype: torch.dtype) -> Tensor:
     """The image as floating point in [0, 1], from uint8 or floating point."""
     return guidance.to(dtype) / 255 if guidance.dtype == torch.uint8 else guidance.to(dtype)
+
+
+def normalise_colours(image: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
+    """Colours ``[..., 3]`` in [0, 1] less a mean, over a standard deviation, both on [0, 1]."""
+    return (image - image.new_tensor(mean)) / image.new_tensor(std)
 
 
 def stage_sizes(low: tuple[int, int], high: tuple[int, int]) -> Sequence[tuple[int, int]]:

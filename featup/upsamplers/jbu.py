@@ -10,7 +10,7 @@ from torch.nn import functional
 
 from featup.errors import GeometryError
 from featup.kernels.window_correlation import window_correlation
-from featup.upsamplers.base import ChannelMap
+from featup.upsamplers.base import ChannelMap, normalise_colours
 from featup.upsamplers.joint import JointUpsampler
 
 __all__ = ["IMAGENET_MEAN", "IMAGENET_STD", "JBU", "JBUStage"]
@@ -165,7 +165,7 @@ class JBU(JointUpsampler):
 
     def prepare_guidance(self, guidance: Tensor) -> Tensor:
         """From [0, 1] to the normalisation that the stack was trained with."""
-        return (guidance - guidance.new_tensor(self.guidance_mean)) / guidance.new_tensor(self.guidance_std)
+        return normalise_colours(guidance, self.guidance_mean, self.guidance_std)
 
     def stage_filters(self, stage: int) -> Callable[[Tensor], Tensor]:
         """See :meth:`JointUpsampler.stage_filters`; all tiles of an image miss the same hidden channels."""

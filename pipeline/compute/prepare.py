@@ -258,6 +258,8 @@ def create_or_grow(config: PrecomputeConfig, plan: Plan, layout: Layout, setup: 
     existing = finished_attributes(config.out)
     if existing is not None:
         _refuse(config.out, existing["identity"], identity)
+        # Compared by what decides here; the store keeps what it was made with.
+        identity = existing["identity"]
         if layout.rows > existing["layout"]["rows"]:
             withdraw_complete(config.out)
     # What a run was asked to try again is no property of the store.
@@ -308,9 +310,9 @@ def _refuse(out: str, stored: dict[str, Any], wanted: dict[str, Any]) -> None:
 
 def _deciding(identity: Mapping[str, Any]) -> dict[str, Any]:
     """An identity without the options of upsamplers that it does not use: their defaults may change."""
-    used = {identity.get("upsampler")} | (
-        {identity.get("view_base")} if identity.get("upsampler") == "multiview" else set()
-    )
+    used = {identity.get("upsampler")}
+    if "multiview" in used:
+        used.add(identity.get("view_base"))
     return {
         name: value
         for name, value in identity.items()

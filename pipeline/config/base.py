@@ -13,11 +13,13 @@ from pipeline.inputs import storage
 from pipeline.options import Size, option
 from pipeline.redaction import redact
 
-__all__ = ["BackboneConfig", "Config", "InputConfig", "describe", "options_since", "read_config"]
+__all__ = ["RETIRED", "BackboneConfig", "Config", "InputConfig", "describe", "options_since", "read_config"]
 
 
 Precision = Literal["float32", "bfloat16", "float16"]
 LARGEST_SEED = 2**32 - 1
+RETIRED = frozenset({"fit_base"})
+"""Options of older programs that are no more: they are not read."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -238,6 +240,7 @@ def read_config(config: type[Config], values: Mapping[str, Any]) -> Config:
         ConfigError: values that cannot be.
     """
     known = {one.name: one for one in fields(config)}  # type: ignore[arg-type]
+    values = {name: value for name, value in values.items() if name not in RETIRED}
     unknown = sorted(values.keys() - known.keys())
     if unknown:
         raise StoreFormatError(f"made by a newer program: options {unknown} are not known here; update this one")

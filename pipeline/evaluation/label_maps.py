@@ -84,9 +84,8 @@ def evaluate_labels(
     statistics: dict[str, dict[str, list[Tensor]]] = {}
     numbers: dict[str, dict[str, Any]] = {}
     failures = Failures(val)
-    with CountProgress(
-        sum(_upsamplings(config, method, train, val, task, protocol) for method in methods), "images"
-    ) as (progress):
+    total = sum(_upsamplings(config, method, train, val, task, protocol) for method in methods)
+    with CountProgress(total, "images") as progress:
         for method in methods:
             count = partial(_count, progress, f"{task.kind}, {method.name}")
             started = time.perf_counter()

@@ -9,7 +9,7 @@ from typing import Any
 
 from featup.checkpoints import load_pca
 from featup.projection import PCA
-from pipeline.config.base import BackboneConfig, describe, read_config
+from pipeline.config.base import RETIRED, BackboneConfig, describe, read_config
 from pipeline.config.precompute import PrecomputeConfig
 from pipeline.errors import StoreError, StoreFormatError
 from pipeline.inputs import storage
@@ -51,7 +51,7 @@ def stored_config(url: str, partial: bool = False) -> tuple[PrecomputeConfig, di
     if not partial:
         require_complete(url, attributes)
     values = attributes["config"]
-    unknown = sorted(values.keys() - {one.name for one in fields(PrecomputeConfig)})
+    unknown = sorted(values.keys() - {one.name for one in fields(PrecomputeConfig)} - RETIRED)
     if unknown:
         raise StoreFormatError(
             f"{url} was made with the options {unknown}, which this program does not know: a newer program made it; "
@@ -117,8 +117,13 @@ def read_features(features: Mapping[str, Any], pca: PCA | None, checkpoint: str 
         checkpoint: where the upsampler's is; ``None`` where it has none.
 
     Raises:
-        StoreFormatError: options that this program does not know.
+        StoreFormatError: options that this program does not know, or an upsampler that it no longer has.
     """
+    if features["options"].get("upsampler") == "implicit" and "fit_base" in features["options"]:
+        raise StoreFormatError(
+            "made by the implicit upsampler of an older program, an average of views that is now multiview and gives "
+            "other features; make the store again with --upsampler multiview, and train the probe on it"
+        )
     values = {**features["options"], "checkpoint": checkpoint, "pca": None if pca is None else len(pca.components)}
     return read_config(PrecomputeConfig, {**values, "shards": ["-"], "out": "-"})
 

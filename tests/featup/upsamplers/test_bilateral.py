@@ -1,5 +1,6 @@
 """The fixed kernel, against its formula written as loops."""
 
+import inspect
 import math
 from typing import Any
 
@@ -13,6 +14,7 @@ from torch.nn import functional
 from featup.errors import GeometryError
 from featup.upsamplers import JBU, Bilateral, ChannelMap, create_upsampler
 from featup.upsamplers.bilateral import principal_scores
+from pipeline.config.bilateral import BilateralOptions
 from tests.featup.support import CHANNELS, TOLERANCE, picture, random, relative_error
 
 
@@ -201,3 +203,11 @@ def test_a_result_depends_on_its_image_alone() -> None:
     for number in range(3):
         image = slice(number, number + 1)
         assert torch.equal(Bilateral()(features[image], guidance[image], (32, 40)), together[image])
+
+
+def test_the_jobs_options_have_the_same_defaults() -> None:
+    assert inspect.signature(Bilateral).bind(**BilateralOptions().bilateral).arguments == {
+        name: parameter.default
+        for name, parameter in inspect.signature(Bilateral).parameters.items()
+        if name not in ("radius", "tile_pixels")
+    }
