@@ -29,7 +29,9 @@ _WARM_START_TOKENS = 8192
 _WARM_START_POSITIONS = 64
 _WARM_START_CHUNK = 1024
 _WARM_START_ROUNDS = 3
-_RIDGE = 1e-6
+_RIDGE = 1e-3
+# Shares of half the grid's sampling rate above which frequencies are damped: of row, column and the three colours.
+_CUTOFFS = (0.35, 0.35, 0.1, 0.1, 0.1)
 
 
 class FitModel(nn.Module):
@@ -233,23 +235,29 @@ class _SampledSteps(_Steps):
     def warm_start(self) -> None:
         """Initialise the last layer by the closed form that minimises the loss of the initial activations.
 
-        Frequencies above the grid's half sampling rate are damped in the first layer, in proportion: they carry more
-        noise between pixels than signal. Training may raise them again.
+        High frequencies are damped in the first layer, in proportion: they carry more noise between pixels than
+        signal. Those of colours are damped from lower ones on, because texture that a patch averages
+        out would else become features. Training may raise them again.
 
         For mean activations of windows the reconstruction is a least-squares problem, weighted by the variance of its
-        error; the blur pin is quadratic in the layer too, and keeps its weights from fitting noise between pixels. The
-        attention starts uniform, which the closed form assumes.
+        error. Two terms keep the layer from fitting what the windows do not see. The blur pin is quadratic in the
+        layer. The total variation of the norms is not: with its weight, the mean square of the differences between
+        neighbours stands for it. The attention starts uniform, which the closed form assumes.
         """
         network = self.model.network
-        damping = (pi / 2 * max(self.model.grid) / network.frequencies).clamp_max(1)[:, None].expand(-1, 5).flatten()
+        nyquist = pi / 2 * max(self.model.grid)
+        by_axis = [(cutoff * nyquist / network.frequencies).clamp_max(1) for cutoff in _CUTOFFS]
+        damping = torch.stack(by_axis, -1).flatten()
         columns = torch.cat([damping, damping, damping.new_ones(3)])
         network.first.weight.mul_(columns / columns.square().mean().sqrt())
         tiles = zip(
             torch.split(self.positions, _WARM_START_ROWS), torch.split(self.colours, _WARM_START_ROWS), strict=True
         )
         hidden = torch.cat([network.hidden(*tile) for tile in tiles])
-        rough = (gaussian_blur(hidden[None])[0] - hidden).flatten(0, 1).double()
-        pin = self.options.blur_pin * rough.T @ rough / len(rough)
+        pin = self.options.blur_pin * _mean_square(gaussian_blur(hidden[None])[0] - hidden)
+        for difference in (hidden[1:] - hidden[:-1], hidden[:, 1:] - hidden[:, :-1]):
+            if difference.numel():
+                pin += self.options.total_variation * _mean_square(difference)
         rows, cols, _, target = self.sample(_WARM_START_TOKENS, _WARM_START_POSITIONS)
         pairs = zip(torch.split(rows, _WARM_START_CHUNK), torch.split(cols, _WARM_START_CHUNK), strict=True)
         windows = torch.cat([hidden[pair].mean(1) for pair in pairs]).double()
@@ -268,6 +276,12 @@ class _SampledSteps(_Steps):
         self.model.log_sigma.bias.fill_(float(variance.log() / 2))
         self.model.downsampler.attention.weight.zero_()
         self.model.downsampler.attention.bias.zero_()
+
+
+def _mean_square(activations: Tensor) -> Tensor:
+    """The mean over positions of the outer products of ``[H, W, K]``: ``[K, K]``, in float64."""
+    flat = activations.flatten(0, 1).double()
+    return flat.T @ flat / len(flat)
 
 
 def _with_norm(features: Tensor) -> Tensor:

@@ -96,7 +96,8 @@ class ImplicitOptions:
         lowest, highest: Logarithms of the lowest and of the highest frequency, in radians on positions from -1 to 1.
         dropout: Share of whole channels that is dropped in a step, in [0, 1).
         magnitude: Weight of the squared error of the features' norms, at least 0.
-        total_variation: Weight of the total variation of the norms, at least 0.
+        total_variation: Weight of the total variation of the norms, at least 0; in the warm start, of the
+            mean square of the differences between neighbouring features.
         blur_pin: Weight of the squared difference between the map and its Gaussian blur, at least 0.
         max_pad, max_zoom, flip, zoom_share: Of the views; see :class:`featup.multiview.views.Jitter`.
         kernel: Least side in pixels of the window that a token attends to; ``None`` for twice the patch less three.

@@ -316,3 +316,41 @@ def test_a_warm_start_minimises_the_loss_over_the_last_layer(backbone: Backbone,
         losses.append(float(gradient.norm()))
     assert losses[1] < 0.2 * losses[0], "the warm start is not near the minimum"
     assert isinstance(fit.model, FitModel)
+
+
+def test_a_warm_start_is_smoother_the_more_differences_between_neighbours_weigh(
+    backbone: Backbone, images: Tensor
+) -> None:
+    rough = []
+    for weight in (0.0, 0.05, 1.0):
+        options = replace(OPTIONS, warm_start=True, steps=0, total_variation=weight, blur_pin=0.0, views=40)
+        fit = Fit(backbone, None, options, images[:1])
+        for _ in fit.steps():
+            pass
+        with torch.no_grad():
+            maps = fit.model.network(_all_positions(fit), fit.colours)
+        differences = (maps.diff(dim=0).square().mean() + maps.diff(dim=1).square().mean()) / maps.var()
+        rough.append(float(differences))
+    assert rough[0] > 1.05 * rough[1] > 1.05**2 * rough[2], rough
+
+
+def test_texture_finer_than_a_patch_hardly_enters_a_warm_start(backbone: Backbone, images: Tensor) -> None:
+    # A checkerboard of pixels looks alike in every patch: what its colours do to the map is noise between pixels.
+    options = replace(OPTIONS, warm_start=True, steps=0, views=40)
+    rows, cols = torch.meshgrid(*(torch.arange(side) for side in images.shape[1:3]), indexing="ij")
+    board = ((rows + cols) % 2 * 40 - 20)[..., None]
+    textured = (images[:1].int().clamp(20, 235) + board).to(torch.uint8)
+    fit = Fit(backbone, None, options, textured)
+    for _ in fit.steps():
+        pass
+    with torch.no_grad():
+        maps = fit.model.network(_all_positions(fit), fit.colours)
+    means = maps.unfold(0, 2, 2).unfold(1, 2, 2).mean((-1, -2))
+    between = maps[::2, ::2] - means
+    share = float(between.square().mean() / means.var())
+    assert share < 0.15, share  # 0.30 where colours are damped no more than positions.
+
+
+def _all_positions(fit: Fit) -> Tensor:
+    rows, cols = (pixel_coordinates(torch.arange(side), side) for side in fit.size)
+    return torch.stack(torch.meshgrid(rows, cols, indexing="ij"), -1).to(fit.colours)
