@@ -183,6 +183,26 @@ class AttentionDownsampler(_Downsampler):
         kept = torch.rand(weight.shape, generator=generator) >= rate
         return weight * kept.to(weight) / (1 - rate)
 
+    @torch.no_grad()
+    def perturb_taps(self, generator: torch.Generator | None = None) -> None:
+        """Add the original's initial noise, of standard deviation 0.01, to :attr:`scale` and :attr:`bias`.
+
+        Args:
+            generator: The source of chance; by default torch's own.
+        """
+        for taps in (self.scale, self.bias):
+            taps.add_(0.01 * torch.randn(taps.shape, generator=generator).to(taps))
+
+    def sample_kept(self, rate: float, generator: torch.Generator, *shape: int) -> Tensor:
+        """1 for cells whose logits count in a step, 0 for those that are dropped, ``[*shape]``, on the CPU.
+
+        Args:
+            rate: Probability that a cell is dropped, in [0, 1).
+            generator: The only source of chance.
+            shape: Of the result.
+        """
+        return (torch.rand(shape, generator=generator) >= rate).to(self.scale.dtype)
+
     def filters(self, logits: Tensor, grid: tuple[int, int], kept: Tensor | None = None) -> Tensor:
         """The attention of each cell: ``[B, H, W, 1]`` to ``[B, *grid, *kernel]``, which sums to one per cell.
 

@@ -64,8 +64,7 @@ class FitModel(nn.Module):
                 nn.init.uniform_(parameter, -bound, bound, generator)
         with torch.no_grad():
             self.log_sigma.bias.add_(_LOG_SIGMA)
-            for taps in (self.downsampler.scale, self.downsampler.bias):
-                taps.add_(0.01 * torch.randn(taps.shape, generator=generator))
+        self.downsampler.perturb_taps(generator)
 
 
 def fit_steps(
@@ -150,8 +149,8 @@ class _Steps:
         raise NotImplementedError
 
     def kept(self, *shape: int) -> Tensor:
-        """1 for cells whose logits count in this step, 0 for those that are dropped."""
-        return (torch.rand(shape, generator=self.generator) >= self.options.dropout).to(self.colours)
+        """See :meth:`AttentionDownsampler.sample_kept`."""
+        return self.model.downsampler.sample_kept(self.options.dropout, self.generator, *shape).to(self.colours)
 
     def consistency(self, predicted: Tensor, target: Tensor) -> Tensor:
         """The loss of predicted features ``[..., K + 1]``, the downsampled norm last, to targets ``[..., K]``."""

@@ -126,7 +126,8 @@ class MultiViewObjective(Objective):
         weights = {"reconstruction": 1.0}
         if self.magnitude:
             terms["magnitude"], weights["magnitude"] = values.new_zeros(()), self.magnitude
-        for prediction, target, features in self._comparisons(backbone, normalised, upsampled, directions, views):
+        kept = self._kept(backbone.grid(_size(images)), len(images), seed, step, first)
+        for prediction, target, features in self._comparisons(backbone, normalised, upsampled, directions, views, kept):
             log_sigma = None if self.uncertainty is None else self.uncertainty(features)
             error = reconstruction(prediction, target, log_sigma)
             terms["reconstruction"] = terms["reconstruction"] + error / self.jitters
@@ -159,7 +160,7 @@ class MultiViewObjective(Objective):
             )
             for number in range(len(images))
         ]
-        for prediction, target, _ in self._comparisons(backbone, normalised, upsampled, directions, views):
+        for prediction, target, _ in self._comparisons(backbone, normalised, upsampled, directions, views, None):
             yield prediction, target
 
     def _upsampled(self, coarse: Tensor, images: Tensor, directions: Tensor, dropout: torch.Generator | None) -> Tensor:
@@ -174,6 +175,14 @@ class MultiViewObjective(Objective):
         upsampled: Tensor = self.upsampler(coarse, images, _size(images), projection)
         return upsampled
 
+    def _kept(self, grid: tuple[int, int], images: int, seed: int, step: int, first: int) -> Tensor | None:
+        """Dropout of the cells' logits, ``[jitters, B, h, w]``; ``None`` where nothing is dropped."""
+        down = self.downsampler
+        if not (isinstance(down, AttentionDownsampler) and down.dropout.p and self.training):
+            return None
+        generators = (seeded(seed, Purpose.CELLS, step, first + place) for place in range(images))
+        return torch.stack([down.sample_kept(down.dropout.p, one, self.jitters, *grid) for one in generators], 1)
+
     def _comparisons(
         self,
         backbone: Backbone,
@@ -181,15 +190,17 @@ class MultiViewObjective(Objective):
         upsampled: Tensor,
         directions: Tensor,
         views: Sequence[Sequence[View]],
+        kept: Tensor | None,
     ) -> Iterator[_Comparison]:
-        """Predicted features and target features, view by view."""
+        """Predicted features and target features, view by view; ``kept [jitters, B, h, w]`` of :meth:`_kept`."""
         grid = backbone.grid(_size(normalised))
-        for batch_views in zip(*views, strict=True):
+        for number, batch_views in enumerate(zip(*views, strict=True)):
             warped = warp(upsampled, batch_views, self.jitter.max_pad)
             features = self.features(backbone, warp(normalised, batch_views, self.jitter.max_pad))
             count = len(directions)
             if isinstance(self.downsampler, AttentionDownsampler):
-                prediction = self.downsampler(warped[..., :count], warped[..., count:], grid)
+                cells = None if kept is None else kept[number].to(warped)
+                prediction = self.downsampler(warped[..., :count], warped[..., count:], grid, cells)
             else:
                 prediction = self.downsampler(warped, grid)
             yield _Comparison(prediction, features @ directions.T, features)

@@ -33,6 +33,7 @@ class Purpose(IntEnum):
     CRF = 3
     HELD_OUT = 4
     CROPS = 5
+    CELLS = 6
 
 
 class HeldOut(NamedTuple):

@@ -60,11 +60,12 @@ def create_objective(config: TrainConfig, backbone: Backbone) -> Objective:
     upsampler = create_trainable(config.upsampler, backbone.channels, stages=stages, width=config.width)
     if config.objective == "crops":
         return _crops(config, upsampler)
-    downsampler = (
-        AttentionDownsampler(backbone.channels, backbone.stride, backbone.stride)
-        if config.downsampler == "attention"
-        else BlurDownsampler(backbone.stride, backbone.stride)
-    )
+    downsampler: AttentionDownsampler | BlurDownsampler
+    if config.downsampler == "attention":
+        downsampler = AttentionDownsampler(backbone.channels, backbone.stride, backbone.stride)
+        downsampler.perturb_taps()
+    else:
+        downsampler = BlurDownsampler(backbone.stride, backbone.stride)
     return MultiViewObjective(
         upsampler,
         downsampler,

@@ -210,6 +210,33 @@ def test_shares_of_a_batch_are_the_batch(backbone: Backbone) -> None:
     assert not torch.allclose(apart["reconstruction"], shares[1]["reconstruction"], rtol=1e-3)
 
 
+def test_cells_whose_logits_are_dropped_have_the_weights_of_the_taps_alone(
+    backbone: Backbone, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    objective = make(backbone, projections=8)
+    down = objective.downsampler
+    assert isinstance(down, AttentionDownsampler)
+    down.dropout.p = 0.5
+    down.perturb_taps(torch.Generator().manual_seed(2))
+    assert float(down.scale.detach().std()) == pytest.approx(0.01, rel=0.3)
+    assert float(down.bias.detach().std()) == pytest.approx(0.01, rel=0.3)
+    kept: list[tuple[int, ...]] = []
+
+    def none(rate: float, generator: torch.Generator, *shape: int) -> Tensor:
+        kept.append(shape)
+        return torch.zeros(shape)
+
+    with torch.no_grad():
+        monkeypatch.setattr(down, "sample_kept", none)
+        dropped = loss(objective, backbone)
+        monkeypatch.undo()
+        assert kept == [(2, *backbone.grid(SIZE))] * 2, "one for each view of each image"
+        assert not torch.allclose(dropped, loss(objective, backbone), rtol=1e-6)
+        down.attention.weight.zero_()
+        down.attention.bias.zero_()
+        torch.testing.assert_close(dropped, loss(objective, backbone), rtol=1e-6, atol=0)
+
+
 def test_dropout_is_for_training_only(backbone: Backbone) -> None:
     objective = make(backbone, JBU(backbone.channels), projections=8)
     with torch.no_grad():
