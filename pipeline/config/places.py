@@ -13,7 +13,11 @@ from pipeline.inputs.patterns import expand
 __all__ = ["check_places"]
 
 # Options of which only a part is a place, and the function that gives it.
-_NAMED: dict[str, Callable[[str], str]] = {"label_dir": lambda text: text.partition("=")[2], "rows": row_file}
+_NAMED: dict[str, Callable[[str], str]] = {
+    "also_backbones": lambda text: text.partition("=")[2],
+    "label_dir": lambda text: text.partition("=")[2],
+    "rows": row_file,
+}
 # What is no file.
 _KINDS = {
     "label_dir": "folder",
@@ -30,7 +34,8 @@ def check_places(config: Any) -> None:
     A tar that is named and missing is no error: it is listed, and the others are used.
 
     Args:
-        config: a dataclass of options; those with ``path`` are looked at, and ``out`` is where results go.
+        config: a dataclass of options; those that are a path, or have one in them, are looked at, and ``out`` is where
+            results go.
 
     Raises:
         InputError: a file or folder that is not there, or a pattern that nothing matches.
@@ -38,7 +43,7 @@ def check_places(config: Any) -> None:
     """
     for one in fields(config):
         value = getattr(config, one.name)
-        if not one.metadata.get("path") or value is None:
+        if not (one.metadata.get("path") or one.name in _NAMED) or value is None:
             continue
         if one.name == "out":
             _check_output(value)

@@ -55,6 +55,15 @@ SHARDS: dict[str, Any] = {"shards": ("a.tar",), "out": "out"}
             PrecomputeConfig(**SHARDS, upsampler="jbu", checkpoint="none.ckpt"),
             "checkpoint: there is no file at none.ckpt",
         ),
+        (
+            TrainConfig(
+                **SHARDS,
+                upsampler="anyup",
+                objective="crops",
+                also_backbones=("resnet18", "vit_tiny_patch16_224=/none.pth"),
+            ),
+            "also_backbones: there is no file at /none.pth",
+        ),
         (PrecomputeConfig(images=("photos", "none"), out="o"), "images: there is no file or folder at none"),
         (
             PrecomputeConfig(images=("photos",), out="o", labels=("seg",), label_dir=("seg=none",)),
