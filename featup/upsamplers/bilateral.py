@@ -17,8 +17,8 @@ __all__ = ["Bilateral", "principal_scores"]
 
 # Smaller weights would not count, and subnormal numbers take a CPU a hundred times as long.
 _LEAST_LOGIT = -20.0
-# Sigmas in space, in coarse cells, and in colour of a same-resolution stage. The mean colour of a cell says little.
-_SAME_RESOLUTION_SIGMAS = (1.0, 1.0)
+# Of a same-resolution stage: the mean colour of a cell says little.
+_SAME_RESOLUTION_SIGMA_COLOUR = 1.0
 
 
 class Bilateral(JointUpsampler):
@@ -34,11 +34,12 @@ class Bilateral(JointUpsampler):
 
     def __init__(
         self,
-        sigma_space: float = 2.0,
+        sigma_space: float = 1.5,
         sigma_colour: float = 0.15,
         sigma_feature: float = 0.6,
         feature_components: int = 8,
         same_resolution_stages: int = 1,
+        sigma_coarse: float = 0.5,
         radius: int = 3,
         tile_pixels: int | None = None,
     ) -> None:
@@ -50,6 +51,8 @@ class Bilateral(JointUpsampler):
             feature_components: How many principal components are compared; 0 compares colours alone.
             same_resolution_stages: How many times the coarse features are filtered at their own size first, at least
                 0. Means keep the vectors' norms, see :func:`featup.upsamplers.base.norm_preserving_mean`.
+            sigma_coarse: The sigma in space of such a filtering, in cells, above 0. A larger one averages each object
+                more, and blurs what is as thin as a cell.
             radius, tile_pixels: See :class:`JointUpsampler`.
 
         Raises:
@@ -57,10 +60,10 @@ class Bilateral(JointUpsampler):
                 stages.
         """
         super().__init__(radius, tile_pixels)
-        if not min(sigma_space, sigma_colour, sigma_feature) > 0:
+        if not min(sigma_space, sigma_colour, sigma_feature, sigma_coarse) > 0:
             raise GeometryError(
-                f"bilateral: sigma_space={sigma_space}, sigma_colour={sigma_colour} and sigma_feature={sigma_feature} "
-                "must all be positive"
+                f"bilateral: sigma_space={sigma_space}, sigma_colour={sigma_colour}, sigma_feature={sigma_feature} and "
+                f"sigma_coarse={sigma_coarse} must all be positive"
             )
         if feature_components < 0 or same_resolution_stages < 0:
             raise GeometryError(
@@ -72,6 +75,7 @@ class Bilateral(JointUpsampler):
         self.sigma_feature = sigma_feature
         self.feature_components = feature_components
         self.same_resolution_stages = same_resolution_stages
+        self.sigma_coarse = sigma_coarse
 
     def prepare_guidance(self, guidance: Tensor) -> Tensor:
         """From [0, 1] to [-1, 1]."""
@@ -84,7 +88,8 @@ class Bilateral(JointUpsampler):
     def filters(self, stage: int, padded_guidance: Tensor) -> Tensor:
         """See :meth:`JointUpsampler.filters`; every 2x stage has the same kernel."""
         radius = self.radius
-        space, colour = _SAME_RESOLUTION_SIGMAS if stage < 0 else (self.sigma_space, self.sigma_colour)
+        coarse = (self.sigma_coarse, _SAME_RESOLUTION_SIGMA_COLOUR)
+        space, colour = coarse if stage < 0 else (self.sigma_space, self.sigma_colour)
         sigmas = [colour] * 3 + [self.sigma_feature] * (padded_guidance.shape[-1] - 3)
         # -|p - q|^2 / 2s^2 = (p.q - |q|^2 / 2) / s^2 - |p|^2 / 2s^2: the first term is a correlation, and the
         # normalisation over the window cancels the second.

@@ -12,7 +12,7 @@ __all__ = ["BilateralOptions"]
 class BilateralOptions(Checked):
     """See :class:`featup.upsamplers.Bilateral`, whose defaults these are."""
 
-    sigma_space: float = option(2.0, "bilateral: in pixels of a 2x stage", group="upsampler", above=0)
+    sigma_space: float = option(1.5, "bilateral: in pixels of a 2x stage", group="upsampler", above=0)
     sigma_colour: float = option(0.15, "bilateral: on RGB in [-1, 1]", group="upsampler", above=0)
     sigma_feature: float = option(
         0.6,
@@ -36,6 +36,13 @@ class BilateralOptions(Checked):
         at_least=0,
         at_most=16,
     )
+    sigma_coarse: float = option(
+        0.5,
+        "bilateral: in cells, of the filter at the features' own size; larger ones average objects and blur thin ones",
+        group="upsampler",
+        before=1.0,
+        above=0,
+    )
 
     @property
     def bilateral(self) -> dict[str, Any]:
@@ -46,4 +53,5 @@ class BilateralOptions(Checked):
             "sigma_feature": self.sigma_feature,
             "feature_components": self.feature_components,
             "same_resolution_stages": self.same_resolution_stages,
+            "sigma_coarse": self.sigma_coarse,
         }

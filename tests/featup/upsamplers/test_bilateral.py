@@ -94,10 +94,12 @@ def test_bilateral_follows_an_edge_that_bilinear_blurs() -> None:
 
 @pytest.mark.parametrize(("space", "colour"), [(0.0, 1.0), (1.0, 0.0), (-1.0, 1.0)])
 def test_bilateral_refuses_sigmas(space: float, colour: float) -> None:
-    with pytest.raises(GeometryError, match=rf"sigma_space={space}, sigma_colour={colour} .* must all be positive"):
+    with pytest.raises(GeometryError, match=rf"sigma_space={space}, sigma_colour={colour}, .* must all be positive"):
         Bilateral(space, colour)
-    with pytest.raises(GeometryError, match=r"sigma_feature=0\.0 must all"):
+    with pytest.raises(GeometryError, match=r"sigma_feature=0\.0 and"):
         Bilateral(sigma_feature=0.0)
+    with pytest.raises(GeometryError, match=r"sigma_coarse=0\.0 must all"):
+        Bilateral(sigma_coarse=0.0)
     for name in ("feature_components", "same_resolution_stages"):
         with pytest.raises(GeometryError, match=f"{name}=-1 .*at least 0|{name}=-1 must be at least 0"):
             Bilateral(**{name: -1})
@@ -177,6 +179,22 @@ def test_features_are_compared_before_a_projection(stages: int) -> None:
         tiled = Bilateral(feature_components=3, same_resolution_stages=stages, tile_pixels=40)
         assert torch.equal(tiled(features, guidance, size), whole)
     assert (upsampler(features, guidance, (4, 5)) != features).any() == (stages > 0)
+
+
+@pytest.mark.parametrize("sigma", [0.5, 1.0])
+def test_a_same_resolution_stage_is_a_gaussian_of_its_sigma_where_all_is_alike(sigma: float) -> None:
+    """Without colours and components to tell cells apart, by the definition, in the inner cells; norms are kept."""
+    features = torch.randn(1, 9, 9, 4, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    upsampler = Bilateral(feature_components=0, same_resolution_stages=1, sigma_coarse=sigma)
+    found = upsampler(features, torch.zeros(1, 9, 9, 3, dtype=torch.uint8), (9, 9))
+    offsets = torch.arange(-3, 4, dtype=torch.float64)
+    kernel = torch.exp(-(offsets[:, None] ** 2 + offsets**2) / (2 * sigma**2))
+    kernel /= kernel.sum()
+    windows = features.unfold(1, 7, 1).unfold(2, 7, 1)
+    mean = torch.einsum("bijcyx,yx->bijc", windows, kernel)
+    length = torch.einsum("bijcyx,yx->bijc", windows.norm(dim=3, keepdim=True), kernel)
+    expected = mean / mean.norm(dim=-1, keepdim=True) * length
+    torch.testing.assert_close(found[:, 3:-3, 3:-3], expected, rtol=1e-5, atol=1e-6)
 
 
 def test_same_resolution_stages_preserve_norms() -> None:

@@ -13,6 +13,7 @@ from tests.pipeline.compute.support import Store, make_config, open_store
 # What a program before multiview recorded.
 OLDER = {"fit_base": "bilateral", "fit_steps": 20, "fit_views": 32, "sigma_space": 1.0, "sigma_colour": 0.2}
 NEWER = ("fit_lr", "implicit_preset", "views", "view_base", "held_out_views", "feature_components", "sigma_feature")
+NEWER += ("sigma_coarse",)
 
 
 def begin(folder: Path, **options: object) -> Store:
@@ -58,5 +59,5 @@ def test_options_of_its_own_may_not(folder: Path) -> None:
         begin(folder, upsampler="bilateral", same_resolution_stages=0)
     own = {"sigma_space": 1.0, "sigma_colour": 0.2, "same_resolution_stages": 0}
     resumed = begin(folder, upsampler="bilateral", **own)
-    assert resumed.config.feature_components == 0
+    assert (resumed.config.feature_components, resumed.config.sigma_coarse) == (0, 1.0)
     assert resumed.run().ok == 6

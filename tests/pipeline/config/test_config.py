@@ -59,6 +59,7 @@ OTHER: dict[str, Any] = {
     "sigma_feature": 0.5,
     "feature_components": 4,
     "same_resolution_stages": 2,
+    "sigma_coarse": 0.75,
     "views": 5,
     "view_base": "anyup",
     "held_out_views": 2,
