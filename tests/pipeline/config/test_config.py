@@ -1,4 +1,5 @@
 import dataclasses
+import inspect
 import io
 import json
 import os
@@ -11,7 +12,9 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
+from featup.upsamplers import Bilateral
 from pipeline.config.base import describe, read_config
+from pipeline.config.bilateral import BilateralOptions
 from pipeline.config.parser import parse_args
 from pipeline.config.precompute import PrecomputeConfig
 from pipeline.errors import ConfigError, StoreFormatError
@@ -424,3 +427,11 @@ def test_every_spelling_of_a_backbone_is_one_store() -> None:
     assert describe(one)["backbone"] == "vit_small_patch14_dinov2.lvd142m"
     from_command_line, _ = parse_args(PrecomputeConfig, [*NEEDED, "--backbone", "dinov2_vits14"], description="")
     assert from_command_line.identity() == one.identity()
+
+
+def test_the_bilateral_filter_of_jobs_is_that_of_the_library() -> None:
+    """Else `featup.load` would give other features than a store holds."""
+    defaults = inspect.signature(Bilateral).parameters
+    jobs = BilateralOptions().bilateral
+    assert jobs == {name: defaults[name].default for name in jobs}
+    assert jobs.keys() == defaults.keys() - {"radius", "tile_pixels"}
