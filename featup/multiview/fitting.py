@@ -235,8 +235,8 @@ class _SampledSteps(_Steps):
         """Initialise the last layer by the closed form that minimises the loss of the initial activations.
 
         High frequencies are damped in the first layer, in proportion: they carry more noise between pixels than
-        signal. Those of colours are damped from lower ones on, because texture that a patch averages
-        out would else become features. Training may raise them again.
+        signal. Those of colours are damped from lower ones on, because texture that a patch averages out would else
+        become features. Training may raise them again.
 
         For mean activations of windows the reconstruction is a least-squares problem, weighted by the variance of its
         error. Two terms keep the layer from fitting what the windows do not see. The blur pin is quadratic in the
@@ -254,9 +254,8 @@ class _SampledSteps(_Steps):
         )
         hidden = torch.cat([network.hidden(*tile) for tile in tiles])
         pin = self.options.blur_pin * _mean_square(gaussian_blur(hidden[None])[0] - hidden)
-        for difference in (hidden[1:] - hidden[:-1], hidden[:, 1:] - hidden[:, :-1]):
-            if difference.numel():
-                pin += self.options.total_variation * _mean_square(difference)
+        for axis in (0, 1):
+            pin += self.options.total_variation * _mean_square(hidden.diff(dim=axis))
         rows, cols, _, target = self.sample(_WARM_START_TOKENS, _WARM_START_POSITIONS)
         pairs = zip(torch.split(rows, _WARM_START_CHUNK), torch.split(cols, _WARM_START_CHUNK), strict=True)
         windows = torch.cat([hidden[pair].mean(1) for pair in pairs]).double()
@@ -278,9 +277,9 @@ class _SampledSteps(_Steps):
 
 
 def _mean_square(activations: Tensor) -> Tensor:
-    """The mean over positions of the outer products of ``[H, W, K]``: ``[K, K]``, in float64."""
+    """The mean over positions of the outer products of ``[H, W, K]``: ``[K, K]``, in float64; of no position zeros."""
     flat = activations.flatten(0, 1).double()
-    return flat.T @ flat / len(flat)
+    return flat.T @ flat / max(1, len(flat))
 
 
 def _with_norm(features: Tensor) -> Tensor:

@@ -12,10 +12,15 @@ from pipeline.inputs.patterns import expand
 
 __all__ = ["check_places"]
 
+
+def _after_equals(text: str) -> str:
+    return text.partition("=")[2]
+
+
 # Options of which only a part is a place, and the function that gives it.
 _NAMED: dict[str, Callable[[str], str]] = {
-    "also_backbones": lambda text: text.partition("=")[2],
-    "label_dir": lambda text: text.partition("=")[2],
+    "also_backbones": _after_equals,
+    "label_dir": _after_equals,
     "rows": row_file,
 }
 # What is no file.

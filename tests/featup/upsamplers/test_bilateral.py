@@ -96,7 +96,7 @@ def test_bilateral_follows_an_edge_that_bilinear_blurs() -> None:
 def test_bilateral_refuses_sigmas(space: float, colour: float) -> None:
     with pytest.raises(GeometryError, match=rf"sigma_space={space}, sigma_colour={colour}, .* must all be positive"):
         Bilateral(space, colour)
-    with pytest.raises(GeometryError, match=r"sigma_feature=0\.0 and"):
+    with pytest.raises(GeometryError, match=r"sigma_feature=0\.0 and sigma_coarse=0\.5 must all"):
         Bilateral(sigma_feature=0.0)
     with pytest.raises(GeometryError, match=r"sigma_coarse=0\.0 must all"):
         Bilateral(sigma_coarse=0.0)
